@@ -1,0 +1,120 @@
+"""The router: PCA from streamed sums, KMeans, and the one routing function.
+
+scikit-learn clusters on a CPU, cuML on a GPU; this file is the only home of cuML.
+Shapes: T tokens, D input features, P PCA components, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from sparse_expansion.types import CompressionError, MomentSum, Router
+
+
+def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading principal components from ``sum x``, ``sum x x^T`` and the count.
+
+    The covariance ``sum x x^T / T - mean mean^T`` is formed and diagonalised in float64, so that
+    the tokens never have to be in memory at once. Signs are fixed (largest entry positive).
+
+    Returns:
+        ``mean_D`` and ``components_PD`` in float32, by falling variance.
+
+    Raises:
+        CompressionError: there are no tokens.
+    """
+    count = moments.gram.num_tokens
+    if count == 0:
+        raise CompressionError("no calibration tokens to fit a router on")
+    width = moments.sum_D.shape[0]
+    mean_D = moments.sum_D.double() / count
+    covariance = moments.gram.sum_DD.double() / count
+    covariance -= torch.outer(mean_D, mean_D)
+    first = max(0, width - num_components)
+    if covariance.is_cuda:
+        vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
+    else:
+        _, found = scipy.linalg.eigh(
+            covariance.numpy(), subset_by_index=[first, width - 1], check_finite=False
+        )
+        vectors = torch.from_numpy(np.ascontiguousarray(found))
+    components_PD = vectors.flip(1).T.contiguous()
+    peak = components_PD.abs().argmax(dim=1, keepdim=True)
+    components_PD *= torch.sign(components_PD.gather(1, peak))
+    return mean_D.float(), components_PD.float()
+
+
+def project(
+    X_TD: torch.Tensor, mean_D: torch.Tensor, components_PD: torch.Tensor | None
+) -> torch.Tensor:
+    """``(x - mean) components^T`` in float32; without components, ``x - mean``."""
+    centred = X_TD.float() - mean_D
+    return centred if components_PD is None else centred @ components_PD.T
+
+
+def route(X_TD: torch.Tensor, router: Router) -> torch.Tensor:
+    """Expert of every token, ``argmin_k ||project(x) - centroid_k||^2`` (int64).
+
+    The same function labels tokens in calibration and routes them at inference, so the two cannot
+    disagree. On equal distances the lowest k wins.
+    """
+    if router.num_clusters == 1:
+        return torch.zeros(X_TD.shape[0], dtype=torch.int64, device=X_TD.device)
+    Z_TP = project(X_TD, router.mean_D, router.components_PD)
+    centroids = router.centroids_KP
+    # ||z||^2 is the same for every k and is left out.
+    offsets = centroids.square().sum(dim=1)
+    return torch.addmm(offsets, Z_TP, centroids.T, alpha=-2).argmin(dim=1)
+
+
+def fit_kmeans(
+    Z_TP: torch.Tensor, *, num_clusters: int, restarts: int, max_iterations: int, seed: int
+) -> torch.Tensor:
+    """KMeans centroids ``[K, P]`` (float32), the best of ``restarts`` by inertia.
+
+    One CPU thread: scikit-learn adds partial sums in the order in which its threads finish, and
+    equal seeds must give equal bytes.
+
+    Raises:
+        CompressionError: fewer tokens than clusters, or tokens that are not finite.
+    """
+    num_tokens = Z_TP.shape[0]
+    if num_tokens < num_clusters:
+        raise CompressionError(
+            f"{num_tokens} calibration tokens cannot fill {num_clusters} clusters: use more "
+            f"windows (--dataset-size) or --num_clusters {max(1, num_tokens)}"
+        )
+    if num_clusters == 1:
+        return Z_TP.double().mean(dim=0, keepdim=True).float()
+    if not bool(torch.isfinite(Z_TP).all()):
+        raise CompressionError("router inputs are not finite (NaN or infinity)")
+    if Z_TP.is_cuda and (module := _cuml()) is not None:
+        model = module.KMeans(
+            n_clusters=num_clusters, n_init=restarts, max_iter=max_iterations, random_state=seed
+        )
+        model.fit(Z_TP.contiguous())
+        return torch.as_tensor(model.cluster_centers_, device=Z_TP.device).float()
+    with threadpool_limits(limits=1):
+        fitted = KMeans(
+            n_clusters=num_clusters,
+            n_init=restarts,
+            max_iter=max_iterations,
+            random_state=seed,
+            algorithm="lloyd",
+        ).fit(Z_TP.float().cpu().numpy())
+    return torch.from_numpy(fitted.cluster_centers_).float().to(Z_TP.device)
+
+
+def _cuml() -> Any | None:
+    """The cuML clustering module where it is installed."""
+    try:
+        import cuml.cluster as module
+    except ImportError:
+        return None
+    return module

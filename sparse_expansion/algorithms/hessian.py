@@ -1,0 +1,148 @@
+"""Hessian sums, bounded damping, and the factor that the column sweep needs.
+
+Shapes: T tokens, D input features, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from sparse_expansion.types import CompressionError, HessianSum, MomentSum
+
+MAX_DAMPING_ATTEMPTS = 6
+DAMPING_GROWTH = 10.0
+
+
+def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
+    """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32.
+
+    The sum is left unscaled: SparseGPT's ``H = 2/T sum x x^T`` (arXiv 2301.00774, section 3)
+    differs by a factor that cancels in the sweep.
+
+    Args:
+        X_TD: inputs, any floating dtype.
+
+    Raises:
+        CompressionError: an activation is NaN or infinite.
+    """
+    X = X_TD.float()
+    sum_DD = X.T @ X
+    if not bool(torch.isfinite(sum_DD.diagonal()).all()):
+        bad = int((~torch.isfinite(X)).any(dim=1).sum())
+        raise CompressionError(
+            f"activations are not finite ({bad} of {X.shape[0]} tokens hold NaN or infinity, or "
+            "their squares overflow float32): check the source weights or use --dtype float32"
+        )
+    return HessianSum(sum_DD, X.shape[0])
+
+
+def moment_sum(X_TD: torch.Tensor) -> MomentSum:
+    """``sum x`` (float64) and ``sum x x^T`` (float32) over the rows of ``X_TD``."""
+    return MomentSum(X_TD.double().sum(dim=0), hessian_sum(X_TD))
+
+
+def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
+    """Add sums and counts in the given order (float addition is not associative).
+
+    Raises:
+        ValueError: ``sums`` is empty.
+    """
+    total: torch.Tensor | None = None
+    count = 0
+    for part in sums:
+        total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
+        count += part.num_tokens
+    if total is None:
+        raise ValueError("no Hessian sums to merge")
+    return HessianSum(total, count)
+
+
+def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
+    """Add the moments of several shards in the given order."""
+    parts = list(sums)
+    gram = merge_hessians(part.gram for part in parts)
+    sum_D = torch.stack([part.sum_D for part in parts]).sum(dim=0)
+    return MomentSum(sum_D, gram)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper triangular ``U`` with ``(H + damping)^-1 = U^T U``, and how it was got."""
+
+    factor_KDD: torch.Tensor
+    dead_KD: torch.Tensor
+    """Features that no token of the expert ever used (``H_jj = 0``)."""
+    damping_fraction_K: tuple[float, ...]
+    """The damping that sufficed, per expert."""
+    attempts_K: tuple[int, ...]
+    """Factorizations tried per expert, 1 when the first one held."""
+
+
+def inverse_cholesky_factor(
+    H_KDD: torch.Tensor,
+    *,
+    damping_fraction: float = 0.01,
+    max_attempts: int = MAX_DAMPING_ATTEMPTS,
+) -> InverseFactor:
+    """Upper Cholesky factor of the inverse damped Hessian, batched over experts.
+
+    With the reversal ``J``: ``J H J = L L^T`` gives ``H = V V^T`` for the upper
+    ``V = J L J``, so ``H^-1 = V^-T V^-1`` and ``U = V^-1``: one Cholesky and one triangular
+    inverse (2/3 D^3 flops) where SparseGPT's reference takes two Choleskys and an inverse.
+
+    An expert whose factorization fails is tried again with ten times the damping, at most
+    ``max_attempts`` times in all; the other experts of the batch are left as they are.
+
+    Args:
+        H_KDD: Hessian sums; not modified.
+        damping_fraction: share of ``mean(diag H)`` added to the diagonal.
+        max_attempts: bound on the factorizations of one expert.
+
+    Raises:
+        CompressionError: a Hessian is not finite, or not positive definite even with the
+            largest damping. The message gives the index in the batch.
+    """
+    num_experts, width, _ = H_KDD.shape
+    diag_KD = H_KDD.diagonal(dim1=1, dim2=2)
+    for k in range(num_experts):
+        # The sum of all entries is finite only if every entry is.
+        if not bool(torch.isfinite(H_KDD[k].sum(dtype=torch.float64))):
+            raise CompressionError(f"Hessian {k} of the batch is not finite (NaN or infinity)")
+    dead_KD = diag_KD == 0
+    mean_K = diag_KD.mean(dim=1)
+    scale_K = torch.where(mean_K > 0, mean_K, torch.ones_like(mean_K))
+    factor = torch.empty_like(H_KDD)
+    attempts = [0] * num_experts
+    fractions = [damping_fraction] * num_experts
+    todo = list(range(num_experts))
+    for attempt in range(max_attempts):
+        fraction = damping_fraction * DAMPING_GROWTH**attempt
+        failed: list[int] = []
+        for k in todo:
+            attempts[k] += 1
+            fractions[k] = fraction
+            flipped = H_KDD[k].flip(0, 1)
+            diagonal = flipped.diagonal()
+            diagonal += fraction * scale_K[k]
+            # A dead feature's row and column are zero: any positive pivot decouples it.
+            diagonal += dead_KD[k].flip(0) * scale_K[k]
+            lower, info = torch.linalg.cholesky_ex(flipped)
+            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                eye = torch.eye(width, dtype=lower.dtype, device=lower.device)
+                inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+                factor[k] = inverse.flip(0, 1)
+            else:
+                failed.append(k)
+        todo = failed
+        if not todo:
+            break
+    if todo:
+        raise CompressionError(
+            f"Hessian {todo[0]} of the batch is not positive definite even with damping "
+            f"{fractions[todo[0]]:g} x mean diagonal ({max_attempts} attempts): calibrate on more "
+            "or other text, or raise --damping-fraction"
+        )
+    return InverseFactor(factor, dead_KD, tuple(fractions), tuple(attempts))

@@ -1,0 +1,648 @@
+"""Command line: flags to settings, settings to a job, results to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparse_expansion.config import (
+    CALIBRATION_INPUTS,
+    DTYPES,
+    CalibrationConfig,
+    CompressionConfig,
+    RoutingConfig,
+    RunConfig,
+    SparsityPattern,
+)
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+_RUN_EXAMPLES = """examples:
+  # a local or hub model, 16 experts at 50 %, offline text
+  sparse-expansion run --model ./SmolLM2-135M --dataset pydoc --sparsity 0.5 \\
+      --num_clusters 16 --dataset-size 32 --seqlen 512 --output ./expanded
+  # the paper's settings
+  sparse-expansion run --model pythia --model_size 12B --sparsity 0.5 --dataset wikitext2 \\
+      --dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32 --output ./pythia-12b-16
+  # 2:4 sparse and 4 bits
+  sparse-expansion run --model llama --model_size 7B --sparsity "(2, 4)" --quantize --bits 4 \\
+      --dataset wikitext2 --dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32
+  # go on after a crash
+  sparse-expansion run ... --output ./expanded --resume
+"""
+_EXPAND_EXAMPLES = """examples:
+  sparse-expansion expand --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 2:4 \\
+      --num_clusters 8 --dataset-size 64 --seqlen 512 --output ./expanded
+"""
+_EVALUATE_EXAMPLES = """examples:
+  sparse-expansion evaluate --model ./expanded --dataset pydoc --seqlen 512 --eval-windows 32
+  sparse-expansion evaluate --model pythia --model_size 70m --dataset wikitext2 --json
+"""
+_PLAN_EXAMPLES = """examples:
+  sparse-expansion plan --model ./SmolLM2-135M --sparsity 0.5 --num_clusters 16 \\
+      --dataset-size 32 --seqlen 512
+  sparse-expansion plan --model ./config-only-folder --json
+"""
+_ANALYZE_EXAMPLES = """examples:
+  sparse-expansion analyze ./expanded
+  sparse-expansion analyze ./expanded --table experts.parquet
+"""
+_REPORT_EXAMPLES = """examples:
+  sparse-expansion report ./expanded
+  sparse-expansion report ./expanded --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line and exit code 2 for a wrong flag, as for every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def normalise_flags(arguments: Sequence[str]) -> list[str]:
+    """Write every long flag one way: hyphens for underscores, lower case.
+
+    Values are left as they are; so is everything after a bare ``--``.
+    """
+    result: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return result + list(arguments[position:])
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = flag.replace("_", "-").lower() + equals + value
+        result.append(argument)
+    return result
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("sparse-expansion")
+    except PackageNotFoundError:
+        release = "unknown"
+    parser = _Parser(
+        prog="sparse-expansion",
+        description="Turn a language model's MLP linears into routed, pruned and quantized "
+        "experts (arXiv 2405.15756), save the result, and measure its perplexity.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=release)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    run = command("run", "Expand a model and measure its perplexity.", _RUN_EXAMPLES)
+    expand = command("expand", "Make an expanded model and save it.", _EXPAND_EXAMPLES)
+    evaluate = command(
+        "evaluate", "Measure the perplexity of a dense or expanded model.", _EVALUATE_EXAMPLES
+    )
+    plan = command(
+        "plan", "Say what a run will do and need, from the model's config alone.", _PLAN_EXAMPLES
+    )
+    analyze = command(
+        "analyze", "Per-expert facts of a run: tokens, error, damping.", _ANALYZE_EXAMPLES
+    )
+    report = command("report", "Summarise a finished or unfinished run folder.", _REPORT_EXAMPLES)
+    for sub in (run, expand, plan):
+        _add_model(sub)
+        _add_method(sub)
+    _add_model(evaluate)
+    for sub in (run, expand, evaluate):
+        _add_data(sub)
+        _add_execution(sub)
+    _add_calibration(run)
+    _add_calibration(expand)
+    _add_calibration(plan)
+    plan.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per window")
+    for sub in (run, evaluate):
+        sub.add_argument(
+            "--eval-windows",
+            type=int,
+            metavar="N",
+            help="evaluation windows from the start of the text (default: all)",
+        )
+    evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+    run.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder (or URL) for the expanded model; "
+        "without it the model is measured and thrown away",
+    )
+    expand.add_argument(
+        "--output", metavar="DIR", required=True, help="folder (or URL) for the expanded model"
+    )
+    for sub in (run, expand):
+        sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    for sub in (analyze, report):
+        sub.add_argument("folder", metavar="DIR", help="a run's --output folder")
+    analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
+    for sub in (run, expand, evaluate, plan, analyze, report):
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="pythia or llama (with --model_size), a hub id, a local folder, or a .gguf file",
+    )
+    group.add_argument("-ms", "--model-size", metavar="SIZE", help="e.g. 12B with --model pythia")
+    group.add_argument("--model-revision", metavar="REV", help="hub revision")
+    group.add_argument("-cd", "--cache-dir", metavar="DIR", help="downloads and conversions")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "-s",
+        "--sparsity",
+        default="0.5",
+        metavar="S",
+        help="share of zeros (0.5), or N:M = N of every M removed (2:4, '(2, 4)'); default 0.5",
+    )
+    group.add_argument("-q", "--quantize", action="store_true", help="also quantize (GPTQ)")
+    group.add_argument("-b", "--bits", type=int, default=None, help="bits, 2 to 8 (default 4)")
+    group.add_argument("--group-size", type=int, help="input columns per scale (default: all)")
+    group.add_argument("--symmetric", action="store_true", help="symmetric grid")
+    group.add_argument("--act-order", action="store_true", help="sweep by falling activation")
+    group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
+    group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
+    group.add_argument(
+        "--min-tokens-per-expert",
+        type=int,
+        help="experts with fewer tokens use the whole group's Hessian (default: width / 8)",
+    )
+    group.add_argument("-nc", "--num-clusters", type=int, default=16, help="experts (default 16)")
+    group.add_argument(
+        "-pcrf",
+        "--pca-reduction-factor",
+        type=int,
+        default=32,
+        help="router features = width / factor (default 32)",
+    )
+    group.add_argument("-npca", "--no-pca", action="store_true", help="route on the full input")
+    group.add_argument("--kmeans-restarts", type=int, default=4, help="default 4")
+    group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
+    group.add_argument("--experts-per-unit", type=int, default=4, help="experts per unit and file")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "-ds",
+        "--dataset-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration windows (default 128)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="default 0")
+    group.add_argument(
+        "--calibration-inputs",
+        choices=CALIBRATION_INPUTS,
+        default="compressed",
+        help="what a block is calibrated on: the compressed blocks' output (the "
+        "paper's) or the dense model's activations; default compressed",
+    )
+    group.add_argument(
+        "--data-shards",
+        type=int,
+        default=4,
+        help="shards of the windows; part of the result, unlike the worker count",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "-d",
+        "--dataset",
+        default="wikitext2",
+        metavar="DATA",
+        help="wikitext2, c4, pydoc (offline), a folder with train or valid and test "
+        "(.txt, .jsonl, .parquet), or one such file; default wikitext2",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="TOKENS",
+        help="tokens per window (default: 2048, 4096 for Llama, or the model's maximum if less)",
+    )
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("execution")
+    group.add_argument("--executor", choices=("local", "ray"), default="local")
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    group.add_argument("--threads", type=int, help="CPU threads per worker (default: all cores)")
+    group.add_argument(
+        "--activation-memory",
+        default="2GiB",
+        metavar="SIZE",
+        help="activations beyond this go to scratch files (default 2GiB)",
+    )
+    group.add_argument("--scratch", metavar="DIR", help="folder for scratch files")
+
+
+def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
+    """Settings from parsed flags.
+
+    Raises:
+        ValueError: a value is out of bounds, or flags contradict each other.
+    """
+    if args.bits is not None and not args.quantize:
+        raise ValueError(f"--bits {args.bits} needs --quantize: add it, or drop --bits")
+    for flag in ("group_size", "symmetric", "act_order"):
+        if getattr(args, flag) and not args.quantize and flag != "act_order":
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} needs --quantize: add it, or drop {name}")
+    return RunConfig(
+        compression=CompressionConfig(
+            sparsity=SparsityPattern.parse(args.sparsity),
+            bits=(4 if args.bits is None else args.bits) if args.quantize else None,
+            symmetric=args.symmetric,
+            group_size=args.group_size,
+            act_order=args.act_order,
+            block_size=args.block_size,
+            damping_fraction=args.damping_fraction,
+            min_tokens_per_expert=args.min_tokens_per_expert,
+        ),
+        routing=RoutingConfig(
+            num_clusters=args.num_clusters,
+            pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
+            restarts=args.kmeans_restarts,
+            fit_tokens=max(args.kmeans_tokens, 1),
+        ),
+        calibration=CalibrationConfig(
+            dataset=getattr(args, "dataset", "wikitext2"),
+            dataset_size=args.dataset_size,
+            seqlen=seqlen,
+            seed=args.seed,
+            calibration_inputs=args.calibration_inputs,
+            data_shards=args.data_shards,
+        ),
+        dtype=args.dtype,
+        experts_per_unit=args.experts_per_unit,
+    )
+
+
+def parse_size(text: str) -> int:
+    """``2GiB``, ``512MB``, ``1000000`` -> bytes.
+
+    Raises:
+        ValueError: not a size.
+    """
+    import re
+
+    units = {
+        "": 1,
+        "k": 10**3,
+        "m": 10**6,
+        "g": 10**9,
+        "t": 10**12,
+        "ki": 2**10,
+        "mi": 2**20,
+        "gi": 2**30,
+        "ti": 2**40,
+    }
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"size {text!r} is not a number of bytes such as 2GiB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: 0 done, 1 failed at work, 2 bad input, 130 interrupted."""
+    try:
+        args = build_parser().parse_args(
+            normalise_flags(sys.argv[1:] if arguments is None else arguments)
+        )
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    _quieten(args.verbose)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        _complain("interrupted: finished units are kept, continue with --resume")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (a pager, `head`) has gone: not an error of ours.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the interpreter
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" writing {error.filename}" if error.filename else ""
+            _complain(
+                f"no space left on the disk{where}: free some, then continue with --resume "
+                "(finished units are kept)"
+            )
+            return EXIT_FAILED
+        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return EXIT_FAILED
+    except ValueError as error:
+        if args.verbose:
+            logging.exception("the error in full")
+        _complain(" ".join(str(error).split()))
+        return EXIT_FAILED if _is_work_failure(error) else EXIT_BAD_INPUT
+
+
+def _is_work_failure(error: ValueError) -> bool:
+    from sparse_expansion.types import CompressionError
+
+    return isinstance(error, CompressionError)
+
+
+def _complain(message: str) -> None:
+    print(f"sparse-expansion: error: {message}", file=sys.stderr)
+
+
+def _quieten(verbose: bool) -> None:
+    """Libraries' own bars and advice would hide ours."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"
+    )
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import warnings
+
+        warnings.filterwarnings("ignore")
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command in ("run", "expand"):
+        return _run(args)
+    handlers = {"evaluate": _evaluate, "plan": _plan, "analyze": _analyze, "report": _report}
+    return handlers[args.command](args)
+
+
+def _silence_transformers(verbose: bool) -> None:
+    if not verbose:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def _seqlen(args: argparse.Namespace, config: Any) -> int:
+    from sparse_expansion.model.sources import DEFAULT_SEQLEN
+
+    if args.seqlen is not None:
+        return int(args.seqlen)
+    default = DEFAULT_SEQLEN["llama" if config.model_type == "llama" else "pythia"]
+    return min(default, int(getattr(config, "max_position_embeddings", default) or default))
+
+
+def _executor(args: argparse.Namespace, spec: Any) -> Any:
+    from sparse_expansion.execution.local import LocalExecutor
+
+    return LocalExecutor(spec)
+
+
+def _check_output(output: str) -> None:
+    """A folder that cannot be made is bad input, not a failure after an hour."""
+    if "://" in output:
+        return
+    parent = Path(output).expanduser().resolve()
+    if parent.exists() and not parent.is_dir():
+        raise ValueError(f"--output {output} is a file: choose a folder")
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output}: {parent} is not writable")
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Flags first, before anything slow is imported or read.
+    config_check = run_config(args, args.seqlen or 2048)
+    activation_bytes = parse_size(args.activation_memory)
+    if getattr(args, "eval_windows", None) is not None and args.eval_windows < 1:
+        raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
+    if args.output is not None:
+        _check_output(args.output)
+    elif args.resume:
+        raise ValueError("--resume needs the --output folder of the run to continue")
+    from sparse_expansion.data.corpora import check_dataset
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+
+    check_dataset(args.dataset)
+    source = resolve_name(args.model, args.model_size)
+    del config_check
+    _silence_transformers(args.verbose)
+    from sparse_expansion import jobs
+    from sparse_expansion.model.streaming import load_config
+    from sparse_expansion.progress import ProgressLine
+    from sparse_expansion.stages import WorkerSpec
+    from sparse_expansion.store import Store
+
+    line = ProgressLine()
+    line.say(f"model {source.location}")
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    config = run_config(args, _seqlen(args, load_config(folder)))
+    prepared, windows = jobs.prepare(
+        config, folder, dataset=args.dataset, cache_dir=args.cache_dir, model_name=source.location
+    )
+    evaluating = args.command == "run"
+    if evaluating:
+        tokens = jobs.evaluation_tokens(
+            prepared.corpus,
+            prepared.encode,
+            seqlen=config.calibration.seqlen,
+            max_windows=args.eval_windows,
+            vocabulary=int(prepared.shell.config.vocab_size),
+        )
+    scratch = jobs.ScratchFolder() if args.output is None else None
+    output = args.output if scratch is None else scratch.__enter__()
+    try:
+        store = Store(output)
+        jobs.claim(store, prepared, resume=args.resume)
+        spec = WorkerSpec(
+            store=output if "://" in output else str(Path(output).expanduser().resolve()),
+            source=source,
+            config=config,
+            cache_dir=args.cache_dir,
+            revision=args.model_revision,
+            device=args.device,
+            threads=args.threads,
+            activation_bytes=activation_bytes,
+            scratch=args.scratch,
+        )
+        measured = jobs.Measurements()
+        executor = _executor(args, spec)
+        try:
+            line.start("expand", prepared.shell.num_blocks)
+            jobs.expand(prepared, windows, store, executor, line.update, measured)
+            metrics = jobs.expansion_metrics(prepared, store, args.executor)
+            if evaluating:
+                for kind in ("dense", "expanded"):
+                    line.start(f"evaluate {kind}", prepared.shell.num_blocks)
+                    nll, _ = jobs.evaluate(
+                        kind, tokens, prepared.shell.num_blocks, executor, line.update, measured
+                    )
+                    line.say(f"{kind} perplexity {nll.perplexity:.3f}")
+                    metrics[f"perplexity_{kind}"] = nll.perplexity
+                    metrics["num_eval_tokens"] = nll.num_tokens
+            metrics = jobs.finish_metrics(metrics, measured)
+            jobs.write_metrics(store, metrics)
+        finally:
+            executor.close()
+            line.close()
+        if args.json:
+            print(json.dumps(metrics, indent=1, sort_keys=True))
+        else:
+            from sparse_expansion.report import run_table
+
+            print(run_table(metrics, output if scratch is None else None))
+    finally:
+        if scratch is not None:
+            scratch.__exit__()
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.eval_windows is not None and args.eval_windows < 1:
+        raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
+    if args.seqlen is not None and args.seqlen < 2:
+        raise ValueError(f"--seqlen {args.seqlen} must be at least 2 tokens")
+    activation_bytes = parse_size(args.activation_memory)
+    from sparse_expansion.data.corpora import check_dataset, load_corpus
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+
+    check_dataset(args.dataset)
+    source = resolve_name(args.model, args.model_size)
+    _silence_transformers(args.verbose)
+    from sparse_expansion import jobs
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.progress import ProgressLine
+    from sparse_expansion.stages import WorkerSpec
+
+    line = ProgressLine()
+    line.say(f"model {source.location}")
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    shell = ModelShell(folder, dtype=args.dtype)
+    seqlen = _seqlen(args, shell.config)
+    tokens = jobs.evaluation_tokens(
+        load_corpus(args.dataset, cache_dir=args.cache_dir),
+        jobs.encoder(jobs.load_tokenizer(folder)),
+        seqlen=seqlen,
+        max_windows=args.eval_windows,
+        vocabulary=int(shell.config.vocab_size),
+    )
+    spec = WorkerSpec(
+        store=str(folder),
+        source=source,
+        config=RunConfig(dtype=args.dtype),
+        cache_dir=args.cache_dir,
+        revision=args.model_revision,
+        device=args.device,
+        threads=args.threads,
+        activation_bytes=activation_bytes,
+        scratch=args.scratch,
+    )
+    executor = _executor(args, spec)
+    measured = jobs.Measurements()
+    try:
+        line.start("evaluate", shell.num_blocks)
+        nll, per_window = jobs.evaluate(
+            "dense", tokens, shell.num_blocks, executor, line.update, measured
+        )
+    finally:
+        executor.close()
+        line.close()
+    result = {
+        "model": source.location,
+        "is_expanded": shell.expansion is not None,
+        "perplexity": nll.perplexity,
+        "num_eval_tokens": nll.num_tokens,
+        "num_windows": len(per_window),
+        "seqlen": seqlen,
+        "dataset": args.dataset,
+        "seconds": measured.seconds["evaluate_dense"],
+        "peak_memory_bytes": measured.peak_memory_bytes,
+    }
+    if args.json:
+        print(json.dumps(result, indent=1, sort_keys=True))
+    else:
+        from sparse_expansion.report import evaluation_table
+
+        print(evaluation_table(result))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    run_config(args, args.seqlen or 2048)
+    from sparse_expansion.model.sources import fetch_config, resolve_name
+
+    source = resolve_name(args.model, args.model_size)
+    _silence_transformers(args.verbose)
+    from sparse_expansion.forecast import forecast
+
+    model_config = fetch_config(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    config = run_config(args, _seqlen(args, model_config))
+    result = forecast(config, model_config)
+    if args.json:
+        print(json.dumps(result, indent=1, sort_keys=True))
+    else:
+        from sparse_expansion.report import plan_table
+
+        print(plan_table(result))
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from sparse_expansion.report import expert_rows, expert_summary, write_table
+    from sparse_expansion.store import Store
+
+    if "://" not in args.folder and not Path(args.folder).is_dir():
+        raise ValueError(f"run folder {args.folder} does not exist: give a run's --output")
+    rows = expert_rows(Store(args.folder))
+    if args.table:
+        write_table(rows, args.table)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(expert_summary(rows))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sparse_expansion.report import run_report
+    from sparse_expansion.store import Store
+
+    if "://" not in args.folder and not Path(args.folder).is_dir():
+        raise ValueError(f"run folder {args.folder} does not exist: give a run's --output")
+    result, text = run_report(Store(args.folder))
+    print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""The settings of a run: frozen, checked on construction, and digested for resuming.
+
+Only the standard library is imported here, so that a bad flag is answered
+before PyTorch is even loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+CALIBRATION_INPUTS = ("compressed", "dense")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityPattern:
+    """Which share of a weight is set to zero, and in what shape.
+
+    Either ``fraction`` of every sweep block (unstructured), or ``pruned`` of every
+    ``group`` consecutive input columns of each row (N:M). N counts the weights that are
+    *removed*, as in SparseGPT's ``prunen``/``prunem``: 1:4 leaves three of four.
+    """
+
+    fraction: float
+    """Share of zeros, 0 to 1."""
+    pruned: int | None = None
+    """N of N:M, None when unstructured."""
+    group: int | None = None
+    """M of N:M, None when unstructured."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.group is None or self.pruned is None:
+            _require(
+                math.isfinite(self.fraction) and 0.0 <= self.fraction <= 1.0,
+                f"sparsity {self.fraction} is outside 0 to 1: give the share of zeros, e.g. 0.5, "
+                "or N:M, e.g. 2:4",
+            )
+        else:
+            _require(
+                self.group >= 1 and 0 <= self.pruned <= self.group,
+                f"sparsity {self.pruned}:{self.group} needs 0 <= N <= M and M >= 1: "
+                "N of every M weights are removed, e.g. 2:4",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> SparsityPattern:
+        """Read ``0.5``, ``2:4`` or ``(2, 4)``.
+
+        Raises:
+            ValueError: the text is none of these, or out of bounds.
+        """
+        match = re.fullmatch(r"\s*\(?\s*(\d+)\s*[:,]\s*(\d+)\s*\)?\s*", text)
+        if match:
+            pruned, group = int(match[1]), int(match[2])
+            _require(group >= 1, f"sparsity {text!r}: M must be at least 1, e.g. 2:4")
+            return cls(fraction=pruned / group, pruned=pruned, group=group)
+        try:
+            fraction = float(text)
+        except ValueError:
+            raise ValueError(
+                f"sparsity {text!r} is neither a share of zeros (0.5) nor N:M (2:4 or '(2, 4)')"
+            ) from None
+        return cls(fraction=fraction)
+
+    def num_pruned(self, numel: int) -> int:
+        """Exact number of zeros in an unstructured block of ``numel`` weights."""
+        return math.floor(self.fraction * numel + 0.5)
+
+    def num_kept(self, rows: int, columns: int, block_size: int) -> int:
+        """Exact number of weights left in a ``rows`` x ``columns`` matrix."""
+        if self.group is not None and self.pruned is not None:
+            full, rest = divmod(columns, self.group)
+            # A last, shorter group loses its proportional share, rounded down.
+            return rows * (columns - full * self.pruned - rest * self.pruned // self.group)
+        kept = 0
+        for start in range(0, columns, block_size):
+            numel = rows * min(block_size, columns - start)
+            kept += numel - self.num_pruned(numel)
+        return kept
+
+    def __str__(self) -> str:
+        if self.group is not None:
+            return f"{self.pruned}:{self.group}"
+        return f"{self.fraction:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How one expert's weight is pruned and quantized."""
+
+    sparsity: SparsityPattern = field(default_factory=lambda: SparsityPattern(fraction=0.5))
+    """Share and shape of the zeros."""
+    bits: int | None = None
+    """Bits per kept weight (2 to 8), None for no quantization."""
+    symmetric: bool = False
+    """Symmetric grid (zero point in the middle) instead of an asymmetric one."""
+    group_size: int | None = None
+    """Input columns that share a scale, None for one scale per output row."""
+    act_order: bool = False
+    """Sweep columns by falling Hessian diagonal; groups stay where they were (static)."""
+    block_size: int = 128
+    """Columns per lazy block of the sweep."""
+    damping_fraction: float = 0.01
+    """Share of the mean Hessian diagonal that is added to the diagonal."""
+    min_tokens_per_expert: int | None = None
+    """Below this many tokens an expert uses the whole group's Hessian; None is auto
+    (an eighth of the input width)."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _require(
+            self.bits is None or 2 <= self.bits <= 8,
+            f"bits {self.bits} is outside 2 to 8: use --bits 4, or leave --quantize away",
+        )
+        _require(self.block_size >= 1, f"block_size {self.block_size} must be at least 1, e.g. 128")
+        _require(
+            math.isfinite(self.damping_fraction) and 0 < self.damping_fraction <= 10,
+            f"damping_fraction {self.damping_fraction} is outside 0 to 10, e.g. 0.01",
+        )
+        _require(
+            self.group_size is None or self.group_size >= 1,
+            f"group_size {self.group_size} must be at least 1, e.g. 128",
+        )
+        _require(
+            self.min_tokens_per_expert is None or self.min_tokens_per_expert >= 0,
+            f"min_tokens_per_expert {self.min_tokens_per_expert} must not be negative",
+        )
+        group = self.sparsity.group
+        if group is not None:
+            _require(
+                self.block_size % group == 0,
+                f"sparsity {self.sparsity}: M = {group} must divide block_size "
+                f"{self.block_size}; use --block-size {max(1, self.block_size // group) * group}",
+            )
+            _require(
+                not self.act_order,
+                f"act_order reorders columns, which N:M sparsity {self.sparsity} forbids: "
+                "drop one of the two",
+            )
+
+    def min_tokens(self, width: int) -> int:
+        """Tokens below which an expert of ``width`` input features is starved."""
+        if self.min_tokens_per_expert is not None:
+            return self.min_tokens_per_expert
+        return max(1, width // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How a linear group's inputs are clustered."""
+
+    num_clusters: int = 16
+    """K: clusters, and experts, per linear group."""
+    pca_reduction_factor: int | None = 32
+    """PCA keeps ``width // factor`` components; None routes on the full input."""
+    restarts: int = 4
+    """KMeans runs from different seeds; the lowest inertia is kept."""
+    max_iterations: int = 100
+    """Lloyd iterations per restart at most."""
+    fit_tokens: int = 65536
+    """KMeans is fitted on at most this many calibration tokens (evenly spaced)."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _require(
+            1 <= self.num_clusters <= 4096,
+            f"num_clusters {self.num_clusters} is outside 1 to 4096, e.g. 16",
+        )
+        _require(
+            self.pca_reduction_factor is None or self.pca_reduction_factor >= 1,
+            f"PCA_reduction_factor {self.pca_reduction_factor} must be at least 1, e.g. 32",
+        )
+        _require(self.restarts >= 1, f"kmeans_restarts {self.restarts} must be at least 1, e.g. 4")
+        _require(
+            self.max_iterations >= 1,
+            f"kmeans iterations {self.max_iterations} must be at least 1, e.g. 100",
+        )
+        _require(
+            self.fit_tokens >= self.num_clusters,
+            f"kmeans_tokens {self.fit_tokens} must be at least num_clusters {self.num_clusters}",
+        )
+
+    def num_components(self, width: int) -> int:
+        """PCA components for inputs of ``width`` features (``width`` without PCA)."""
+        if self.pca_reduction_factor is None:
+            return width
+        return max(1, width // self.pca_reduction_factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What the experts are made on."""
+
+    dataset: str = "wikitext2"
+    """``wikitext2``, ``c4``, ``pydoc``, or a folder or file."""
+    dataset_size: int = 128
+    """Calibration windows."""
+    seqlen: int = 2048
+    """Tokens per window."""
+    seed: int = 0
+    """Seed of the windows and of KMeans."""
+    calibration_inputs: str = "compressed"
+    """``compressed``: every block sees what the compressed blocks before it put out (the
+    paper's); ``dense``: every block sees the dense model's activations."""
+    data_shards: int = 4
+    """Shards of the windows. Sums are merged in shard order, so the result depends on this
+    number and never on the number of workers."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _require(
+            self.dataset_size >= 1,
+            f"dataset_size {self.dataset_size} must be at least 1 window, e.g. 128",
+        )
+        _require(self.seqlen >= 2, f"seqlen {self.seqlen} must be at least 2 tokens, e.g. 2048")
+        _require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to 2**32 - 1")
+        _require(
+            self.calibration_inputs in CALIBRATION_INPUTS,
+            f"calibration_inputs {self.calibration_inputs!r} is none of "
+            f"{', '.join(CALIBRATION_INPUTS)}",
+        )
+        _require(
+            self.data_shards >= 1, f"data_shards {self.data_shards} must be at least 1, e.g. 4"
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in use: never more than there are windows."""
+        return min(self.data_shards, self.dataset_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    """Pruning and quantization."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """PCA and KMeans."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Calibration text and schedule."""
+    dtype: str = "auto"
+    """Storage and compute dtype; ``auto`` keeps the source's."""
+    experts_per_unit: int = 4
+    """Experts that one unit of work makes and one file holds."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        _require(
+            self.experts_per_unit >= 1,
+            f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
+        """Read back what ``to_dict`` wrote."""
+        compression = dict(data["compression"])
+        compression["sparsity"] = SparsityPattern(**compression["sparsity"])
+        return cls(
+            compression=CompressionConfig(**compression),
+            routing=RoutingConfig(**data["routing"]),
+            calibration=CalibrationConfig(**data["calibration"]),
+            dtype=data["dtype"],
+            experts_per_unit=data["experts_per_unit"],
+        )
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over the canonical JSON of ``parts``, 16 hex digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

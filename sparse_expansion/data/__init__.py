@@ -1,0 +1,1 @@
+"""Text to token windows, and windows to the inputs of linear groups."""

@@ -1,0 +1,84 @@
+"""Windows to group inputs: the only home of hooks, and of the buffers that hold activations."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_expansion.model.families import LinearGroup
+
+
+class ActivationBuffers:
+    """Tensors for activations: in memory up to a budget, beyond it in a mapped scratch file.
+
+    A scratch file is unlinked as soon as it is mapped, so nothing is left behind however the
+    process ends.
+    """
+
+    def __init__(self, *, memory_bytes: int, scratch: str | Path | None = None) -> None:
+        self.memory_bytes = memory_bytes
+        self.scratch = None if scratch is None else str(scratch)
+        self.in_memory = 0
+        self.spilled = 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised CPU tensor; give it back with ``release``."""
+        tensor = torch.empty(0, dtype=dtype)
+        numel = 1
+        for size in shape:
+            numel *= size
+        num_bytes = numel * tensor.element_size()
+        if self.in_memory + num_bytes <= self.memory_bytes:
+            self.in_memory += num_bytes
+            return torch.empty(shape, dtype=dtype)
+        with tempfile.NamedTemporaryFile(prefix="sparse-expansion-", dir=self.scratch) as file:
+            # Reserve the blocks now: a full disk must be an error here, not a crash (SIGBUS) when
+            # the mapping is written.
+            _reserve(file.fileno(), num_bytes)
+            mapped = torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
+        self.spilled += num_bytes
+        return mapped.view(shape)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Take the tensor's bytes off the account."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if tensor.untyped_storage().filename is not None:
+            self.spilled -= num_bytes
+        else:
+            self.in_memory -= num_bytes
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.truncate(descriptor, num_bytes)
+
+
+class GroupInputs:
+    """Collects what the first linear of each group is called with, while a block runs."""
+
+    def __init__(self, block: nn.Module, groups: tuple[LinearGroup, ...]) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self._handles = [
+            block.get_submodule(group.linears[0]).register_forward_pre_hook(self._hook(group.name))
+            for group in groups
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    def __enter__(self) -> GroupInputs:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()

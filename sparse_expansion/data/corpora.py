@@ -1,0 +1,222 @@
+"""Text to token windows: hub datasets, the offline ``pydoc`` corpus, local folders and files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMED = ("wikitext2", "c4", "pydoc")
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_TRAIN_NAMES = ("train", "valid", "validation")
+_TEST_NAMES = ("test",)
+_C4_EVALUATION_DOCUMENTS = 1100
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text for calibration and text for evaluation."""
+
+    name: str
+    calibration: str
+    evaluation: str
+
+
+def check_dataset(dataset: str) -> None:
+    """Answer a wrong ``--dataset`` before any long work.
+
+    Raises:
+        ValueError: neither a known name nor an existing folder or file with text in it.
+    """
+    if dataset in NAMED:
+        return
+    path = Path(dataset).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"dataset {dataset!r} is neither {', '.join(NAMED)} nor an existing folder or file: "
+            "check --dataset"
+        )
+    if path.is_dir():
+        for names in (_TRAIN_NAMES, _TEST_NAMES):
+            _find(path, names)
+    elif path.suffix not in _SUFFIXES:
+        raise ValueError(f"dataset file {path} is none of {', '.join(_SUFFIXES)}")
+
+
+def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
+    """Read both texts.
+
+    WikiText-2 as in GPTQ and SparseGPT: training lines joined by a space, test lines by a blank
+    line. A single local file serves its first nine tenths for calibration and the rest for
+    evaluation.
+
+    Raises:
+        ValueError: the text is missing or empty, or the hub cannot be reached.
+    """
+    check_dataset(dataset)
+    if dataset == "pydoc":
+        corpus = _pydoc()
+    elif dataset == "wikitext2":
+        corpus = _wikitext2(cache_dir)
+    elif dataset == "c4":
+        corpus = _c4(cache_dir)
+    else:
+        corpus = _local(Path(dataset).expanduser())
+    for kind, text in (("calibration", corpus.calibration), ("evaluation", corpus.evaluation)):
+        if not text.strip():
+            raise ValueError(f"dataset {dataset!r} has an empty {kind} text: give one with text")
+    return corpus
+
+
+def _pydoc() -> Corpus:
+    """The Python language reference, offline in every Python; its last fifth evaluates."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    cut = len(texts) * 4 // 5
+    return Corpus("pydoc", "\n\n".join(texts[:cut]), "\n\n".join(texts[cut:]))
+
+
+def _wikitext2(cache_dir: str | None) -> Corpus:
+    train = _hub_texts("Salesforce/wikitext", "wikitext-2-raw-v1", "train", cache_dir)
+    test = _hub_texts("Salesforce/wikitext", "wikitext-2-raw-v1", "test", cache_dir)
+    return Corpus("wikitext2", " ".join(train), "\n\n".join(test))
+
+
+def _c4(cache_dir: str | None) -> Corpus:
+    train = _hub_texts("allenai/c4", None, "train", cache_dir, "en/c4-train.00000-of-01024.json.gz")
+    valid = _hub_texts(
+        "allenai/c4", None, "validation", cache_dir, "en/c4-validation.00000-of-00008.json.gz"
+    )
+    # 20 000 documents are about 9 million tokens: more than any calibration draws from.
+    return Corpus("c4", " ".join(train[:20000]), " ".join(valid[:_C4_EVALUATION_DOCUMENTS]))
+
+
+def _hub_texts(
+    repository: str, name: str | None, split: str, cache_dir: str | None, file: str | None = None
+) -> list[str]:
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
+    if file is not None:
+        options["data_files"] = {split: file}
+    try:
+        return list(load_dataset(repository, name, **options)["text"])
+    except (OSError, ValueError, RuntimeError) as error:
+        # datasets reports a hub that cannot be reached as any of these.
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"dataset {repository} ({split}) is not in the cache and cannot be downloaded "
+            f"({line}): run once with a network, or give --dataset pydoc (offline) or a folder "
+            "with train.txt and test.txt"
+        ) from None
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        for suffix in _SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    raise ValueError(
+        f"dataset folder {folder} has no {' or '.join(names)} with ending "
+        f"{', '.join(_SUFFIXES)}: put one there"
+    )
+
+
+def _local(path: Path) -> Corpus:
+    if path.is_dir():
+        calibration, evaluation = _find(path, _TRAIN_NAMES), _find(path, _TEST_NAMES)
+        return Corpus(str(path), _read(calibration, " "), _read(evaluation, "\n\n"))
+    records = _records(path)
+    cut = max(1, len(records) * 9 // 10)
+    return Corpus(str(path), " ".join(records[:cut]), "\n\n".join(records[cut:]))
+
+
+def _read(path: Path, separator: str) -> str:
+    if path.suffix == ".txt":
+        return _text(path)
+    return separator.join(_records(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: convert it") from None
+
+
+def _records(path: Path) -> list[str]:
+    """The documents of a file: lines of a .txt, the ``text`` field of .jsonl and .parquet."""
+    if path.suffix == ".txt":
+        return _text(path).splitlines()
+    if path.suffix == ".jsonl":
+        return list(_jsonl(path))
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["text"])
+    except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} has no readable column 'text': {line}") from None
+    return [text for text in table.column("text").to_pylist() if text is not None]
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a JSON object with a 'text'") from None
+
+
+def calibration_windows(
+    text: str, encode: Callable[[str], list[int]], *, num_windows: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """``num_windows`` random windows of the tokenised text, ``[N, L]`` int64, seeded.
+
+    Windows start anywhere and may overlap, as in GPTQ and SparseGPT.
+
+    Raises:
+        ValueError: the text has too few tokens for one window.
+    """
+    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    if len(tokens) <= seqlen:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens, {seqlen + 1} are needed for a window "
+            f"of {seqlen}: give a longer text or a smaller --seqlen"
+        )
+    generator = random.Random(seed)
+    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(num_windows)]
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(
+    text: str, encode: Callable[[str], list[int]], *, seqlen: int, max_windows: int | None
+) -> torch.Tensor:
+    """Non-overlapping windows from the start of the tokenised text, the remainder dropped.
+
+    Raises:
+        ValueError: the text has too few tokens for one window, or for ``max_windows``.
+    """
+    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    available = len(tokens) // seqlen
+    if available == 0:
+        raise ValueError(
+            f"the evaluation text has {len(tokens)} tokens, {seqlen} are needed for a window: give "
+            "a longer text or a smaller --seqlen"
+        )
+    if max_windows is not None and max_windows > available:
+        raise ValueError(
+            f"--eval-windows {max_windows} of {seqlen} tokens need {max_windows * seqlen} tokens, "
+            f"the evaluation text has {len(tokens)}: use --eval-windows {available}"
+        )
+    count = available if max_windows is None else max_windows
+    return tokens[: count * seqlen].reshape(count, seqlen)

@@ -1,0 +1,1 @@
+"""Executors: the same units of work in one process or over a Ray cluster."""

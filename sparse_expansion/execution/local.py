@@ -1,0 +1,48 @@
+"""All units in this process, one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from sparse_expansion.execution.base import Observer, Progress, Schedule, unit_order
+from sparse_expansion.stages import Unit, UnitReport, Worker, WorkerSpec
+
+
+class LocalExecutor:
+    """One worker, here."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """The worker keeps its caches between graphs."""
+        self.worker = Worker(spec)
+
+    def run(self, units: Sequence[Unit], observer: Observer) -> dict[str, UnitReport]:
+        """See ``Executor.run``."""
+        schedule = Schedule(units)
+        reports: dict[str, UnitReport] = {}
+        cost_total = sum(unit.cost for unit in units)
+        cost_done = 0.0
+        while not schedule.is_finished:
+            if not schedule.ready:
+                raise AssertionError("the graph of units has a cycle")
+            unit = min((schedule.units[key] for key in schedule.ready), key=unit_order)
+            started = time.time()
+            report, outputs = self.worker.run(unit, schedule.start(unit.key))
+            schedule.finish(unit.key, outputs)
+            reports[unit.key] = report
+            cost_done += unit.cost
+            observer(
+                Progress(
+                    report,
+                    unit,
+                    len(schedule.done),
+                    len(units),
+                    cost_done,
+                    cost_total,
+                    started=started,
+                )
+            )
+        return reports
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,424 @@
+"""A run from its settings to its metrics: prepare, expand, assemble, evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_expansion.config import RunConfig, digest
+from sparse_expansion.data.corpora import (
+    Corpus,
+    calibration_windows,
+    evaluation_windows,
+    load_corpus,
+)
+from sparse_expansion.execution.base import Executor, Observer
+from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
+from sparse_expansion.model.families import Family, linear_shape
+from sparse_expansion.model.streaming import INDEX_NAME, ModelShell
+from sparse_expansion.plan import (
+    GroupShape,
+    ModelShape,
+    evaluation_units,
+    expansion_units,
+    needed_units,
+)
+from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
+from sparse_expansion.store import RUN_FILE, Store, open_run
+from sparse_expansion.types import NllSum
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass
+class Measurements:
+    """Collected over a run."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Wall-clock seconds by step of the run."""
+    unit_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Worker seconds by stage, summed over units and workers."""
+    peak_memory_bytes: int = 0
+    """Largest resident memory of any worker."""
+
+    def add(self, reports: Iterable[UnitReport], units: dict[str, Unit]) -> None:
+        """Account for finished units."""
+        for report in reports:
+            self.unit_seconds[units[report.key].stage] += report.seconds
+            self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
+
+
+def model_shape(shell: ModelShell) -> ModelShape:
+    """What planning needs, read off the meta model.
+
+    Raises:
+        ValueError: blocks differ in the shapes of their MLPs.
+    """
+    shapes = [_group_shapes(shell, layer, shell.family) for layer in range(shell.num_blocks)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("the model's blocks differ in their MLP shapes, which is not supported")
+    return ModelShape(shell.num_blocks, int(shell.config.hidden_size), shapes[0])
+
+
+def _group_shapes(shell: ModelShell, layer: int, family: Family) -> tuple[GroupShape, ...]:
+    block = shell.meta_block(layer)
+    found = []
+    for group in family.groups:
+        shapes = [linear_shape(block, name) for name in group.linears]
+        if len({width for _, width in shapes}) != 1:
+            raise ValueError(f"linears {', '.join(group.linears)} do not share one input width")
+        found.append(GroupShape(group.name, shapes[0][1], sum(rows for rows, _ in shapes)))
+    return tuple(found)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} has no readable tokenizer: {line}") from None
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text to token ids, as the tokenizer does it for a model input."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
+    """Answer a tokenizer that does not belong to the model before a lookup crashes.
+
+    Raises:
+        ValueError: a token id is outside the embedding.
+    """
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives id {largest}, the model has {vocabulary} embeddings: the "
+            "tokenizer in the model folder belongs to another model"
+        )
+
+
+@dataclass
+class Prepared:
+    """A run that has passed all checks."""
+
+    config: RunConfig
+    shell: ModelShell
+    units: list[Unit]
+    identity: dict[str, Any]
+    corpus: Corpus
+    encode: Callable[[str], list[int]]
+
+
+def prepare(
+    config: RunConfig,
+    folder: Path,
+    *,
+    dataset: str,
+    cache_dir: str | None,
+    model_name: str,
+) -> tuple[Prepared, torch.Tensor]:
+    """Everything that can fail early: model, tokenizer, text, windows, shapes.
+
+    Returns:
+        The prepared run and the calibration windows ``[N, L]``.
+    """
+    shell = ModelShell(folder, dtype=config.dtype)
+    if shell.expansion is not None:
+        raise ValueError(f"{folder} is already an expanded model: expand the dense one")
+    shape = model_shape(shell)
+    limit = getattr(shell.config, "max_position_embeddings", None)
+    if limit is not None and config.calibration.seqlen > limit:
+        raise ValueError(
+            f"seqlen {config.calibration.seqlen} is more than the model's {limit} positions: use "
+            f"--seqlen {limit} or less"
+        )
+    corpus = load_corpus(dataset, cache_dir=cache_dir)
+    encode = encoder(load_tokenizer(folder))
+    calibration = config.calibration
+    windows = calibration_windows(
+        corpus.calibration,
+        encode,
+        num_windows=calibration.dataset_size,
+        seqlen=calibration.seqlen,
+        seed=calibration.seed,
+    )
+    check_vocabulary(windows, int(shell.config.vocab_size))
+    identity = {
+        "config": config.to_dict(),
+        "model": model_name,
+        "weights": shell.files.fingerprint(),
+        "calibration_tokens": digest(windows.tolist()),
+    }
+    identity["digest"] = digest(identity)
+    units = expansion_units(config, shape)
+    return Prepared(config, shell, units, identity, corpus, encode), windows
+
+
+def expand(
+    prepared: Prepared,
+    windows: torch.Tensor,
+    store: Store,
+    executor: Executor,
+    observer: Observer,
+    measured: Measurements,
+) -> None:
+    """Make (or finish making) the expanded model in the store's folder."""
+    start = time.perf_counter()
+    if not store.exists(CALIBRATION_FILE):
+        store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+
+    def is_committed(unit: Unit) -> bool:
+        record = store.record(unit.key)
+        return record is not None and store.is_intact(record)
+
+    todo = needed_units(prepared.units, is_committed)
+    by_key = {unit.key: unit for unit in todo}
+    cleaner = _HiddenCleaner(store, todo)
+
+    def observe(progress: Any) -> None:
+        cleaner.finished(progress.unit)
+        observer(progress)
+
+    reports = executor.run(todo, observe)
+    measured.add(reports.values(), by_key)
+    measured.seconds["expand"] += time.perf_counter() - start
+    start = time.perf_counter()
+    assemble(prepared, store)
+    measured.seconds["assemble"] += time.perf_counter() - start
+
+
+class _HiddenCleaner:
+    """Removes a block's input hidden states once nothing of the block is left to do."""
+
+    def __init__(self, store: Store, units: list[Unit]) -> None:
+        self.store = store
+        self.left: dict[int, int] = defaultdict(int)
+        self.total = len(units)
+        for unit in units:
+            self.left[unit.layer] += 1
+        self.deleted: set[int] = set()
+
+    def finished(self, unit: Unit) -> None:
+        self.left[unit.layer] -= 1
+        if unit.layer >= 0 and self.left[unit.layer] == 0 and unit.layer not in self.deleted:
+            self.deleted.add(unit.layer)
+            prefix = f"run/hidden/layer-{unit.layer:03d}-"
+            for name in self.store.list("run/hidden"):
+                if name.startswith(prefix):
+                    self.store.delete(name)
+
+
+def assemble(prepared: Prepared, store: Store) -> None:
+    """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for unit in prepared.units:
+        if unit.stage not in ("trunk", "router", "experts"):
+            continue
+        record = store.record(unit.key)
+        if record is None:
+            raise AssertionError(f"unit {unit.key} is not finished")
+        for name, file in record["files"].items():
+            for tensor, size in file["tensors"].items():
+                weight_map[tensor] = name
+                total += size
+    store.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in sorted(prepared.shell.folder.iterdir()):
+        if path.is_file() and _is_companion(path.name):
+            store.write_bytes(path.name, path.read_bytes())
+    config = prepared.shell.config.to_dict()
+    config["dtype"] = str(prepared.shell.dtype).removeprefix("torch.")
+    config["architectures"] = [type(prepared.shell._model).__name__]
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "groups": [list(group.linears) for group in prepared.shell.family.groups],
+        "compression": asdict(prepared.config.compression),
+        "routing": asdict(prepared.config.routing),
+    }
+    store.write_json("config.json", config)
+    store.delete_folder("run/hidden")
+
+
+def _is_companion(name: str) -> bool:
+    """Tokenizer, generation and licence files, which travel with a model unchanged."""
+    if name in ("config.json", INDEX_NAME, "README.md"):
+        return False
+    if name.endswith((".model", ".jinja")) or name.upper().startswith(("LICENSE", "NOTICE")):
+        return True
+    starts = (
+        "tokenizer",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "generation_config",
+        "chat_template",
+    )
+    return name.startswith(starts) and name.endswith((".json", ".txt"))
+
+
+def evaluate(
+    model: str,
+    windows: torch.Tensor,
+    num_layers: int,
+    executor: Executor,
+    observer: Observer,
+    measured: Measurements,
+    *,
+    num_shards: int = 1,
+    num_ranges: int = 1,
+) -> tuple[NllSum, list[NllSum]]:
+    """Perplexity of ``dense`` (the source) or ``expanded`` (the store's folder).
+
+    Returns:
+        The sum over all windows, and each window's.
+    """
+    start = time.perf_counter()
+    units = evaluation_units(
+        model,
+        windows.tolist(),
+        num_layers=num_layers,
+        num_shards=num_shards,
+        num_ranges=num_ranges,
+    )
+    reports = executor.run(units, observer)
+    measured.add(reports.values(), {unit.key: unit for unit in units})
+    measured.seconds[f"evaluate_{model}"] += time.perf_counter() - start
+    per_window = [
+        NllSum(total, count)
+        for unit in units
+        for total, count in reports[unit.key].stats.get("nll", [])
+    ]
+    whole = NllSum(0.0, 0)
+    for part in per_window:
+        whole = whole + part
+    return whole, per_window
+
+
+def evaluation_tokens(
+    corpus: Corpus,
+    encode: Callable[[str], list[int]],
+    *,
+    seqlen: int,
+    max_windows: int | None,
+    vocabulary: int,
+) -> torch.Tensor:
+    """Checked evaluation windows ``[N, L]``."""
+    windows = evaluation_windows(corpus.evaluation, encode, seqlen=seqlen, max_windows=max_windows)
+    check_vocabulary(windows, vocabulary)
+    return windows
+
+
+def dense_bytes(shell: ModelShell) -> int:
+    """Bytes of the dense model's parameters in the run's dtype."""
+    size = torch.empty(0, dtype=shell.dtype).element_size()
+    names = {shell.file_name(name) for name in shell.trunk_names()}
+    total = 0
+    for name in shell.files.names():
+        if name in names or any(
+            name.endswith(f"{linear}.weight")
+            for group in shell.family.groups
+            for linear in group.linears
+        ):
+            total += shell.files.read(name).numel() * size
+    return total
+
+
+def checkpoint_bytes(store: Store) -> int:
+    """Bytes of the expanded model's weight files."""
+    files = {
+        name: 0 for name in store.list("") if name.endswith(".safetensors") and "/" not in name
+    }
+    return sum(int(store.fs.size(store.path(name))) for name in files)
+
+
+def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[str, Any]:
+    """What the markers of a finished expansion add up to."""
+    experts = starved = raised = 0
+    damping = prepared.config.compression.damping_fraction
+    for unit in prepared.units:
+        if unit.stage != "experts":
+            continue
+        record = store.record(unit.key)
+        assert record is not None
+        stats = record["stats"]
+        experts += len(stats["tokens"])
+        starved += sum(stats["starved"])
+        raised += sum(fraction > damping for fraction in stats["damping_fraction"])
+    return {
+        "config": prepared.config.to_dict(),
+        "model": prepared.identity["model"],
+        "calibration_inputs": prepared.config.calibration.calibration_inputs,
+        "executor": executor,
+        "num_experts": experts,
+        "starved_experts": starved,
+        "raised_damping": raised,
+        "checkpoint_bytes": checkpoint_bytes(store),
+        "dense_checkpoint_bytes": dense_bytes(prepared.shell),
+    }
+
+
+def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str, Any]:
+    """Add times and memory."""
+    return {
+        **metrics,
+        "seconds": dict(measured.seconds),
+        "unit_seconds": dict(measured.unit_seconds),
+        "peak_memory_bytes": max(measured.peak_memory_bytes, peak_memory_bytes()),
+    }
+
+
+def write_metrics(store: Store, metrics: dict[str, Any]) -> None:
+    """``metrics.json``, whole or not at all."""
+    store.write_json(METRICS_FILE, metrics)
+
+
+def claim(store: Store, prepared: Prepared, *, resume: bool) -> None:
+    """Claim the output folder; see ``store.open_run``."""
+    open_run(store, json.loads(json.dumps(prepared.identity)), resume=resume)
+
+
+def saved_identity(store: Store) -> dict[str, Any]:
+    """The run file of a finished or unfinished run.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    if not store.exists(RUN_FILE):
+        raise ValueError(f"{store.root} holds no run: give the --output folder of one")
+    found: dict[str, Any] = store.read_json(RUN_FILE)
+    return found
+
+
+class ScratchFolder:
+    """A temporary output for runs whose result is not to be kept."""
+
+    def __enter__(self) -> str:
+        self.path = tempfile.mkdtemp(prefix="sparse-expansion-")
+        return self.path
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

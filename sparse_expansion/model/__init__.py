@@ -1,0 +1,1 @@
+"""Language models: families, streaming from disk, and the expanded form."""

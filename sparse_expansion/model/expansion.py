@@ -1,0 +1,386 @@
+"""The expanded model: routed linears, and the transformers plug-in that loads them.
+
+Registered as quantization method ``sparse_expansion``: a folder whose ``config.json`` has
+``quantization_config.quant_method = "sparse_expansion"`` is loaded by
+``AutoModelForCausalLM.from_pretrained`` once ``sparse_expansion`` is imported.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_expansion.algorithms.clustering import route
+from sparse_expansion.algorithms.packing import packed_bytes, unpack_expert
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
+from sparse_expansion.model.families import block_list, family_of, linear_shape
+from sparse_expansion.types import Router
+
+QUANT_METHOD = "sparse_expansion"
+FORMAT_VERSION = 1
+DEFAULT_CACHE_BYTES = 1 << 30
+FLOAT32_PARTS = ("router", "grid")
+
+
+class ExpertCache:
+    """Dense copies of recently used experts, the least recent dropped beyond ``max_bytes``."""
+
+    def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._weights: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+
+    def get(self, linear: ExpandedLinear, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dense weight of one expert, unpacked on a miss."""
+        key = (id(linear), expert)
+        weight = self._weights.get(key)
+        if weight is not None and weight.dtype == dtype and weight.device == linear.device:
+            self._weights.move_to_end(key)
+            return weight
+        self._drop(key)
+        weight = linear.unpack(expert, dtype)
+        size = weight.numel() * weight.element_size()
+        if self.max_bytes is not None:
+            while self._weights and self.num_bytes + size > self.max_bytes:
+                self._drop(next(iter(self._weights)))
+        self._weights[key] = weight
+        self.num_bytes += size
+        return weight
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        weight = self._weights.pop(key, None)
+        if weight is not None:
+            self.num_bytes -= weight.numel() * weight.element_size()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._weights.clear()
+        self.num_bytes = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
+        # Entries are keyed by module identity, so a copied module starts with none.
+        return ExpertCache(self.max_bytes)
+
+
+class Routing:
+    """Tokens of one input, sorted by expert: ``order`` and the count of each expert."""
+
+    def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
+        self.order_T = torch.argsort(experts_T, stable=True)
+        self.counts = torch.bincount(experts_T, minlength=num_clusters).tolist()
+
+
+class GroupRouter(nn.Module):
+    """A linear group's router; float32 whatever the model's dtype."""
+
+    def __init__(self, width: int, config: RoutingConfig) -> None:
+        super().__init__()
+        components = config.num_components(width)
+        self.mean = _frozen(torch.empty(width, dtype=torch.float32))
+        self.register_parameter(
+            "components",
+            None
+            if config.pca_reduction_factor is None
+            else _frozen(torch.empty(components, width, dtype=torch.float32)),
+        )
+        self.centroids = _frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
+        self._last: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
+
+    def router(self) -> Router:
+        """The router as plain tensors."""
+        return Router(self.mean, self.components, self.centroids)
+
+    def forward(self, X: torch.Tensor) -> Routing:
+        """Route ``X [..., D]``; linears of the group that get the same tensor route once."""
+        # An inference tensor has no version counter, so a change in place could go unseen.
+        version = None if X.is_inference() else X._version
+        if self._last is not None and version is not None:
+            seen, seen_version, routing = self._last
+            if seen() is X and seen_version == version:
+                return routing
+        X_TD = X.reshape(-1, X.shape[-1])
+        routing = Routing(route(X_TD, self.router()), self.centroids.shape[0])
+        self._last = None if version is None else (weakref.ref(X), version, routing)
+        return routing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupRouter:
+        clone = GroupRouter.__new__(GroupRouter)
+        nn.Module.__init__(clone)
+        memo[id(self)] = clone
+        for name, parameter in self._parameters.items():
+            copy = None if parameter is None else _frozen(parameter.detach().clone())
+            clone.register_parameter(name, copy)
+        clone._last = None
+        return clone
+
+
+class Grid(nn.Module):
+    """The affine grid that all experts of one linear share (float32)."""
+
+    def __init__(self, rows: int, width: int, config: CompressionConfig) -> None:
+        super().__init__()
+        assert config.bits is not None
+        self.bits = config.bits
+        self.group_size = width if config.group_size is None else min(config.group_size, width)
+        groups = -(-width // self.group_size)
+        self.scale = _frozen(torch.empty(rows, groups, dtype=torch.float32))
+        self.zero_point = _frozen(torch.empty(rows, groups, dtype=torch.float32))
+
+    def grid(self) -> AffineGrid:
+        """The grid as plain tensors."""
+        return AffineGrid(self.scale, self.zero_point, self.bits, self.group_size)
+
+
+class PackedExpert(nn.Module):
+    """One expert as it is stored: ``bitmask`` and ``values`` or ``codes``."""
+
+    def __init__(
+        self, numel: int, num_kept: int, config: CompressionConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        if is_sparse(config):
+            size = packed_bytes(numel, 1)
+            self.bitmask = _frozen(torch.empty(size, dtype=torch.uint8))
+        if config.bits is None:
+            self.values = _frozen(torch.empty(num_kept, dtype=dtype))
+        else:
+            size = packed_bytes(num_kept, config.bits)
+            self.codes = _frozen(torch.empty(size, dtype=torch.uint8))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Named tensors, as ``packing.pack_expert`` made them."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+class ExpandedLinear(nn.Module):
+    """K packed experts in place of one linear; every token goes through exactly one."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        compression: CompressionConfig,
+        routing: RoutingConfig,
+        router: GroupRouter | None,
+        cache: ExpertCache,
+        dtype: torch.dtype,
+    ) -> None:
+        """Empty experts of the right shapes; a group's first linear (``router=None``) owns it."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_kept = num_kept(out_features, in_features, compression)
+        numel = in_features * out_features
+        self.experts = nn.ModuleList(
+            PackedExpert(numel, self.num_kept, compression, dtype)
+            for _ in range(routing.num_clusters)
+        )
+        self.grid = (
+            None if compression.bits is None else Grid(out_features, in_features, compression)
+        )
+        if router is None:
+            self.router = GroupRouter(in_features, routing)
+            router = self.router
+        # In a list, so that a shared router is not registered (and saved) twice.
+        self._shared = [router]
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.cache = cache
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return next(self.experts[0].parameters()).device
+
+    @property
+    def group_router(self) -> GroupRouter:
+        """The router that this linear shares with its group."""
+        return self._shared[0]
+
+    def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dense weight ``[O, D]`` of one expert."""
+        packed = self.experts[expert]
+        assert isinstance(packed, PackedExpert)
+        return unpack_expert(
+            packed.tensors(),
+            (self.out_features, self.in_features),
+            grid=None if self.grid is None else self.grid.grid(),
+            num_kept=self.num_kept,
+            dtype=dtype,
+            device=self.device,
+        )
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """``X [..., D]`` -> ``[..., O]``: one matmul per expert that has tokens."""
+        routing = self.group_router(X)
+        X_TD = X.reshape(-1, X.shape[-1])
+        sorted_TD = X_TD[routing.order_T]
+        parts = []
+        start = 0
+        for expert, count in enumerate(routing.counts):
+            if count:
+                weight = self.cache.get(self, expert, X.dtype)
+                tokens = sorted_TD[start : start + count]
+                parts.append(nn.functional.linear(tokens, weight, self.bias))
+                start += count
+        out = X_TD.new_empty(X_TD.shape[0], self.out_features)
+        if parts:
+            out[routing.order_T] = torch.cat(parts)
+        return out.reshape(*X.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"experts={len(self.experts)}, bias={self.bias is not None}"
+        )
+
+
+def is_sparse(config: CompressionConfig) -> bool:
+    """Whether experts carry a bitmask (any sparsity above 0)."""
+    return config.sparsity.fraction > 0
+
+
+def num_kept(rows: int, width: int, config: CompressionConfig) -> int:
+    """Stored weights of one expert: exact, and the same for all experts of a linear."""
+    return config.sparsity.num_kept(rows, width, config.block_size)
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def expand_block(
+    block: nn.Module,
+    groups: tuple[tuple[str, ...], ...],
+    compression: CompressionConfig,
+    routing: RoutingConfig,
+    *,
+    cache: ExpertCache,
+    dtype: torch.dtype,
+) -> None:
+    """Replace a block's MLP linears by empty expanded ones, in place."""
+    for linears in groups:
+        router: GroupRouter | None = None
+        for name in linears:
+            rows, width = linear_shape(block, name)
+            old = block.get_submodule(name)
+            new = ExpandedLinear(
+                width,
+                rows,
+                bias=getattr(old, "bias", None) is not None,
+                compression=compression,
+                routing=routing,
+                router=router,
+                cache=cache,
+                dtype=dtype,
+            )
+            router = new.group_router
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent) if parent else block, leaf, new)
+
+
+def expand_model(
+    model: nn.Module, config: SparseExpansionConfig, dtype: torch.dtype
+) -> ExpertCache:
+    """Replace the MLP linears of every block; returns the cache that the model's experts share."""
+    family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
+    for block in block_list(model, family):
+        expand_block(
+            block,
+            tuple(tuple(group) for group in config.groups),
+            config.compression_config(),
+            config.routing_config(),
+            cache=cache,
+            dtype=dtype,
+        )
+    return cache
+
+
+@register_quantization_config(QUANT_METHOD)
+class SparseExpansionConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of an expanded model.
+
+    Args:
+        groups: for each linear group of a block, its linears' names.
+        compression: ``CompressionConfig`` as a dictionary.
+        routing: ``RoutingConfig`` as a dictionary.
+        format_version: of the tensors, see ``docs/format.md``.
+        expert_residency: ``compressed`` keeps experts packed and unpacks those in use into a
+            bounded cache; ``dense`` keeps every expert it has unpacked.
+        cache_bytes: bound of that cache.
+    """
+
+    def __init__(
+        self,
+        groups: list[list[str]] | None = None,
+        compression: dict[str, Any] | None = None,
+        routing: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        expert_residency: str = "compressed",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        **kwargs: Any,
+    ) -> None:
+        """Check what a file may get wrong."""
+        self.quant_method = QUANT_METHOD
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint format_version {format_version} is not {FORMAT_VERSION}: load it "
+                "with the release of sparse-expansion that wrote it"
+            )
+        if expert_residency not in ("compressed", "dense"):
+            raise ValueError(
+                f"expert_residency {expert_residency!r} is neither 'compressed' nor 'dense'"
+            )
+        self.groups = groups or []
+        self.compression = compression or {}
+        self.routing = routing or {}
+        self.format_version = format_version
+        self.expert_residency = expert_residency
+        self.cache_bytes = cache_bytes
+
+    def compression_config(self) -> CompressionConfig:
+        """The checked settings of pruning and quantization."""
+        data = dict(self.compression)
+        data["sparsity"] = SparsityPattern(**data["sparsity"])
+        return CompressionConfig(**data)
+
+    def routing_config(self) -> RoutingConfig:
+        """The checked settings of the routers."""
+        return RoutingConfig(**self.routing)
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseExpansionQuantizer(HfQuantizer):
+    """Swaps the expanded linears in before transformers loads the tensors."""
+
+    requires_calibration = True
+    quantization_config: SparseExpansionConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
+        # Routers and grids stay float32: a rounded centroid would route other tokens than the
+        # ones its expert was made for.
+        strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+        model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_PARTS}
+        model.expert_cache = expand_model(model, self.quantization_config, dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The state is the packed tensors themselves, so it can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed experts take no gradients."""
+        return False

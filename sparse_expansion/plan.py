@@ -1,0 +1,299 @@
+"""Which units of work there are, what they need of each other, and what they cost.
+
+One graph serves both schedules and all executors. Per block ``i``:
+
+    capture(i, shard) -> components(i, group) -> project(i, group, shard) -> router(i, group)
+      -> hessians(i, group, experts, shard) -> experts(i, group, experts)
+
+``compressed`` adds ``advance(i, shard)``, the compressed block's output, which the next block's
+capture waits for; with ``dense`` the next capture waits for this one alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sparse_expansion.config import RunConfig
+from sparse_expansion.stages import Unit
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """A linear group's name, input width, and the outputs of its linears together."""
+
+    name: str
+    width: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What planning needs to know of a model."""
+
+    num_layers: int
+    hidden_size: int
+    groups: tuple[GroupShape, ...]
+
+
+STAGES = ("capture", "components", "project", "router", "hessians", "experts", "advance")
+
+
+def expert_ranges(num_clusters: int, experts_per_unit: int) -> list[tuple[int, int]]:
+    """First and last expert of every unit."""
+    return [
+        (first, min(first + experts_per_unit, num_clusters) - 1)
+        for first in range(0, num_clusters, experts_per_unit)
+    ]
+
+
+def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
+    """All units that make an expanded model."""
+    calibration = config.calibration
+    shards = range(calibration.num_shards)
+    compressed = calibration.calibration_inputs == "compressed"
+    ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
+    tokens = calibration.dataset_size * calibration.seqlen
+    shard_tokens = tokens / len(shards)
+    fit_tokens = min(tokens, config.routing.fit_tokens)
+    units = [Unit(key="trunk", stage="trunk", is_persistent=True, layer=-1, cost=1.0)]
+    units += [
+        Unit(
+            key=f"embed/shard-{s:03d}",
+            stage="embed",
+            params={"shard": s},
+            is_persistent=True,
+            cost=shard_tokens * shape.hidden_size,
+        )
+        for s in shards
+    ]
+    mlp = sum(group.width * group.rows for group in shape.groups)
+    # Attention's projections are four hidden x hidden products at most, its scores two more.
+    block_flops = 2.0 * (mlp + 4 * shape.hidden_size**2 + shape.hidden_size * calibration.seqlen)
+    for i in range(shape.num_layers):
+        where = f"layer-{i:03d}"
+        affinity = [f"{where}/shard-{s:03d}" for s in shards]
+        for s in shards:
+            if i == 0:
+                before = f"embed/shard-{s:03d}"
+            else:
+                stage = "advance" if compressed else "capture"
+                before = f"layer-{i - 1:03d}/{stage}/shard-{s:03d}"
+            grams = sum(2.0 * group.width**2 for group in shape.groups)
+            units.append(
+                Unit(
+                    key=f"{where}/capture/shard-{s:03d}",
+                    stage="capture",
+                    params={"layer": i, "shard": s},
+                    after=(before,),
+                    outputs=tuple(group.name for group in shape.groups),
+                    is_persistent=not compressed and i + 1 < shape.num_layers,
+                    affinity=affinity[s],
+                    layer=i,
+                    rank=0,
+                    cost=shard_tokens * (block_flops + grams),
+                )
+            )
+        for g, group in enumerate(shape.groups):
+            at = f"{where}/{group.name}"
+            features = config.routing.num_components(group.width)
+            units.append(
+                Unit(
+                    key=f"{at}/components",
+                    stage="components",
+                    params={"group": group.name},
+                    inputs=tuple((f"{where}/capture/shard-{s:03d}", group.name) for s in shards),
+                    outputs=("pca", "gram"),
+                    layer=i,
+                    rank=1,
+                    cost=4.0 * group.width**3,
+                )
+            )
+            for s in shards:
+                units.append(
+                    Unit(
+                        key=f"{at}/project/shard-{s:03d}",
+                        stage="project",
+                        params={"layer": i, "shard": s, "group": group.name},
+                        inputs=((f"{at}/components", "pca"),),
+                        after=(f"{where}/capture/shard-{s:03d}",),
+                        outputs=("features",),
+                        affinity=affinity[s],
+                        layer=i,
+                        rank=2,
+                        cost=2.0 * fit_tokens / len(shards) * group.width * features,
+                    )
+                )
+            units.append(
+                Unit(
+                    key=f"{at}/router",
+                    stage="router",
+                    params={
+                        "layer": i,
+                        "group": group.name,
+                        "seed": calibration.seed + i * len(shape.groups) + g,
+                    },
+                    inputs=(
+                        (f"{at}/components", "pca"),
+                        *((f"{at}/project/shard-{s:03d}", "features") for s in shards),
+                    ),
+                    is_persistent=True,
+                    layer=i,
+                    rank=3,
+                    cost=2.0
+                    * fit_tokens
+                    * features
+                    * config.routing.num_clusters
+                    * config.routing.restarts
+                    * 20,
+                )
+            )
+            for first, last in ranges:
+                share = (last - first + 1) / config.routing.num_clusters
+                name = f"experts-{first:03d}-{last:03d}"
+                for s in shards:
+                    units.append(
+                        Unit(
+                            key=f"{at}/hessians-{first:03d}-{last:03d}/shard-{s:03d}",
+                            stage="hessians",
+                            params={
+                                "layer": i,
+                                "shard": s,
+                                "group": group.name,
+                                "experts": (first, last),
+                            },
+                            after=(f"{at}/router", f"{where}/capture/shard-{s:03d}"),
+                            outputs=("sums",),
+                            affinity=affinity[s],
+                            layer=i,
+                            rank=4,
+                            cost=2.0 * shard_tokens * share * group.width**2,
+                        )
+                    )
+                units.append(
+                    Unit(
+                        key=f"{at}/{name}",
+                        stage="experts",
+                        params={"layer": i, "group": group.name, "experts": (first, last)},
+                        inputs=(
+                            (f"{at}/components", "gram"),
+                            *(
+                                (f"{at}/hessians-{first:03d}-{last:03d}/shard-{s:03d}", "sums")
+                                for s in shards
+                            ),
+                        ),
+                        after=(f"{at}/router",),
+                        is_persistent=True,
+                        layer=i,
+                        rank=5,
+                        cost=(last - first + 1)
+                        * (group.width**3 + 4.0 * group.rows * group.width**2),
+                    )
+                )
+        if compressed and i + 1 < shape.num_layers:
+            made = tuple(
+                f"{where}/{group.name}/{kind}"
+                for group in shape.groups
+                for kind in ["router", *(f"experts-{a:03d}-{b:03d}" for a, b in ranges)]
+            )
+            for s in shards:
+                units.append(
+                    Unit(
+                        key=f"{where}/advance/shard-{s:03d}",
+                        stage="advance",
+                        params={"layer": i, "shard": s, "experts": ranges},
+                        after=(*made, f"{where}/capture/shard-{s:03d}"),
+                        is_persistent=True,
+                        affinity=affinity[s],
+                        layer=i,
+                        rank=6,
+                        cost=shard_tokens * block_flops,
+                    )
+                )
+    return units
+
+
+def evaluation_units(
+    model: str,
+    windows: list[list[int]],
+    *,
+    num_layers: int,
+    num_shards: int = 1,
+    num_ranges: int = 1,
+    cost_per_token: float = 1.0,
+) -> list[Unit]:
+    """Units that score windows: shards of windows, each through ranges of blocks in turn.
+
+    One range is data-parallel evaluation; several are a pipeline for a model that no worker
+    should read whole.
+    """
+    num_shards = max(1, min(num_shards, len(windows)))
+    num_ranges = max(1, min(num_ranges, num_layers))
+    bounds = [num_layers * r // num_ranges for r in range(num_ranges + 1)]
+    cuts = [len(windows) * s // num_shards for s in range(num_shards + 1)]
+    units = []
+    for s in range(num_shards):
+        part = windows[cuts[s] : cuts[s + 1]]
+        for r in range(num_ranges):
+            last = r + 1 == num_ranges
+            units.append(
+                Unit(
+                    key=f"evaluate-{model}/shard-{s:03d}/blocks-{r:03d}",
+                    stage="evaluate",
+                    params={
+                        "model": model,
+                        "tokens": part,
+                        "layers": (bounds[r], bounds[r + 1] - 1),
+                    },
+                    inputs=(
+                        ()
+                        if r == 0
+                        else ((f"evaluate-{model}/shard-{s:03d}/blocks-{r - 1:03d}", "hidden"),)
+                    ),
+                    outputs=() if last else ("hidden",),
+                    affinity=f"evaluate-{model}/blocks-{r:03d}" if num_ranges > 1 else None,
+                    layer=s,
+                    rank=r,
+                    cost=cost_per_token * sum(map(len, part)) / num_ranges,
+                )
+            )
+    return units
+
+
+def needed_units(units: Iterable[Unit], is_committed: Callable[[Unit], bool]) -> list[Unit]:
+    """The units still to be done, in the given order.
+
+    A finished unit with files is left out unless a value it hands on (which is not on disk) is
+    needed; hidden states between finished blocks are not made again.
+    """
+    by_key = {unit.key: unit for unit in units}
+    committed: dict[str, bool] = {}
+
+    def done(unit: Unit) -> bool:
+        if unit.key not in committed:
+            committed[unit.key] = unit.is_persistent and is_committed(unit)
+        return committed[unit.key]
+
+    consumed = {key for unit in by_key.values() for key, _ in unit.inputs}
+    consumed |= {key for unit in by_key.values() for key in unit.after}
+    goals = [
+        unit
+        for unit in by_key.values()
+        if unit.stage in ("trunk", "router", "experts") or unit.key not in consumed
+    ]
+    needed: set[str] = set()
+    stack = [unit.key for unit in goals if not done(unit)]
+    while stack:
+        key = stack.pop()
+        if key in needed:
+            continue
+        needed.add(key)
+        unit = by_key[key]
+        stack += [source for source, _ in unit.inputs]
+        for source in unit.after:
+            other = by_key[source]
+            if other.is_persistent and not done(other):
+                stack.append(source)
+            elif not other.is_persistent:
+                stack.append(source)
+    return [unit for unit in by_key.values() if unit.key in needed]

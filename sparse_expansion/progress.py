@@ -1,0 +1,94 @@
+"""Progress on stderr: one line that rewrites itself on a terminal, sparse lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from sparse_expansion.execution.base import Progress
+
+LOG_SECONDS = 10.0
+TERMINAL_SECONDS = 0.2
+
+
+class ProgressLine:
+    """Blocks done, stage, share of the work, time left."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.is_terminal = self.stream.isatty()
+        self._title = ""
+        self._num_blocks = 0
+        self._begin = self._last = 0.0
+        self._width = 0
+        self._note = ""
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def start(self, title: str, num_blocks: int) -> None:
+        """Begin a phase."""
+        self._title, self._num_blocks = title, num_blocks
+        self._begin = time.monotonic()
+        self._last = self._begin
+
+    def note(self, text: str) -> None:
+        """Shown at the end of the line from now on, e.g. a perplexity."""
+        self._note = text
+
+    def update(self, progress: Progress) -> None:
+        """An observer of executors."""
+        now = time.monotonic()
+        ended = progress.num_done == progress.num_total
+        interval = TERMINAL_SECONDS if self.is_terminal else LOG_SECONDS
+        if not ended and now - self._last < interval:
+            return
+        self._last = now
+        share = progress.cost_done / progress.cost_total if progress.cost_total else 1.0
+        elapsed = now - self._begin
+        left = elapsed * (1 - share) / share if share > 0 else 0.0
+        block = (
+            f"block {progress.unit.layer + 1}/{self._num_blocks} · "
+            if (progress.unit.layer >= 0 and self._title == "expand")
+            else ""
+        )
+        parts = [
+            f"{self._title} · {block}{progress.unit.stage}",
+            f"{100 * share:.0f} %",
+            f"{_clock(elapsed)} gone",
+            f"{_clock(left)} left",
+        ]
+        if progress.worker != "local":
+            parts.append(progress.worker)
+        if self._note:
+            parts.append(self._note)
+        text = " · ".join(parts)
+        if not self.is_terminal:
+            print(text, file=self.stream, flush=True)
+            return
+        self.stream.write("\r" + text.ljust(self._width))
+        self.stream.flush()
+        self._width = len(text)
+        if ended:
+            self.close()
+
+    def close(self) -> None:
+        """End the line."""
+        if self.is_terminal and self._width:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._width = 0
+
+    def _clear(self) -> None:
+        if self.is_terminal and self._width:
+            self.stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

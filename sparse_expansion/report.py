@@ -1,0 +1,242 @@
+"""Results as text: tables of a run, of its experts, of a plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_expansion.store import RUN_FILE, Store
+
+_EXPERT_STAGE = "experts-"
+
+
+def table(rows: Sequence[tuple[str, ...]], *, header: bool = False) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+        if header and number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def run_table(metrics: dict[str, Any], output: str | None) -> str:
+    """The end of a run."""
+    config = metrics["config"]
+    rows = [("", "dense", "expanded")]
+    if "perplexity_dense" in metrics:
+        rows.append(
+            (
+                "perplexity (per token)",
+                f"{metrics['perplexity_dense']:.3f}",
+                f"{metrics['perplexity_expanded']:.3f}",
+            )
+        )
+    rows.append(
+        (
+            "checkpoint",
+            size(metrics["dense_checkpoint_bytes"]),
+            size(metrics["checkpoint_bytes"]),
+        )
+    )
+    lines = [table(rows, header=True), ""]
+    sparsity = describe_compression(config["compression"])
+    calibration = config["calibration"]
+    lines.append(
+        f"{config['routing']['num_clusters']} experts per linear, {sparsity}; calibrated on "
+        f"{calibration['dataset_size']} x {calibration['seqlen']} tokens, "
+        f"{calibration['calibration_inputs']} inputs"
+    )
+    if "num_eval_tokens" in metrics:
+        lines.append(f"evaluated on {metrics['num_eval_tokens']} tokens")
+    starved = metrics["starved_experts"]
+    if starved:
+        lines.append(
+            f"{starved} of {metrics['num_experts']} experts had too few tokens and use their "
+            "whole group's Hessian"
+        )
+    if metrics["raised_damping"]:
+        lines.append(f"{metrics['raised_damping']} experts needed more than the asked damping")
+    seconds = "  ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())
+    lines.append(f"{seconds}  peak memory {size(metrics['peak_memory_bytes'])}")
+    if output is not None:
+        lines.append(f"saved in {output}")
+    return "\n".join(lines)
+
+
+def describe_compression(compression: dict[str, Any]) -> str:
+    """``50 % sparse, 4 bits``."""
+    sparsity = compression["sparsity"]
+    if sparsity["group"] is not None:
+        text = f"{sparsity['pruned']}:{sparsity['group']} sparse"
+    else:
+        text = f"{100 * sparsity['fraction']:g} % sparse"
+    if compression["bits"] is not None:
+        text += f", {compression['bits']} bits"
+    return text
+
+
+def evaluation_table(result: dict[str, Any]) -> str:
+    """The result of ``evaluate``."""
+    kind = "expanded" if result["is_expanded"] else "dense"
+    return table(
+        [
+            ("model", f"{result['model']} ({kind})"),
+            ("perplexity (per token)", f"{result['perplexity']:.3f}"),
+            ("windows", f"{result['num_windows']} x {result['seqlen']} tokens"),
+            ("scored tokens", str(result["num_eval_tokens"])),
+            ("seconds", f"{result['seconds']:.1f}"),
+        ]
+    )
+
+
+def plan_table(result: dict[str, Any]) -> str:
+    """The result of ``plan``."""
+    rows = [
+        (
+            "model",
+            f"{result['model_type']}, {result['num_layers']} blocks, "
+            f"{result['parameters'] / 1e9:.2f} billion parameters",
+        ),
+        ("calibration", f"{result['calibration_tokens']} tokens"),
+        ("units of work", str(sum(result["units"].values()))),
+        ("dense checkpoint", size(result["dense_checkpoint_bytes"])),
+        ("expanded checkpoint", size(result["checkpoint_bytes"])),
+    ]
+    rows += [
+        (f"memory: {name.replace('_', ' ')}", size(value))
+        for name, value in result["memory_bytes"].items()
+    ]
+    rows += [
+        (f"work: {name}", f"{value / 1e12:.2f} TFLOP")
+        for name, value in result["flops"].items()
+        if value > 1e9
+    ]
+    return table(rows)
+
+
+def expert_rows(store: Store) -> list[dict[str, Any]]:
+    """One row per linear and expert of a run, from the markers of finished units.
+
+    Raises:
+        ValueError: the folder holds no finished experts.
+    """
+    rows = []
+    for key, record in store.records().items():
+        layer, _, rest = key.partition("/")
+        group, _, name = rest.partition("/")
+        if not name.startswith(_EXPERT_STAGE):
+            continue
+        first = int(name.split("-")[1])
+        stats = record["stats"]
+        for linear, errors in stats["relative_error"].items():
+            for offset, error in enumerate(errors):
+                rows.append(
+                    {
+                        "layer": int(layer.removeprefix("layer-")),
+                        "group": group,
+                        "linear": linear,
+                        "expert": first + offset,
+                        "tokens": stats["tokens"][offset],
+                        "relative_error": error,
+                        "is_starved": stats["starved"][offset],
+                        "damping_fraction": stats["damping_fraction"][offset],
+                        "damping_attempts": stats["damping_attempts"][offset],
+                        "dead_features": stats["dead_features"][offset],
+                    }
+                )
+    if not rows:
+        raise ValueError(f"{store.root} has no finished experts: give a run's --output folder")
+    rows.sort(key=lambda row: (row["layer"], row["group"], row["linear"], row["expert"]))
+    return rows
+
+
+def expert_summary(rows: list[dict[str, Any]]) -> str:
+    """Per linear: token shares of the clusters, and the token-weighted error."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["layer"], row["linear"]].append(row)
+    lines = [("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")]
+    for (layer, linear), found in groups.items():
+        tokens = [row["tokens"] for row in found]
+        total = max(1, sum(tokens))
+        error = sum(row["relative_error"] * row["tokens"] for row in found) / total
+        lines.append(
+            (
+                f"{layer:>3} {linear}",
+                str(len(found)),
+                f"{100 * max(tokens) / total:.1f} %",
+                f"{100 * min(tokens) / total:.2f} %",
+                str(sum(row["is_starved"] for row in found)),
+                f"{error:.4f}",
+                f"{max(row['damping_fraction'] for row in found):g}",
+            )
+        )
+    return table(lines, header=True)
+
+
+def write_table(rows: list[dict[str, Any]], path: str) -> None:
+    """The rows as a Parquet file.
+
+    Raises:
+        ValueError: the name does not end in .parquet.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.endswith(".parquet"):
+        raise ValueError(f"--table {path} must end in .parquet")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def run_report(store: Store) -> tuple[dict[str, Any], str]:
+    """What was asked, what came out, and what is missing, of a run folder.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    if not store.exists(RUN_FILE):
+        raise ValueError(f"{store.root} holds no run: give the --output folder of one")
+    identity = store.read_json(RUN_FILE)
+    records = store.records()
+    result: dict[str, Any] = {
+        "model": identity["model"],
+        "config": identity["config"],
+        "is_finished": store.exists("metrics.json"),
+        "finished_units": len(records),
+    }
+    config = identity["config"]
+    lines = [
+        f"model     {identity['model']}",
+        f"asked     {config['routing']['num_clusters']} experts, "
+        f"{describe_compression(config['compression'])}, "
+        f"{config['calibration']['calibration_inputs']} inputs",
+    ]
+    if result["is_finished"]:
+        result["metrics"] = store.read_json("metrics.json")
+        lines += ["", run_table(result["metrics"], store.root)]
+    else:
+        lines.append(f"state     unfinished, {len(records)} units done: continue with --resume")
+    try:
+        rows = expert_rows(store)
+    except ValueError:
+        rows = []
+    if rows:
+        result["experts"] = rows
+        lines += ["", expert_summary(rows)]
+    return result, "\n".join(lines)

@@ -1,0 +1,583 @@
+"""Units of work, and the worker that does them.
+
+A worker is stateless as far as results go: whatever it caches (a captured block's inputs, a
+loaded model shell) it can make again, with the same bytes, from the store and the source model.
+That is what lets any worker do any unit, and a lost worker's units be done elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import resource
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
+from sparse_expansion.algorithms.hessian import hessian_sum, merge_hessians, merge_moments
+from sparse_expansion.algorithms.packing import pack_expert
+from sparse_expansion.algorithms.perplexity import window_nll
+from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
+from sparse_expansion.algorithms.sweep import compress_linears
+from sparse_expansion.config import RunConfig
+from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
+from sparse_expansion.model.expansion import (
+    ExpertCache,
+    expand_block,
+    is_sparse,
+)
+from sparse_expansion.model.families import LinearGroup, dense_linear
+from sparse_expansion.model.sources import ModelSource, fetch_model
+from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.store import Store
+from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
+
+CALIBRATION_FILE = "run/calibration.safetensors"
+CAPTURED_LAYERS = 2
+CHUNK_TOKENS = 8192
+TRUNK_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of work; equal units give equal bytes, wherever and however often they run."""
+
+    key: str
+    """Unique, readable, and a relative path: ``layer-003/mlp.down_proj/experts-000-003``."""
+    stage: str
+    """Name of the worker's method."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
+    inputs: tuple[tuple[str, str], ...] = ()
+    """(unit key, output name) of the values it receives, in order."""
+    after: tuple[str, ...] = ()
+    """Units whose files must be there first."""
+    outputs: tuple[str, ...] = ()
+    """Names of the values it hands on."""
+    is_persistent: bool = False
+    """Whether it writes files and a marker, and is skipped when they are there."""
+    affinity: str | None = None
+    """Units of the same affinity share a worker's cache."""
+    layer: int = -1
+    """Block it belongs to, for ordering and progress."""
+    rank: int = 0
+    """Order of stages inside a block."""
+    cost: float = 0.0
+    """Estimated floating-point operations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a worker needs to know to be set up anywhere."""
+
+    store: str
+    source: ModelSource
+    config: RunConfig
+    cache_dir: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    activation_bytes: int = 2 << 30
+    scratch: str | None = None
+
+
+@dataclass
+class UnitReport:
+    """What a unit tells the driver: small, plain values."""
+
+    key: str
+    seconds: float
+    peak_memory_bytes: int
+    stats: dict[str, Any]
+
+
+class Worker:
+    """Does units. One per process (or per Ray actor)."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Set threads and device; models are opened when first needed."""
+        self.spec = spec
+        self.config = spec.config
+        self.store = Store(spec.store)
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        # Products of float32 stay float32: TF32 would change masks and grids.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self.device = spec.device
+        if spec.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.buffers = ActivationBuffers(memory_bytes=spec.activation_bytes, scratch=spec.scratch)
+        self._shells: dict[str, ModelShell] = {}
+        self._captured: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
+        self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
+        self._tokens: torch.Tensor | None = None
+
+    def run(self, unit: Unit, inputs: list[Any]) -> tuple[UnitReport, dict[str, Any]]:
+        """Do a unit; returns its report and its outputs by name.
+
+        Raises:
+            CompressionError: the unit cannot be done; the message starts with its key.
+        """
+        start = time.perf_counter()
+        method: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = getattr(
+            self, f"stage_{unit.stage}"
+        )
+        try:
+            stats, outputs = method(*inputs, **unit.params)
+        except CompressionError as error:
+            raise CompressionError(f"{unit.key}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise CompressionError(
+                f"{unit.key}: out of device memory ({str(error).splitlines()[0]}): use a smaller "
+                "--experts-per-unit, or more memory per worker"
+            ) from error
+        files = stats.pop("files", None)
+        if unit.is_persistent:
+            self.store.commit(unit.key, {"files": files or {}, "stats": stats})
+        return (
+            UnitReport(unit.key, time.perf_counter() - start, peak_memory_bytes(), stats),
+            outputs,
+        )
+
+    # -- calibration ---------------------------------------------------------------------------
+
+    def stage_embed(self, *, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Hidden states that enter the first block, for one shard of windows."""
+        shell = self._shell()
+        tokens = self._shard_tokens(shard)
+        hidden = torch.cat([shell.embed(tokens[part]).cpu() for part in shell.batches(tokens)])
+        return self._write_hidden(0, shard, hidden), {}
+
+    def stage_capture(self, *, layer: int, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run the dense block on one shard; keep its group inputs; hand on their moments."""
+        hidden = self._capture(layer, shard)
+        stats: dict[str, Any] = {}
+        if self.config.calibration.calibration_inputs == "dense":
+            if layer + 1 < self._shell().num_blocks:
+                stats = self._write_hidden(layer + 1, shard, hidden)
+        outputs = {name: self._moments(X_TD) for name, X_TD in self._captured[layer, shard].items()}
+        return stats, outputs
+
+    def stage_components(
+        self, *moments: MomentSum, group: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Merge a group's moments in shard order and fit the PCA."""
+        merged = merge_moments(moments)
+        width = merged.sum_D.shape[0]
+        routing = self.config.routing
+        if routing.pca_reduction_factor is None:
+            mean_D = (merged.sum_D / merged.gram.num_tokens).float()
+            components_PD = None
+        else:
+            mean_D, components_PD = fit_pca(merged, num_components=routing.num_components(width))
+        return {}, {"pca": (mean_D, components_PD), "gram": merged.gram}
+
+    def stage_project(
+        self,
+        pca: tuple[torch.Tensor, torch.Tensor | None],
+        *,
+        layer: int,
+        shard: int,
+        group: str,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Router features of (at most) the shard's share of ``fit_tokens`` tokens."""
+        X_TD = self._inputs(layer, shard)[group]
+        total = self._all_tokens().numel()
+        share = max(1, min(X_TD.shape[0], self.config.routing.fit_tokens * X_TD.shape[0] // total))
+        rows = torch.linspace(0, X_TD.shape[0] - 1, share, dtype=torch.float64).round().long()
+        mean_D, components_PD = pca
+        mean_D = mean_D.to(self.device)
+        components_PD = None if components_PD is None else components_PD.to(self.device)
+        parts = [
+            project(X_TD[part].to(self.device), mean_D, components_PD).cpu()
+            for part in rows.split(CHUNK_TOKENS)
+        ]
+        return {}, {"features": torch.cat(parts)}
+
+    def stage_router(
+        self,
+        pca: tuple[torch.Tensor, torch.Tensor | None],
+        *features: torch.Tensor,
+        layer: int,
+        group: str,
+        seed: int,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """KMeans over all shards' features; writes the router and the dense weights' grids."""
+        routing = self.config.routing
+        Z_TP = torch.cat(features)
+        centroids_KP = fit_kmeans(
+            Z_TP.to(self.device),
+            num_clusters=routing.num_clusters,
+            restarts=routing.restarts,
+            max_iterations=routing.max_iterations,
+            seed=seed,
+        ).cpu()
+        linears = self._group(group).linears
+        prefix = self._shell().block_prefix(layer)
+        mean_D, components_PD = pca
+        owner = f"{prefix}{linears[0]}.router"
+        tensors = {f"{owner}.mean": mean_D, f"{owner}.centroids": centroids_KP}
+        if components_PD is not None:
+            tensors[f"{owner}.components"] = components_PD
+        compression = self.config.compression
+        if compression.bits is not None:
+            for linear in linears:
+                grid = fit_grid(
+                    self._dense_weight(layer, linear).float(),
+                    bits=compression.bits,
+                    symmetric=compression.symmetric,
+                    group_size=compression.group_size,
+                )
+                tensors[f"{prefix}{linear}.grid.scale"] = grid.scale_OG
+                tensors[f"{prefix}{linear}.grid.zero_point"] = grid.zero_point_OG
+        name = router_file(layer, group)
+        files = {name: self.store.write_tensors(name, tensors)}
+        return {"files": files, "fit_tokens": Z_TP.shape[0]}, {}
+
+    def stage_hessians(
+        self, *, layer: int, shard: int, group: str, experts: tuple[int, int]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One shard's Hessian sums of experts ``first .. last``."""
+        X_TD = self._inputs(layer, shard)[group]
+        labels_T = self._shard_labels(layer, shard, group)
+        sums = []
+        for expert in range(experts[0], experts[1] + 1):
+            rows = torch.nonzero(labels_T == expert).flatten()
+            width = X_TD.shape[1]
+            total = HessianSum(torch.zeros(width, width), 0)
+            if len(rows):
+                total = merge_hessians(
+                    hessian_sum(X_TD[part].to(self.device)) for part in rows.split(CHUNK_TOKENS)
+                )
+            sums.append(HessianSum(total.sum_DD.cpu(), total.num_tokens))
+        return {}, {"sums": sums}
+
+    def stage_experts(
+        self,
+        gram: HessianSum,
+        *shards: list[HessianSum],
+        layer: int,
+        group: str,
+        experts: tuple[int, int],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Merge the Hessians in shard order, compress, and write the experts' file."""
+        compression = self.config.compression
+        merged = [merge_hessians(parts) for parts in zip(*shards, strict=True)]
+        width = gram.sum_DD.shape[0]
+        floor = compression.min_tokens(width)
+        starved = [part.num_tokens < floor for part in merged]
+        # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
+        # whole group, which makes it the plain SparseGPT expert.
+        H_KDD = torch.stack(
+            [(gram if bad else part).sum_DD for part, bad in zip(merged, starved, strict=True)]
+        ).to(self.device)
+        prefix = self._shell().block_prefix(layer)
+        linears = self._group(group).linears
+        weights = {name: self._dense_weight(layer, name).to(self.device) for name in linears}
+        grids: dict[str, AffineGrid | None] = dict.fromkeys(linears)
+        if compression.bits is not None:
+            stored = self.store.read_tensors(router_file(layer, group))
+            for name in linears:
+                scale = stored[f"{prefix}{name}.grid.scale"].to(self.device)
+                zero = stored[f"{prefix}{name}.grid.zero_point"].to(self.device)
+                size = min(compression.group_size or width, width)
+                grids[name] = AffineGrid(scale, zero, compression.bits, size)
+        made = compress_linears(weights, H_KDD, compression, grids)
+        tensors = {}
+        stats: dict[str, Any] = {
+            "tokens": [part.num_tokens for part in merged],
+            "starved": starved,
+            "relative_error": {},
+        }
+        for name in linears:
+            result = made[name]
+            stats["damping_fraction"] = list(result.damping_fraction_K)
+            stats["damping_attempts"] = list(result.damping_attempts_K)
+            stats["dead_features"] = list(result.num_dead_K)
+            stats["relative_error"][name] = relative_errors(
+                weights[name].float(), result.weight_KOD, H_KDD
+            )
+            for offset in range(len(merged)):
+                packed = pack_expert(
+                    result.weight_KOD[offset],
+                    result.kept_KOD[offset],
+                    None if result.codes_KOD is None else result.codes_KOD[offset],
+                    sparse=is_sparse(compression),
+                    bits=compression.bits,
+                    dtype=self._shell().dtype,
+                )
+                where = f"{prefix}{name}.experts.{experts[0] + offset}"
+                tensors.update({f"{where}.{part}": value for part, value in packed.items()})
+        file = experts_file(layer, group, experts)
+        stats["files"] = {file: self.store.write_tensors(file, tensors)}
+        return stats, {}
+
+    def stage_advance(
+        self, *, layer: int, shard: int, experts: list[tuple[int, int]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run the compressed block on one shard: what the next block is calibrated on."""
+        shell = self._shell()
+        tokens = self._shard_tokens(shard)
+        block = self.expanded_block(layer, experts)
+        hidden = self._read_hidden(layer, shard)
+        out = torch.empty_like(hidden)
+        with torch.no_grad():
+            for part in shell.batches(tokens):
+                call = shell.call(layer, tokens[part])
+                out[part] = call.run(block, hidden[part].to(self.device)).cpu()
+        self._drop_captured(layer)
+        return self._write_hidden(layer + 1, shard, out), {}
+
+    def stage_trunk(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Copy everything but the dense MLP weights, in files of a few gigabytes."""
+        shell = self._shell()
+        files: dict[str, Any] = {}
+        pending: dict[str, torch.Tensor] = {}
+        size = 0
+        names = shell.trunk_names()
+        for number, name in enumerate(names):
+            tensor = shell.read(name)
+            pending[shell.stored_name(name)] = tensor
+            size += tensor.numel() * tensor.element_size()
+            if size >= TRUNK_SHARD_BYTES or number + 1 == len(names):
+                file = f"trunk-{len(files):05d}.safetensors"
+                files[file] = self.store.write_tensors(file, pending)
+                pending, size = {}, 0
+        return {"files": files}, {}
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def stage_evaluate(
+        self,
+        hidden: torch.Tensor | None = None,
+        *,
+        model: str,
+        tokens: list[list[int]],
+        layers: tuple[int, int],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Pass windows through a range of blocks; the last range scores them.
+
+        Args:
+            hidden: what the range before put out, None for the first.
+            model: ``dense`` for the source, ``expanded`` for the store's finished folder.
+            tokens: the windows.
+            layers: first and last block.
+        """
+        shell = self._shell(model)
+        windows = torch.tensor(tokens, dtype=torch.int64)
+        batches = shell.batches(windows)
+        if hidden is None:
+            hidden = torch.cat([shell.embed(windows[part]).cpu() for part in batches])
+        else:
+            hidden = hidden.clone()
+        with torch.no_grad():
+            for layer in range(layers[0], layers[1] + 1):
+                block = shell.load_block(layer)
+                for part in batches:
+                    call = shell.call(layer, windows[part])
+                    hidden[part] = call.run(block, hidden[part].to(self.device)).cpu()
+                del block
+                if shell.expansion is not None:
+                    shell.cache.clear()
+        if layers[1] + 1 < shell.num_blocks:
+            return {}, {"hidden": hidden}
+        nll: list[NllSum] = []
+        for index in range(len(windows)):
+            # One window at a time: the logits of a batch are larger than anything before them.
+            part = slice(index, index + 1)
+            logits = shell.head(windows[part], hidden[part])
+            nll += window_nll(logits, windows[part].to(logits.device))
+        return {"nll": [(part.total, part.num_tokens) for part in nll]}, {}
+
+    # -- pieces --------------------------------------------------------------------------------
+
+    def expanded_block(self, layer: int, experts: list[tuple[int, int]]) -> nn.Module:
+        """A block with its experts as they were committed: the same module that is served."""
+        shell = self._shell()
+        block = copy.deepcopy(shell.meta_block(layer))
+        groups = tuple(group.linears for group in shell.family.groups)
+        expand_block(
+            block,
+            groups,
+            self.config.compression,
+            self.config.routing,
+            cache=ExpertCache(None),
+            dtype=shell.dtype,
+        )
+        prefix = shell.block_prefix(layer)
+        state: dict[str, torch.Tensor] = {}
+        for group in shell.family.groups:
+            names = [router_file(layer, group.name)]
+            names += [experts_file(layer, group.name, part) for part in experts]
+            for name in names:
+                for key, tensor in self.store.read_tensors(name).items():
+                    state[key.removeprefix(prefix)] = tensor
+        for name in block.state_dict():
+            if name not in state:
+                state[name] = shell.read(prefix + name)
+        block.load_state_dict(state, strict=True, assign=True)
+        return block.to(self.device)
+
+    def _shell(self, model: str = "dense") -> ModelShell:
+        if model not in self._shells:
+            if model == "dense":
+                folder = fetch_model(
+                    self.spec.source, cache_dir=self.spec.cache_dir, revision=self.spec.revision
+                )
+            else:
+                folder = self.store.local_path()
+            self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
+        return self._shells[model]
+
+    def _group(self, name: str) -> LinearGroup:
+        for group in self._shell().family.groups:
+            if group.name == name:
+                return group
+        raise ValueError(f"no linear group {name!r}")
+
+    def _dense_weight(self, layer: int, linear: str) -> torch.Tensor:
+        shell = self._shell()
+        dense_linear(shell.meta_block(layer), linear)
+        weight = shell.read(f"{shell.block_prefix(layer)}{linear}.weight")
+        if not bool(torch.isfinite(weight).all()):
+            raise CompressionError(f"the dense weight of {linear} has NaN or infinite entries")
+        return weight
+
+    def _all_tokens(self) -> torch.Tensor:
+        if self._tokens is None:
+            self._tokens = self.store.read_tensors(CALIBRATION_FILE)["tokens"]
+        return self._tokens
+
+    def _shard_tokens(self, shard: int) -> torch.Tensor:
+        return self._all_tokens().tensor_split(self.config.calibration.num_shards)[shard]
+
+    def _read_hidden(self, layer: int, shard: int) -> torch.Tensor:
+        return self.store.read_tensors(hidden_file(layer, shard))["hidden"]
+
+    def _write_hidden(self, layer: int, shard: int, hidden: torch.Tensor) -> dict[str, Any]:
+        name = hidden_file(layer, shard)
+        return {"files": {name: self.store.write_tensors(name, {"hidden": hidden})}}
+
+    def _inputs(self, layer: int, shard: int) -> dict[str, torch.Tensor]:
+        if (layer, shard) not in self._captured:
+            self._capture(layer, shard)
+        return self._captured[layer, shard]
+
+    def _capture(self, layer: int, shard: int) -> torch.Tensor:
+        """Run the dense block; its group inputs are kept in ``_captured``."""
+        shell = self._shell()
+        tokens = self._shard_tokens(shard)
+        layers = {kept for kept, _ in self._captured}
+        if layer not in layers and len(layers) >= CAPTURED_LAYERS:
+            self._drop_captured(next(iter(self._captured))[0])
+        block = shell.load_block(layer)
+        hidden = self._read_hidden(layer, shard)
+        out = torch.empty_like(hidden)
+        buffers: dict[str, torch.Tensor] = {}
+        row = 0
+        with torch.no_grad(), GroupInputs(block, shell.family.groups) as seen:
+            for part in shell.batches(tokens):
+                call = shell.call(layer, tokens[part])
+                out[part] = call.run(block, hidden[part].to(self.device)).cpu()
+                count = tokens[part].numel()
+                for name, X_TD in seen.inputs.items():
+                    if name not in buffers:
+                        shape = (tokens.numel(), X_TD.shape[1])
+                        buffers[name] = self.buffers.allocate(shape, X_TD.dtype)
+                    buffers[name][row : row + count] = X_TD.cpu()
+                row += count
+        self._captured[layer, shard] = buffers
+        return out
+
+    def _drop_captured(self, layer: int) -> None:
+        for key in [key for key in self._captured if key[0] == layer]:
+            for tensor in self._captured.pop(key).values():
+                self.buffers.release(tensor)
+        for label_key in [key for key in self._labels if key[0] == layer]:
+            del self._labels[label_key]
+
+    def _moments(self, X_TD: torch.Tensor) -> MomentSum:
+        sum_D = torch.zeros(X_TD.shape[1], dtype=torch.float64)
+        grams = []
+        for part in X_TD.split(CHUNK_TOKENS):
+            chunk = part.to(self.device)
+            sum_D += chunk.double().sum(dim=0).cpu()
+            grams.append(hessian_sum(chunk))
+            if len(grams) == 2:
+                grams = [merge_hessians(grams)]
+        gram = merge_hessians(grams)
+        return MomentSum(sum_D, HessianSum(gram.sum_DD.cpu(), gram.num_tokens))
+
+    def _shard_labels(self, layer: int, shard: int, group: str) -> torch.Tensor:
+        key = (layer, shard, group)
+        if key not in self._labels:
+            stored = self.store.read_tensors(router_file(layer, group))
+            owner = f"{self._shell().block_prefix(layer)}{self._group(group).linears[0]}.router"
+            components = stored.get(f"{owner}.components")
+            router = Router(
+                stored[f"{owner}.mean"].to(self.device),
+                None if components is None else components.to(self.device),
+                stored[f"{owner}.centroids"].to(self.device),
+            )
+            X_TD = self._inputs(layer, shard)[group]
+            self._labels[key] = torch.cat(
+                [route(part.to(self.device), router).cpu() for part in X_TD.split(CHUNK_TOKENS)]
+            )
+        return self._labels[key]
+
+
+def relative_errors(
+    W_OD: torch.Tensor, experts_KOD: torch.Tensor, H_KDD: torch.Tensor
+) -> list[float]:
+    """``||(W - W_k) X_k||^2 / ||W X_k||^2`` per expert, on the calibration tokens."""
+    errors = []
+    for expert_OD, H_DD in zip(experts_KOD, H_KDD, strict=True):
+        whole = float(((W_OD @ H_DD) * W_OD).sum(dtype=torch.float64))
+        delta = W_OD - expert_OD
+        lost = float(((delta @ H_DD) * delta).sum(dtype=torch.float64))
+        errors.append(lost / whole if whole > 0 else 0.0)
+    return errors
+
+
+def router_file(layer: int, group: str) -> str:
+    """File of a group's router (and grids)."""
+    return f"router-{layer:03d}-{group}.safetensors"
+
+
+def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
+    """File of a range of a group's experts."""
+    return f"experts-{layer:03d}-{group}-{experts[0]:03d}-{experts[1]:03d}.safetensors"
+
+
+def hidden_file(layer: int, shard: int) -> str:
+    """File of one shard's hidden states before a block."""
+    return f"run/hidden/layer-{layer:03d}-shard-{shard:03d}.safetensors"
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own progress bars out of ours."""
+    before = {name: os.environ.get(name) for name in ("HF_HUB_DISABLE_PROGRESS_BARS",)}
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,229 @@
+"""The run folder: safetensors shards, and one marker per finished unit, written last.
+
+A unit's files are written under a temporary name, flushed and renamed; then its marker, a small
+JSON with every file's size and SHA-256, appears the same way. A file without a marker does not
+exist for the reader, so nothing half-written is ever taken for whole. The root is a local or
+shared path, or any fsspec URL (``s3://``, ``gs://``, ``memory://``); object stores publish an
+object only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import fsspec.core
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+RUN_FILE = "run/run.json"
+UNITS = "run/units"
+
+
+class Store:
+    """Files below one root."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Nothing is created yet."""
+        self.root = str(root)
+        self.fs, base = fsspec.core.url_to_fs(self.root)
+        self.base = str(base).rstrip("/")
+        protocol = self.fs.protocol
+        self.is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def path(self, name: str) -> str:
+        """A file's full path in the file system."""
+        return f"{self.base}/{name}"
+
+    def local_path(self) -> Path:
+        """The root as a local path.
+
+        Raises:
+            ValueError: the root is a URL.
+        """
+        if not self.is_local:
+            raise ValueError(f"{self.root} is not a local folder: copy it here first")
+        return Path(self.base)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        return bool(self.fs.exists(self.path(name)))
+
+    def list(self, folder: str) -> list[str]:
+        """Names of all files below a folder, sorted."""
+        where = self.path(folder)
+        if not self.fs.exists(where):
+            return []
+        return sorted(str(found)[len(self.base) + 1 :] for found in self.fs.find(where))
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content."""
+        data: bytes = self.fs.cat_file(self.path(name))
+        return data
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file so that it appears whole or not at all."""
+        path = self.path(name)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)
+            return
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(prefix=".writing-", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        except BaseException:
+            if os.path.exists(scratch):
+                os.unlink(scratch)
+            raise
+        _sync_folder(folder)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's content.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except json.JSONDecodeError:
+            raise ValueError(f"{self.path(name)} is not valid JSON: delete it") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write a safetensors file; returns its record for the unit's marker."""
+        data = safetensors.torch.save(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
+        )
+        self.write_bytes(name, data)
+        return {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "tensors": {
+                key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()
+            },
+        }
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a file (mapped, not copied, when local).
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            if self.is_local:
+                with safe_open(self.path(name), framework="pt") as handle:
+                    return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return safetensors.torch.load(self.read_bytes(name))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path(name)} is damaged ({error}): delete it and run again with --resume"
+            ) from None
+
+    def delete(self, name: str) -> None:
+        """Remove a file if it is there."""
+        if self.exists(name):
+            self.fs.rm_file(self.path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Remove a folder and all in it."""
+        if self.is_local:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+        elif self.fs.exists(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def commit(self, key: str, record: dict[str, Any]) -> None:
+        """Write a unit's marker: from now on the unit is finished."""
+        self.write_json(f"{UNITS}/{key}.json", record)
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """A finished unit's marker, None when it is not finished."""
+        name = f"{UNITS}/{key}.json"
+        if not self.exists(name):
+            return None
+        found: dict[str, Any] = self.read_json(name)
+        return found
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The markers of all finished units by key."""
+        prefix = f"{UNITS}/"
+        return {
+            name[len(prefix) : -len(".json")]: self.read_json(name)
+            for name in self.list(UNITS)
+            if name.endswith(".json")
+        }
+
+    def is_intact(self, record: dict[str, Any]) -> bool:
+        """Whether all files of a marker are there, with the size and digest it states."""
+        for name, file in record["files"].items():
+            if not self.exists(name) or self.fs.size(self.path(name)) != file["bytes"]:
+                return False
+            digest = hashlib.sha256()
+            with self.fs.open(self.path(name), "rb") as stream:
+                while chunk := stream.read(1 << 24):
+                    digest.update(chunk)
+            if digest.hexdigest() != file["sha256"]:
+                return False
+        return True
+
+    def sweep_temporaries(self) -> None:
+        """Remove what a killed process left half-written."""
+        if self.is_local and os.path.isdir(self.base):
+            for path in Path(self.base).rglob(".writing-*"):
+                path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: str) -> None:
+    """Flush a rename to disk, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
+    """Claim the output folder for a run with this identity, or continue that very run.
+
+    Raises:
+        ValueError: the folder holds something else, or the same run and ``resume`` is not set.
+    """
+    if store.exists(RUN_FILE):
+        found = store.read_json(RUN_FILE)
+        if found.get("digest") != identity["digest"]:
+            different = [
+                key
+                for key in sorted(identity)
+                if key != "digest" and found.get(key) != identity[key]
+            ]
+            raise ValueError(
+                f"--output {store.root} holds another run (different {', '.join(different)}): "
+                "choose another folder, or delete it"
+            )
+        if not resume:
+            raise ValueError(
+                f"--output {store.root} already holds this run: add --resume to continue it, or "
+                "choose another folder"
+            )
+        store.sweep_temporaries()
+        return
+    if store.list(""):
+        raise ValueError(
+            f"--output {store.root} is not empty and holds no run: choose another folder"
+        )
+    store.write_json(RUN_FILE, identity)

@@ -1,0 +1,67 @@
+"""Values that pass between the rooms.
+
+Shape suffixes used everywhere: T tokens, D input features, O output features, K clusters
+(experts), P router features (PCA components), L window length, N windows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+class CompressionError(ValueError):
+    """A unit of work cannot be done for a reason of its own; the message names the place."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """A group's router: ``argmin_k ||(x - mean) components^T - centroid_k||^2``.
+
+    ``components_PD`` is None when PCA is skipped (then P = D).
+    """
+
+    mean_D: torch.Tensor
+    components_PD: torch.Tensor | None
+    centroids_KP: torch.Tensor
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return self.centroids_KP.shape[0]
+
+
+@dataclass(frozen=True)
+class HessianSum:
+    """``sum x x^T`` over tokens, with their count; merged by addition, never averaged."""
+
+    sum_DD: torch.Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class MomentSum:
+    """``sum x``, ``sum x x^T`` and the count of one shard's tokens: all that PCA needs."""
+
+    sum_D: torch.Tensor
+    gram: HessianSum
+
+
+@dataclass(frozen=True)
+class NllSum:
+    """Summed negative log-likelihood (nats) over scored tokens."""
+
+    total: float
+    num_tokens: int
+
+    def __add__(self, other: NllSum) -> NllSum:
+        return NllSum(self.total + other.total, self.num_tokens + other.num_tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Token-level perplexity, ``exp(total / num_tokens)``."""
+        if self.num_tokens == 0:
+            raise ValueError("perplexity of no tokens: give at least one evaluation window")
+        return math.exp(self.total / self.num_tokens)

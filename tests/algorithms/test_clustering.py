@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
+from sparse_expansion.algorithms.hessian import merge_moments, moment_sum
+from sparse_expansion.types import CompressionError, MomentSum, Router
+
+
+def test_pca_from_sums_equals_pca_of_the_tokens():
+    X = torch.randn(500, 12) @ torch.randn(12, 12) + 3
+    moments = merge_moments([moment_sum(X[:123]), moment_sum(X[123:])])
+    mean, components = fit_pca(moments, num_components=4)
+    reference = PCA(4).fit(X.double().numpy())
+    np.testing.assert_allclose(mean.numpy(), reference.mean_, rtol=1e-5, atol=1e-5)
+    dots = np.abs((components.numpy() * reference.components_).sum(axis=1))
+    np.testing.assert_allclose(dots, 1, atol=1e-4)
+    peak = components.abs().argmax(dim=1)
+    assert bool((components[torch.arange(4), peak] > 0).all())
+
+
+def test_pca_by_hand():
+    X = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [3.0, 3.0], [1.0, 1.0]])
+    mean, components = fit_pca(moment_sum(X), num_components=1)
+    assert mean.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(components, torch.full((1, 2), 0.5**0.5))
+
+
+def test_pca_of_nothing():
+    empty = MomentSum(torch.zeros(2, dtype=torch.float64), moment_sum(torch.zeros(0, 2)).gram)
+    with pytest.raises(CompressionError, match="no calibration tokens"):
+        fit_pca(empty, num_components=1)
+
+
+def test_kmeans_finds_clear_clusters_and_is_reproducible():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    Z = torch.cat([centre + 0.1 * torch.randn(50, 2) for centre in centres])
+    first = fit_kmeans(Z, num_clusters=3, restarts=3, max_iterations=50, seed=1)
+    again = fit_kmeans(Z, num_clusters=3, restarts=3, max_iterations=50, seed=1)
+    assert torch.equal(first, again)
+    distances = torch.cdist(first, centres).min(dim=0).values
+    assert bool((distances < 0.2).all())
+
+
+def test_more_restarts_are_never_worse():
+    Z = torch.randn(400, 3)
+
+    def inertia(restarts):
+        centroids = fit_kmeans(Z, num_clusters=12, restarts=restarts, max_iterations=100, seed=5)
+        return float(torch.cdist(Z, centroids).min(dim=1).values.square().sum())
+
+    assert inertia(8) <= inertia(1) + 1e-3
+
+
+def test_one_cluster_is_the_mean():
+    Z = torch.randn(9, 2)
+    centroid = fit_kmeans(Z, num_clusters=1, restarts=1, max_iterations=1, seed=0)
+    torch.testing.assert_close(centroid[0], Z.mean(dim=0))
+
+
+def test_too_few_tokens():
+    with pytest.raises(CompressionError, match="3 calibration tokens cannot fill 4 clusters"):
+        fit_kmeans(torch.randn(3, 2), num_clusters=4, restarts=1, max_iterations=1, seed=0)
+
+
+def test_routing_is_the_nearest_centroid_in_float64():
+    X = torch.randn(200, 10) * 5
+    router = Router(torch.randn(10), torch.randn(4, 10), torch.randn(6, 4))
+    Z = (X.double() - router.mean_D.double()) @ router.components_PD.double().T
+    nearest = torch.cdist(Z, router.centroids_KP.double()).argmin(dim=1)
+    assert torch.equal(route(X, router), nearest)
+    plain = Router(torch.zeros(10), None, X[:6].clone())
+    assert route(X[:6], plain).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_routing_ties_go_to_the_lowest():
+    router = Router(torch.zeros(1), None, torch.tensor([[1.0], [1.0], [-1.0]]))
+    assert route(torch.tensor([[0.0], [5.0], [-5.0]]), router).tolist() == [0, 0, 2]
+
+
+def test_bf16_inputs_are_routed_in_float32():
+    X = torch.randn(64, 8).bfloat16()
+    router = Router(torch.randn(8), torch.randn(3, 8), torch.randn(5, 3))
+    assert torch.equal(route(X, router), route(X.float(), router))
+    assert project(X, router.mean_D, router.components_PD).dtype == torch.float32

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+
+from sparse_expansion.algorithms.hessian import (
+    MAX_DAMPING_ATTEMPTS,
+    hessian_sum,
+    inverse_cholesky_factor,
+    merge_hessians,
+    merge_moments,
+    moment_sum,
+)
+from sparse_expansion.types import CompressionError, HessianSum
+
+
+def test_sum_by_hand():
+    found = hessian_sum(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    assert found.num_tokens == 2
+    assert found.sum_DD.tolist() == [[10.0, -1.0], [-1.0, 5.0]]
+
+
+def test_merging_shards_of_unequal_size_is_the_sum_not_the_mean():
+    X = torch.randn(37, 6)
+    whole = hessian_sum(X)
+    merged = merge_hessians([hessian_sum(X[:5]), hessian_sum(X[5:30]), hessian_sum(X[30:])])
+    assert merged.num_tokens == 37
+    torch.testing.assert_close(merged.sum_DD, whole.sum_DD)
+
+
+def test_merge_leaves_its_inputs_alone_and_refuses_nothing():
+    first = hessian_sum(torch.ones(1, 2))
+    merge_hessians([first, first])
+    assert first.sum_DD.tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="no Hessian sums"):
+        merge_hessians([])
+
+
+def test_moments_merge():
+    X = torch.randn(20, 3)
+    merged = merge_moments([moment_sum(X[:7]), moment_sum(X[7:])])
+    torch.testing.assert_close(merged.sum_D, X.double().sum(0))
+    torch.testing.assert_close(merged.gram.sum_DD, X.T @ X)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_activations_that_are_not_finite(bad):
+    X = torch.randn(4, 3)
+    X[2, 1] = bad
+    with pytest.raises(CompressionError, match="not finite"):
+        hessian_sum(X)
+
+
+def test_factor_is_upper_and_inverts_the_damped_hessian():
+    X = torch.randn(3, 40, 8)
+    H = X.transpose(1, 2) @ X
+    found = inverse_cholesky_factor(H, damping_fraction=0.01)
+    for k in range(3):
+        U = found.factor_KDD[k].double()
+        assert torch.equal(U, U.triu())
+        damped = H[k].double() + 0.01 * H[k].diagonal().mean().double() * torch.eye(8)
+        np.testing.assert_allclose(
+            (U.T @ U).numpy(), np.linalg.inv(damped.numpy()), rtol=2e-4, atol=1e-7
+        )
+    assert found.attempts_K == (1, 1, 1)
+
+
+def test_factor_by_hand_2x2():
+    # H = [[4, 2], [2, 3]] and no damping to speak of: H^-1 = [[3, -2], [-2, 4]] / 8,
+    # U = [[a, b], [0, c]] with a^2 = 3/8, ab = -2/8, b^2 + c^2 = 4/8.
+    found = inverse_cholesky_factor(torch.tensor([[[4.0, 2.0], [2.0, 3.0]]]), damping_fraction=1e-9)
+    a = (3 / 8) ** 0.5
+    b = -2 / 8 / a
+    c = (4 / 8 - b * b) ** 0.5
+    torch.testing.assert_close(found.factor_KDD[0], torch.tensor([[a, b], [0.0, c]]))
+
+
+def test_dead_features_are_reported_and_decoupled():
+    X = torch.randn(30, 4)
+    X[:, 2] = 0
+    found = inverse_cholesky_factor((X.T @ X)[None])
+    assert found.dead_KD.tolist() == [[False, False, True, False]]
+    assert bool(torch.isfinite(found.factor_KDD).all())
+    U = found.factor_KDD[0]
+    assert U[2, 3] == 0 and U[0, 2] == 0
+
+
+def test_damping_is_raised_in_steps_for_the_bad_one_only():
+    X = torch.randn(30, 4)
+    good = X.T @ X
+    bad = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
+    found = inverse_cholesky_factor(torch.stack([good, bad]), damping_fraction=0.01)
+    # mean diagonal 0.7: 0.007 and 0.07 do not lift -0.2 above zero, 0.7 does.
+    assert found.attempts_K == (1, 3)
+    assert found.damping_fraction_K == (0.01, pytest.approx(1.0))
+
+
+def test_hessian_that_stays_indefinite_ends_in_an_error():
+    bad = torch.diag(torch.tensor([1.0, -1e9, 1e9]))
+    bad[0, 2] = bad[2, 0] = 1e12
+    with pytest.raises(CompressionError, match=f"{MAX_DAMPING_ATTEMPTS} attempts"):
+        inverse_cholesky_factor(bad[None])
+
+
+def test_hessian_with_nan_is_named():
+    H = torch.eye(3).repeat(2, 1, 1)
+    H[1, 0, 2] = float("nan")
+    with pytest.raises(CompressionError, match="Hessian 1 .*not finite"):
+        inverse_cholesky_factor(H)
+
+
+def test_all_dead():
+    found = inverse_cholesky_factor(torch.zeros(1, 3, 3))
+    assert bool(torch.isfinite(found.factor_KDD).all())
+    assert bool(found.dead_KD.all())
+
+
+def test_counts_travel():
+    assert (
+        merge_hessians([HessianSum(torch.eye(1), 3), HessianSum(torch.eye(1), 4)]).num_tokens == 7
+    )

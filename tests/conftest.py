@@ -1,0 +1,53 @@
+"""Tiny models and texts, made here: no network, no files from outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.txt and test.txt from the offline corpus."""
+    from sparse_expansion.data.corpora import load_corpus
+
+    folder = tmp_path_factory.mktemp("text")
+    corpus = load_corpus("pydoc")
+    (folder / "train.txt").write_text(corpus.calibration[:300_000])
+    (folder / "test.txt").write_text(corpus.evaluation[:60_000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_folder: Path):
+    """A small byte-pair tokenizer trained on the text."""
+    return tiny.train_tokenizer((text_folder / "train.txt").read_text())
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A tiny Llama with random weights."""
+    return tiny.save_random("llama", tmp_path_factory.mktemp("llama"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_folder: Path) -> Path:
+    """A tiny GPT-NeoX, trained until it has learnt something."""
+    return tiny.save_trained_neox(
+        tmp_path_factory.mktemp("neox"), tokenizer, (text_folder / "train.txt").read_text()
+    )

@@ -1,0 +1,48 @@
+import os
+
+import pytest
+import torch
+
+from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
+from sparse_expansion.model.families import LinearGroup
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 6)
+        self.b = torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_group_inputs_are_what_the_linears_get():
+    block = Block()
+    x = torch.randn(2, 3, 4)
+    with GroupInputs(block, (LinearGroup(("a",)), LinearGroup(("b",)))) as seen:
+        block(x)
+    assert torch.equal(seen.inputs["a"], x.reshape(6, 4))
+    assert torch.equal(seen.inputs["b"], torch.relu(block.a(x)).reshape(6, 6))
+    assert not block.a._forward_pre_hooks
+
+
+def test_buffers_spill_beyond_the_budget_and_leave_nothing_behind(tmp_path):
+    buffers = ActivationBuffers(memory_bytes=100, scratch=tmp_path)
+    small = buffers.allocate((5, 5), torch.float32)
+    large = buffers.allocate((8, 8), torch.bfloat16)
+    assert (buffers.in_memory, buffers.spilled) == (100, 128)
+    large.fill_(3)
+    assert float(large.float().sum()) == 192
+    assert os.listdir(tmp_path) == []
+    buffers.release(small)
+    buffers.release(large)
+    assert (buffers.in_memory, buffers.spilled) == (0, 0)
+    buffers.allocate((5, 5), torch.float32)
+    assert buffers.spilled == 0
+
+
+def test_group_names():
+    assert LinearGroup(("mlp.gate_proj", "mlp.up_proj")).name == "mlp.gate_proj+up_proj"
+    with pytest.raises(AttributeError):
+        LinearGroup(("x",)).name = "y"

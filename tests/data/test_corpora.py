@@ -1,0 +1,106 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from sparse_expansion.data.corpora import (
+    calibration_windows,
+    check_dataset,
+    evaluation_windows,
+    load_corpus,
+)
+
+
+def words(text):
+    return [len(word) for word in text.split()]
+
+
+def test_pydoc_is_offline_english_and_split():
+    corpus = load_corpus("pydoc")
+    assert len(corpus.calibration) > 100_000 and len(corpus.evaluation) > 50_000
+    assert "statement" in corpus.calibration
+    assert corpus.evaluation[:2000] not in corpus.calibration
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("train", ["train", "valid"])
+def test_folders(tmp_path, suffix, train):
+    texts = {train: ["one two", "three"], "test": ["four", "five six"]}
+    for name, lines in texts.items():
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "txt":
+            path.write_text("\n".join(lines))
+        elif suffix == "jsonl":
+            path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path)
+    corpus = load_corpus(str(tmp_path))
+    separators = ("\n", "\n") if suffix == "txt" else (" ", "\n\n")
+    assert corpus.calibration == separators[0].join(texts[train])
+    assert corpus.evaluation == separators[1].join(texts["test"])
+
+
+def test_a_single_file_is_split(tmp_path):
+    path = tmp_path / "all.txt"
+    path.write_text("\n".join(f"line{i}" for i in range(20)))
+    corpus = load_corpus(str(path))
+    assert corpus.calibration.split()[-1] == "line17"
+    assert corpus.evaluation.split() == ["line18", "line19"]
+
+
+def test_bad_datasets(tmp_path):
+    with pytest.raises(ValueError, match="neither wikitext2, c4, pydoc nor an existing"):
+        check_dataset("wikitext3")
+    with pytest.raises(ValueError, match="no train or valid"):
+        check_dataset(str(tmp_path))
+    (tmp_path / "train.txt").write_text("x")
+    with pytest.raises(ValueError, match="no test"):
+        check_dataset(str(tmp_path))
+    (tmp_path / "test.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="empty evaluation text"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "test.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
+    with pytest.raises(ValueError, match="line 2: not a JSON object with a 'text'"):
+        load_corpus(str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.parquet").write_text("nonsense")
+    with pytest.raises(ValueError, match="no readable column 'text'"):
+        load_corpus(str(tmp_path / "x.parquet"))
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(ValueError, match="none of .txt"):
+        check_dataset(str(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_offline_and_not_cached(name, tmp_path):
+    with pytest.raises(ValueError, match="--dataset pydoc"):
+        load_corpus(name, cache_dir=str(tmp_path))
+
+
+def test_calibration_windows_are_seeded_slices():
+    text = " ".join("x" * (i % 50 + 1) for i in range(500))
+    first = calibration_windows(text, words, num_windows=9, seqlen=16, seed=3)
+    assert torch.equal(first, calibration_windows(text, words, num_windows=9, seqlen=16, seed=3))
+    assert not torch.equal(
+        first, calibration_windows(text, words, num_windows=9, seqlen=16, seed=4)
+    )
+    steps = first[:, 1:] - first[:, :-1]
+    assert bool(((steps == 1) | (steps == -49)).all())
+
+
+def test_evaluation_windows_drop_the_remainder():
+    windows = evaluation_windows("a bb ccc dddd eeeee", words, seqlen=2, max_windows=None)
+    assert windows.tolist() == [[1, 2], [3, 4]]
+
+
+def test_short_texts_say_how_many_tokens():
+    with pytest.raises(ValueError, match="has 3 tokens, 5 are needed"):
+        calibration_windows("a b c", words, num_windows=1, seqlen=4, seed=0)
+    with pytest.raises(ValueError, match="has 3 tokens, 4 are needed"):
+        evaluation_windows("a b c", words, seqlen=4, max_windows=None)
+    with pytest.raises(ValueError, match="need 6 tokens, the evaluation text has 5.*windows 2"):
+        evaluation_windows("a b c d e", words, seqlen=2, max_windows=3)

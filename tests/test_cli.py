@@ -1,0 +1,303 @@
+"""The command line: spelling, results, errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_expansion.cli import build_parser, main, normalise_flags, parse_size, run_config
+from sparse_expansion.config import RunConfig
+
+SMALL = [
+    "--num_clusters",
+    "2",
+    "--dataset-size",
+    "4",
+    "--seqlen",
+    "32",
+    "--PCA_reduction_factor",
+    "4",
+    "--block-size",
+    "16",
+    "--eval-windows",
+    "3",
+]
+
+
+def parse(*flags):
+    return build_parser().parse_args(normalise_flags(flags))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run --model pythia --model_size 12B --sparsity 0.5 --dataset wikitext2 --dataset-size 128 "
+        "--num_clusters 16 --PCA_reduction_factor 32",
+        "run --model llama --model_size 7B --sparsity (2,|4) --quantize --bits 4 --dataset wikitext2 "
+        "--dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32",
+        "run --model pythia --model-size 12b --sparsity 2:4 --dataset c4 --dataset_size 128 "
+        "--num-clusters 16 --no_PCA --cache_dir storage --verbose",
+        "run -m llama -ms 8B -cd storage -s 0.9 -q -b 3 -v -d c4 -ds 64 -npca -nc 4",
+        "expand --model a/b --sparsity=0.5 --pca-reduction-factor=8 --output x",
+    ],
+)
+def test_the_research_codes_spelling(line):
+    args = parse(*(word.replace("|", " ") for word in line.split()))
+    run_config(args, 128)
+
+
+def test_flags_reach_the_settings():
+    args = parse(
+        *"run --model x --sparsity 0.7 --quantize --bits 3 --num_clusters 5 --no_PCA "
+        "--dataset-size 9 --seed 4 --calibration-inputs dense --data-shards 3".split()
+    )
+    config = run_config(args, 64)
+    assert config.compression.sparsity.fraction == 0.7 and config.compression.bits == 3
+    assert config.routing.num_clusters == 5 and config.routing.pca_reduction_factor is None
+    assert config.calibration.seed == 4 and config.calibration.calibration_inputs == "dense"
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    parsed = run_config(parse("run", "--model", "x", "--sparsity", "(2, 4)"), 64)
+    assert (parsed.compression.sparsity.pruned, parsed.compression.sparsity.group) == (2, 4)
+
+
+@pytest.mark.parametrize("command", ["run", "expand", "evaluate", "plan", "analyze", "report"])
+def test_help_has_examples(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"sparse-expansion {command}" in out.split("examples:")[1]
+    assert "--json" in out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, neox_folder, text_folder):
+    output = tmp_path_factory.mktemp("run") / "out"
+    code = main(
+        [
+            "run",
+            "--model",
+            str(neox_folder),
+            "--dataset",
+            str(text_folder),
+            "--output",
+            str(output),
+            "--json",
+            *SMALL,
+        ]
+    )
+    assert code == 0
+    return output
+
+
+def test_metrics(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert 1 < metrics["perplexity_dense"] < metrics["perplexity_expanded"] < 512
+    assert metrics["num_eval_tokens"] == 3 * 31
+    for key in ("expand", "evaluate_dense", "evaluate_expanded"):
+        assert metrics["seconds"][key] > 0
+    assert metrics["peak_memory_bytes"] > 10**8
+    weights = sum(f.stat().st_size for f in finished.glob("*.safetensors"))
+    assert metrics["checkpoint_bytes"] == weights
+    assert metrics["config"]["routing"]["num_clusters"] == 2
+    assert metrics["num_experts"] == 3 * 2 * 2
+
+
+def test_plan_foretells_the_bytes_and_units(finished, neox_folder, capsys):
+    flags = [flag for flag in SMALL if flag not in ("--eval-windows", "3")]
+    assert main(["plan", "--model", str(neox_folder), "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    metrics = json.loads((finished / "metrics.json").read_text())
+    headers = 300 * 1024
+    assert 0 <= metrics["checkpoint_bytes"] - plan["checkpoint_bytes"] < headers
+    index = json.loads((finished / "model.safetensors.index.json").read_text())
+    assert plan["checkpoint_bytes"] == index["metadata"]["total_size"]
+    assert plan["dense_checkpoint_bytes"] == metrics["dense_checkpoint_bytes"]
+    assert main(["plan", "--model", str(neox_folder), *flags]) == 0
+    assert "expanded checkpoint" in capsys.readouterr().out
+
+
+def test_evaluate_repeats_the_runs_figures(finished, neox_folder, text_folder, capsys):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for model, key in ((finished, "perplexity_expanded"), (neox_folder, "perplexity_dense")):
+        assert (
+            main(
+                [
+                    "evaluate",
+                    "--model",
+                    str(model),
+                    "--dataset",
+                    str(text_folder),
+                    "--seqlen",
+                    "32",
+                    "--eval-windows",
+                    "3",
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        result = json.loads(capsys.readouterr().out)
+        assert result["perplexity"] == pytest.approx(metrics[key], rel=1e-6)
+        assert result["is_expanded"] == (model == finished)
+
+
+def test_analyze_and_report(finished, tmp_path, capsys):
+    import pyarrow.parquet
+
+    table = tmp_path / "t" / "experts.parquet"
+    assert main(["analyze", str(finished), "--json", "--table", str(table)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert pyarrow.parquet.read_table(table).to_pylist() == rows
+    assert len(rows) == 3 * 2 * 2
+    tokens = sum(
+        row["tokens"] for row in rows if row["layer"] == 0 and row["linear"] == "mlp.dense_h_to_4h"
+    )
+    assert tokens == 4 * 32
+    assert all(0 < row["relative_error"] < 1 for row in rows)
+    assert main(["analyze", str(finished)]) == 0
+    assert "mlp.dense_4h_to_h" in capsys.readouterr().out
+    assert main(["report", str(finished)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["report", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["is_finished"] is True
+
+
+def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp_path):
+    """The point of the method, on a trained model and text it was not calibrated on."""
+    perplexity = {}
+    for clusters in ("1", "8"):
+        output = tmp_path / clusters
+        assert (
+            main(
+                [
+                    "run",
+                    "--model",
+                    str(neox_folder),
+                    "--dataset",
+                    str(text_folder),
+                    "--output",
+                    str(output),
+                    "--sparsity",
+                    "0.8",
+                    "--num_clusters",
+                    clusters,
+                    "--dataset-size",
+                    "48",
+                    "--seqlen",
+                    "64",
+                    "--eval-windows",
+                    "24",
+                    "--PCA_reduction_factor",
+                    "4",
+                ]
+            )
+            == 0
+        )
+        metrics = json.loads((output / "metrics.json").read_text())
+        perplexity[clusters] = metrics["perplexity_expanded"]
+    assert perplexity["8"] < perplexity["1"]
+
+
+def test_without_output_nothing_is_kept(neox_folder, text_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["run", "--model", str(neox_folder), "--dataset", str(text_folder), *SMALL]) == 0
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out and "expand ·" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity 1.5 is outside 0 to 1"),
+        (["--sparsity", "nonsense"], "neither a share of zeros"),
+        (["--sparsity", "5:4"], "needs 0 <= N <= M"),
+        (["--sparsity", "2:5"], "must divide block_size"),
+        (["--num_clusters", "0"], "num_clusters 0 is outside"),
+        (["--bits", "4"], "--bits 4 needs --quantize"),
+        (["--quantize", "--bits", "9"], "bits 9 is outside 2 to 8"),
+        (["--symmetric"], "--symmetric needs --quantize"),
+        (["--PCA_reduction_factor", "0"], "PCA_reduction_factor 0"),
+        (["--dataset-size", "0"], "dataset_size 0"),
+        (["--seqlen", "1"], "seqlen 1"),
+        (["--seqlen", "300"], "more than the model's 256 positions"),
+        (["--eval-windows", "0"], "--eval-windows 0"),
+        (["--eval-windows", "99999"], "use --eval-windows"),
+        (["--dataset", "/nowhere"], "neither wikitext2"),
+        (["--model", "/nowhere"], "does not exist"),
+        (["--model_size", "7b"], "goes with --model pythia"),
+        (["--resume"], "--resume needs the --output"),
+        (["--activation-memory", "lots"], "size 'lots'"),
+        (["--damping-fraction", "nan"], "damping_fraction nan"),
+        (["--data-shards", "0"], "data_shards 0"),
+        (["--no-such-flag"], "unrecognized arguments"),
+        (["--sparsity", "2:4", "--act-order"], "act_order reorders"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(flags, message, neox_folder, text_folder, capsys):
+    base = {"--model": str(neox_folder), "--dataset": str(text_folder), "--seqlen": "32"}
+    arguments = [
+        word for flag, value in base.items() if flag not in flags for word in (flag, value)
+    ]
+    assert main(["run", *arguments, *flags]) == 2
+    captured = capsys.readouterr()
+    error = [line for line in captured.err.splitlines() if "model " != line[:6]]
+    assert len(error) == 1 and message in error[0], captured.err
+    assert captured.out == ""
+
+
+def test_empty_text(tmp_path, neox_folder, capsys):
+    (tmp_path / "train.txt").write_text("")
+    (tmp_path / "test.txt").write_text("some text")
+    assert main(["run", "--model", str(neox_folder), "--dataset", str(tmp_path)]) == 2
+    assert "empty calibration text" in capsys.readouterr().err
+
+
+def test_an_output_that_holds_something_else(tmp_path, neox_folder, text_folder, finished, capsys):
+    base = ["run", "--model", str(neox_folder), "--dataset", str(text_folder), *SMALL]
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main([*base, "--output", str(tmp_path)]) == 2
+    assert "not empty and holds no run" in capsys.readouterr().err
+    assert main([*base, "--output", str(finished)]) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main([*base, "--output", str(finished), "--resume", "--sparsity", "0.6"]) == 2
+    assert "holds another run (different config)" in capsys.readouterr().err
+    assert main([*base, "--output", str(tmp_path / "mine.txt")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["analyze", str(tmp_path / "no")]) == 2
+
+
+def test_resuming_a_finished_run_does_nothing_new(finished, neox_folder, text_folder):
+    before = {f.name: f.stat().st_mtime_ns for f in finished.glob("experts-*")}
+    assert (
+        main(
+            [
+                "run",
+                "--model",
+                str(neox_folder),
+                "--dataset",
+                str(text_folder),
+                *SMALL,
+                "--output",
+                str(finished),
+                "--resume",
+            ]
+        )
+        == 0
+    )
+    assert {f.name: f.stat().st_mtime_ns for f in finished.glob("experts-*")} == before
+
+
+def test_sizes():
+    assert parse_size("2GiB") == 2 << 30
+    assert parse_size("1.5 MB") == 1_500_000
+    assert parse_size("7") == 7
+
+
+def test_console_script_and_module():
+    script = Path(sys.executable).parent / "sparse-expansion"
+    for command in ([str(script)], [sys.executable, "-m", "sparse_expansion.cli"]):
+        done = subprocess.run([*command, "run"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "--model" in done.stderr
