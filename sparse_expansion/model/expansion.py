@@ -96,7 +96,8 @@ class GroupRouter(nn.Module):
 
     def router(self) -> Router:
         """The router as plain tensors."""
-        return Router(self.mean, self.components, self.centroids)
+        components = self._parameters["components"]
+        return Router(self.mean, components, self.centroids)
 
     def forward(self, X: torch.Tensor) -> Routing:
         """Route ``X [..., D]``; linears of the group that get the same tensor route once."""
