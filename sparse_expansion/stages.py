@@ -7,14 +7,12 @@ That is what lets any worker do any unit, and a lost worker's units be done else
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 import resource
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -302,9 +300,7 @@ class Worker:
             stats["damping_fraction"] = list(result.damping_fraction_K)
             stats["damping_attempts"] = list(result.damping_attempts_K)
             stats["dead_features"] = list(result.num_dead_K)
-            stats["relative_error"][name] = relative_errors(
-                weights[name].float(), result.weight_KOD, H_KDD
-            )
+            stats["relative_error"][name] = list(result.relative_error_K)
             for offset in range(len(merged)):
                 packed = pack_expert(
                     result.weight_KOD[offset],
@@ -534,19 +530,6 @@ class Worker:
         return self._labels[key]
 
 
-def relative_errors(
-    W_OD: torch.Tensor, experts_KOD: torch.Tensor, H_KDD: torch.Tensor
-) -> list[float]:
-    """``||(W - W_k) X_k||^2 / ||W X_k||^2`` per expert, on the calibration tokens."""
-    errors = []
-    for expert_OD, H_DD in zip(experts_KOD, H_KDD, strict=True):
-        whole = float(((W_OD @ H_DD) * W_OD).sum(dtype=torch.float64))
-        delta = W_OD - expert_OD
-        lost = float(((delta @ H_DD) * delta).sum(dtype=torch.float64))
-        errors.append(lost / whole if whole > 0 else 0.0)
-    return errors
-
-
 def router_file(layer: int, group: str) -> str:
     """File of a group's router (and grids)."""
     return f"router-{layer:03d}-{group}.safetensors"
@@ -566,18 +549,3 @@ def peak_memory_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own progress bars out of ours."""
-    before = {name: os.environ.get(name) for name in ("HF_HUB_DISABLE_PROGRESS_BARS",)}
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

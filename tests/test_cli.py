@@ -35,8 +35,8 @@ def parse(*flags):
     [
         "run --model pythia --model_size 12B --sparsity 0.5 --dataset wikitext2 --dataset-size 128 "
         "--num_clusters 16 --PCA_reduction_factor 32",
-        "run --model llama --model_size 7B --sparsity (2,|4) --quantize --bits 4 --dataset wikitext2 "
-        "--dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32",
+        "run --model llama --model_size 7B --sparsity (2,|4) --quantize --bits 4 "
+        "--dataset wikitext2 --dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32",
         "run --model pythia --model-size 12b --sparsity 2:4 --dataset c4 --dataset_size 128 "
         "--num-clusters 16 --no_PCA --cache_dir storage --verbose",
         "run -m llama -ms 8B -cd storage -s 0.9 -q -b 3 -v -d c4 -ds 64 -npca -nc 4",

@@ -76,7 +76,9 @@ class InverseFactor:
     dead_KD: torch.Tensor
     """Features that no token of the expert ever used (``H_jj = 0``)."""
     damping_fraction_K: tuple[float, ...]
-    """The damping that sufficed, per expert."""
+    """The damping that sufficed, per expert, as a share of the mean diagonal."""
+    damping_K: torch.Tensor
+    """What was added to each diagonal."""
     attempts_K: tuple[int, ...]
     """Factorizations tried per expert, 1 when the first one held."""
 
@@ -145,4 +147,5 @@ def inverse_cholesky_factor(
             f"{fractions[todo[0]]:g} x mean diagonal ({max_attempts} attempts): calibrate on more "
             "or other text, or raise --damping-fraction"
         )
-    return InverseFactor(factor, dead_KD, tuple(fractions), tuple(attempts))
+    damping_K = scale_K * torch.tensor(fractions, dtype=scale_K.dtype, device=scale_K.device)
+    return InverseFactor(factor, dead_KD, tuple(fractions), damping_K, tuple(attempts))

@@ -29,6 +29,9 @@ class ExpertWeights:
     damping_fraction_K: tuple[float, ...]
     damping_attempts_K: tuple[int, ...]
     num_dead_K: tuple[int, ...]
+    relative_error_K: tuple[float, ...]
+    """``tr(E H E^T) / tr(W H W^T)`` with ``E = W - W_k``: the share of the outputs' energy that is
+    lost on the expert's calibration tokens."""
 
 
 def sweep(
@@ -39,7 +42,7 @@ def sweep(
     grid: AffineGrid | None,
     block_size: int,
     columns_KD: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """One pass over the columns, in place: mask, round, and push the error onward.
 
     For column ``j`` of a block: ``q_j`` is ``w_j`` masked and rounded,
@@ -56,13 +59,15 @@ def sweep(
         columns_KD: original index of every (reordered) column, None when in order.
 
     Returns:
-        The mask of kept weights ``[K, D, O]`` (bool) and the codes (uint8, or None).
+        The mask of kept weights ``[K, D, O]`` (bool), the codes (uint8, or None), and each
+        expert's loss ``sum_j |e_j|^2``, which is ``tr(E (H + damping) E^T)`` exactly.
     """
     num_experts, width, rows = W_KDO.shape
     kept = torch.ones_like(W_KDO, dtype=torch.bool)
     codes = None if grid is None else torch.zeros_like(W_KDO, dtype=torch.uint8)
     if grid is None and pattern.num_kept(rows, width, block_size) == rows * width:
-        return kept, None
+        return kept, None, W_KDO.new_zeros(num_experts)
+    loss_K = W_KDO.new_zeros(num_experts, dtype=torch.float64)
     n_m = pattern.group is not None
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
@@ -101,9 +106,10 @@ def sweep(
             errors[:, j] = error
             W1[:, j] = q_KO
         kept[:, start:stop] = ~mask
+        loss_K += errors.square().sum(dim=(1, 2), dtype=torch.float64)
         if stop < width:
             W_KDO[:, stop:].baddbmm_(U_KDD[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
-    return kept, codes
+    return kept, codes, loss_K
 
 
 def compress_experts(
@@ -141,6 +147,8 @@ def compress_linears(
         grids: a grid, or None, for every name.
     """
     num_experts = H_KDD.shape[0]
+    H_original_KDD = H_KDD
+    dead_KD = H_KDD.diagonal(dim1=1, dim2=2) == 0
     order_KD: torch.Tensor | None = None
     if config.act_order:
         diagonal = H_KDD.diagonal(dim1=1, dim2=2)
@@ -153,7 +161,7 @@ def compress_linears(
         if order_KD is not None:
             W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
         W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
-        kept, codes = sweep(
+        kept, codes, loss_K = sweep(
             W_KDO,
             inverse.factor_KDD,
             pattern=config.sparsity,
@@ -165,12 +173,40 @@ def compress_linears(
             back = torch.argsort(order_KD, dim=1)[:, :, None].expand_as(W_KDO)
             W_KDO, kept = W_KDO.gather(1, back), kept.gather(1, back)
             codes = None if codes is None else codes.gather(1, back)
+        weight_KOD = W_KDO.transpose(1, 2)
         result[name] = ExpertWeights(
-            weight_KOD=W_KDO.transpose(1, 2),
+            weight_KOD=weight_KOD,
             kept_KOD=kept.transpose(1, 2),
             codes_KOD=None if codes is None else codes.transpose(1, 2),
             damping_fraction_K=inverse.damping_fraction_K,
             damping_attempts_K=inverse.attempts_K,
             num_dead_K=tuple(int(n) for n in inverse.dead_KD.sum(dim=1)),
+            relative_error_K=_relative_errors(
+                W_OD.float(), weight_KOD, H_original_KDD, dead_KD, inverse.damping_K, loss_K
+            ),
         )
     return result
+
+
+def _relative_errors(
+    W_OD: torch.Tensor,
+    experts_KOD: torch.Tensor,
+    H_KDD: torch.Tensor,
+    dead_KD: torch.Tensor,
+    damping_K: torch.Tensor,
+    loss_K: torch.Tensor,
+) -> tuple[float, ...]:
+    """Relative output errors from the sweep's loss, at O(K D^2) instead of O(K O D^2).
+
+    The loss counts the damping as if it were data: ``tr(E H E^T) = loss - damping |E|^2``, without
+    the dead columns, which reach no output. ``tr(W H W^T) = <W^T W, H>`` shares one product.
+    """
+    gram_DD = W_OD.T @ W_OD
+    errors = []
+    for k, expert_OD in enumerate(experts_KOD):
+        energy = float((gram_DD * H_KDD[k]).sum(dtype=torch.float64))
+        delta = (W_OD - expert_OD).masked_fill_(dead_KD[k], 0)
+        norm = float(delta.square().sum(dtype=torch.float64))
+        lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
+        errors.append(lost / energy if energy > 0 else 0.0)
+    return tuple(errors)

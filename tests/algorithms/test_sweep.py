@@ -199,6 +199,23 @@ def test_inputs_are_not_modified():
     assert torch.equal(W, before[0]) and torch.equal(H, before[1])
 
 
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "0", "1"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_relative_error_is_the_share_of_output_energy_lost(sparsity, bits):
+    W = torch.randn(8, 24)
+    X = torch.randn(2, 50, 24)
+    X[0, :, 5] = 0
+    H = X.transpose(1, 2) @ X
+    grid = None if bits is None else fit_grid(W, bits=4, symmetric=False, group_size=None)
+    act_order = bits == 4 and sparsity == "0.5"
+    setting = config(sparsity, bits=bits, block_size=8, act_order=act_order)
+    found = compress_experts(W, H, setting, grid)
+    for k in range(2):
+        whole, lost = X[k] @ W.T, X[k] @ (W - found.weight_KOD[k]).T
+        wanted = float(lost.square().sum() / whole.square().sum())
+        assert found.relative_error_K[k] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
 def test_beats_magnitude_pruning():
     # Features of unequal size with one common factor: what a language model's look like.
     W = torch.randn(32, 64)

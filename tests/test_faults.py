@@ -1,0 +1,183 @@
+"""Crashes, kills and full disks lose at most the unit in hand."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparse_expansion.cli import main
+
+FLAGS = [
+    "--num_clusters",
+    "4",
+    "--dataset-size",
+    "12",
+    "--seqlen",
+    "48",
+    "--PCA_reduction_factor",
+    "4",
+    "--block-size",
+    "16",
+    "--experts-per-unit",
+    "2",
+    "--threads",
+    "1",
+]
+
+
+def arguments(model, text, output):
+    return [
+        "expand",
+        "--model",
+        str(model),
+        "--dataset",
+        str(text),
+        "--output",
+        str(output),
+        *FLAGS,
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("schedule", ["compressed", "dense"])
+def test_sigkill_and_resume_give_the_same_bytes(schedule, tmp_path, neox_folder, text_folder):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    extra = ["--calibration-inputs", schedule]
+    assert main([*arguments(neox_folder, text_folder, whole), *extra]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_expansion.cli",
+        *arguments(neox_folder, text_folder, cut),
+        *extra,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # In the middle of the second block.
+    marker = cut / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (cut / "config.json").exists()
+    done = {file: file.stat().st_mtime_ns for file in (cut / "run" / "units").rglob("experts-*")}
+    assert 0 < len(done) < 3 * 2 * 2
+    assert main([*arguments(neox_folder, text_folder, cut), *extra, "--resume"]) == 0
+    assert digests(cut) == digests(whole)
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert not (cut / "run" / "hidden").exists()
+
+
+def test_a_damaged_shard_is_made_again(tmp_path, neox_folder, text_folder):
+    output = tmp_path / "out"
+    assert main(arguments(neox_folder, text_folder, output)) == 0
+    before = digests(output)
+    file = next(output.glob("experts-001-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 255
+    file.write_bytes(bytes(data))
+    assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
+    assert digests(output) == before
+
+
+def test_an_unfinished_folder_is_not_a_model(tmp_path, neox_folder, text_folder, capsys):
+    output = tmp_path / "out"
+    assert main(arguments(neox_folder, text_folder, output)) == 0
+    (output / "config.json").unlink()
+    assert main(["evaluate", "--model", str(output), "--dataset", str(text_folder)]) == 2
+    assert "an unfinished run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    where = tmp_path / "small"
+    where.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(where)],
+        capture_output=True,
+        check=False,
+    )
+    if mount.returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_exit_1_and_can_be_resumed(
+    small_disk, tmp_path, neox_folder, text_folder, capsys
+):
+    output = small_disk / "out"
+    assert main(arguments(neox_folder, text_folder, output)) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and "no space left" in error[0] and "--resume" in error[0]
+    assert not (output / "config.json").exists()
+    assert not list(output.rglob(".writing-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
+    whole = tmp_path / "whole"
+    assert main(arguments(neox_folder, text_folder, whole)) == 0
+    assert digests(output) == digests(whole)
+
+
+def test_a_full_scratch_disk_is_an_error_not_a_crash(
+    small_disk, tmp_path, neox_folder, text_folder, capsys
+):
+    flags = ["--activation-memory", "0", "--scratch", str(small_disk), "--dataset-size", "40"]
+    assert main([*arguments(neox_folder, text_folder, tmp_path / "out"), *flags]) == 1
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_spilling_does_not_change_a_byte(tmp_path, neox_folder, text_folder):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name, flags in (("a", []), ("b", ["--activation-memory", "0", "--scratch", str(scratch)])):
+        assert main([*arguments(neox_folder, text_folder, tmp_path / name), *flags]) == 0
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert os.listdir(scratch) == []
+
+
+def test_interrupt(tmp_path, neox_folder, text_folder):
+    output = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_expansion.cli",
+        *arguments(neox_folder, text_folder, output),
+        "--dataset-size",
+        "200",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (output / "run" / "units").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: finished units are kept" in error and "Traceback" not in error
+
+
+def test_activations_that_are_not_finite_name_the_layer(
+    tmp_path, llama_folder, text_folder, capsys
+):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "m"
+    shutil.copytree(llama_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.post_attention_layernorm.weight"][3] = float("inf")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(folder, text_folder, tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert "layer-001/capture" in error and "not finite" in error

@@ -1,0 +1,100 @@
+import errno
+import os
+
+import pytest
+import torch
+
+from sparse_expansion.store import Store, open_run
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    root = str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}"
+    yield Store(root)
+    if request.param == "memory":
+        Store(root).delete_folder("")
+
+
+def commit(store, key="layer-000/a", name="a.safetensors"):
+    record = store.write_tensors(name, {"x": torch.arange(5.0)})
+    store.commit(key, {"files": {name: record}, "stats": {}})
+    return record
+
+
+def test_tensors_come_back(store):
+    record = commit(store)
+    assert torch.equal(store.read_tensors("a.safetensors")["x"], torch.arange(5.0))
+    assert record["tensors"] == {"x": 20}
+    assert store.is_intact(store.record("layer-000/a"))
+    assert list(store.records()) == ["layer-000/a"]
+    assert store.list("") == ["a.safetensors", "run/units/layer-000/a.json"]
+
+
+def test_a_file_without_marker_is_not_finished(store):
+    store.write_tensors("a.safetensors", {"x": torch.ones(1)})
+    assert store.record("layer-000/a") is None
+
+
+def test_damage_is_seen(store):
+    commit(store)
+    data = bytearray(store.read_bytes("a.safetensors"))
+    data[-3] ^= 1
+    store.write_bytes("a.safetensors", bytes(data))
+    assert not store.is_intact(store.record("layer-000/a"))
+    store.write_bytes("a.safetensors", bytes(data[:-5]))
+    assert not store.is_intact(store.record("layer-000/a"))
+    with pytest.raises(ValueError, match="is damaged"):
+        store.read_tensors("a.safetensors")
+    store.delete("a.safetensors")
+    store.delete("a.safetensors")
+    assert not store.is_intact(store.record("layer-000/a"))
+
+
+def test_equal_tensors_give_equal_bytes(store):
+    first = store.write_tensors("a.safetensors", {"b": torch.ones(2), "a": torch.zeros(3)})
+    second = store.write_tensors("b.safetensors", {"b": torch.ones(2), "a": torch.zeros(3)})
+    assert first["sha256"] == second["sha256"]
+
+
+def test_claiming_a_folder(store):
+    identity = {"digest": "1", "config": {"a": 1}}
+    open_run(store, identity, resume=False)
+    open_run(store, identity, resume=True)
+    with pytest.raises(ValueError, match="add --resume"):
+        open_run(store, identity, resume=False)
+    with pytest.raises(ValueError, match="different config"):
+        open_run(store, {"digest": "2", "config": {"a": 2}}, resume=True)
+
+
+def test_temporaries_of_a_killed_process_are_swept(tmp_path):
+    store = Store(tmp_path)
+    identity = {"digest": "1"}
+    open_run(store, identity, resume=False)
+    (tmp_path / "run" / ".writing-abc").write_text("half")
+    open_run(store, identity, resume=True)
+    assert not (tmp_path / "run" / ".writing-abc").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.write_bytes("a", b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.write_bytes("a", b"new")
+    assert store.read_bytes("a") == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_urls_are_not_local_paths():
+    with pytest.raises(ValueError, match="not a local folder"):
+        Store("memory://x").local_path()
+
+
+def test_bad_json_is_named(store):
+    store.write_bytes("run/run.json", b"{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        store.read_json("run/run.json")
