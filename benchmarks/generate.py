@@ -1,6 +1,6 @@
 """Load an expanded folder as any user of transformers would, and continue a prompt.
 
-    python benchmarks/generate.py FOLDER PROMPT
+python benchmarks/generate.py FOLDER PROMPT
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from sparse_expansion.config import (
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 _RUN_EXAMPLES = """examples:
   # a local or hub model, 16 experts at 50 %, offline text
@@ -269,6 +270,35 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         help="activations beyond this go to scratch files (default 2GiB)",
     )
     group.add_argument("--scratch", metavar="DIR", help="folder for scratch files")
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="auto, host:port or ray://host:port; without it Ray is started here",
+    )
+    group.add_argument("--num-workers", type=int, help="Ray actors (default: what fits)")
+    group.add_argument(
+        "--gpus-per-worker", type=float, help="GPUs per actor, a share of one allowed"
+    )
+    group.add_argument("--cpus-per-worker", type=float, help="CPUs per actor (default: threads)")
+    group.add_argument("--max-attempts", type=int, default=3, help="tries per unit (default 3)")
+    group.add_argument(
+        "--worker-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="give up after so long without any worker (default 1800)",
+    )
+    group.add_argument(
+        "--object-store-memory", metavar="SIZE", help="object store of a Ray started here"
+    )
+    group.add_argument(
+        "--eval-pipeline",
+        type=int,
+        default=1,
+        metavar="P",
+        help="evaluate in P ranges of blocks, each on its own worker (default 1: every worker "
+        "streams all blocks over its share of the windows)",
+    )
 
 
 def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
@@ -347,11 +377,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     _quieten(args.verbose)
+    _end_cleanly_on_sigterm()
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
         _complain("interrupted: finished units are kept, continue with --resume")
         return EXIT_INTERRUPTED
+    except _Terminated:
+        _complain("terminated: finished units are kept, continue with --resume")
+        return EXIT_TERMINATED
     except BrokenPipeError:
         # The reader of our output (a pager, `head`) has gone: not an error of ours.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the interpreter
@@ -371,6 +405,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logging.exception("the error in full")
         _complain(" ".join(str(error).split()))
         return EXIT_FAILED if _is_work_failure(error) else EXIT_BAD_INPUT
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which is what ``ray job stop`` and a cluster that shrinks send first."""
+
+
+def _end_cleanly_on_sigterm() -> None:
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def _is_work_failure(error: ValueError) -> bool:
@@ -421,10 +472,58 @@ def _seqlen(args: argparse.Namespace, config: Any) -> int:
     return min(default, int(getattr(config, "max_position_embeddings", default) or default))
 
 
-def _executor(args: argparse.Namespace, spec: Any) -> Any:
-    from sparse_expansion.execution.local import LocalExecutor
+def _check_execution(args: argparse.Namespace) -> None:
+    """Bounds of the execution flags."""
+    parse_size(args.activation_memory)
+    if args.object_store_memory is not None:
+        parse_size(args.object_store_memory)
+    for flag in ("threads", "num_workers", "max_attempts", "eval_pipeline"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    for flag in ("gpus_per_worker", "cpus_per_worker", "worker_timeout"):
+        value = getattr(args, flag)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must not be negative")
+    ray_only = (
+        "ray_address",
+        "num_workers",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "object_store_memory",
+    )
+    for flag in ray_only:
+        if args.executor != "ray" and getattr(args, flag) is not None:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} needs --executor ray: add it, or drop {name}")
 
-    return LocalExecutor(spec)
+
+def _executor(args: argparse.Namespace, spec: Any) -> Any:
+    if args.executor == "local":
+        from sparse_expansion.execution.local import LocalExecutor
+
+        return LocalExecutor(spec)
+    from sparse_expansion.execution.ray import RayExecutor, RayOptions
+
+    memory = args.object_store_memory
+    return RayExecutor(
+        spec,
+        RayOptions(
+            address=args.ray_address,
+            num_workers=args.num_workers,
+            gpus_per_worker=args.gpus_per_worker,
+            cpus_per_worker=args.cpus_per_worker,
+            max_attempts=args.max_attempts,
+            worker_timeout=args.worker_timeout,
+            object_store_bytes=None if memory is None else parse_size(memory),
+        ),
+    )
+
+
+def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, int]:
+    """Shards of windows and ranges of blocks, by the workers there are."""
+    workers = getattr(executor, "num_workers", 1)
+    return {"num_shards": max(1, workers), "num_ranges": args.eval_pipeline}
 
 
 def _check_output(output: str) -> None:
@@ -443,6 +542,7 @@ def _check_output(output: str) -> None:
 def _run(args: argparse.Namespace) -> int:
     # Flags first, before anything slow is imported or read.
     config_check = run_config(args, args.seqlen or 2048)
+    _check_execution(args)
     activation_bytes = parse_size(args.activation_memory)
     if getattr(args, "eval_windows", None) is not None and args.eval_windows < 1:
         raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
@@ -505,7 +605,13 @@ def _run(args: argparse.Namespace) -> int:
                 for kind in ("dense", "expanded"):
                     line.start(f"evaluate {kind}", prepared.shell.num_blocks)
                     nll, _ = jobs.evaluate(
-                        kind, tokens, prepared.shell.num_blocks, executor, line.update, measured
+                        kind,
+                        tokens,
+                        prepared.shell.num_blocks,
+                        executor,
+                        line.update,
+                        measured,
+                        **_evaluation_split(args, executor),
                     )
                     line.say(f"{kind} perplexity {nll.perplexity:.3f}")
                     metrics[f"perplexity_{kind}"] = nll.perplexity
@@ -532,6 +638,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
     if args.seqlen is not None and args.seqlen < 2:
         raise ValueError(f"--seqlen {args.seqlen} must be at least 2 tokens")
+    _check_execution(args)
     activation_bytes = parse_size(args.activation_memory)
     from sparse_expansion.data.corpora import check_dataset, load_corpus
     from sparse_expansion.model.sources import fetch_model, resolve_name
@@ -572,7 +679,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         line.start("evaluate", shell.num_blocks)
         nll, per_window = jobs.evaluate(
-            "dense", tokens, shell.num_blocks, executor, line.update, measured
+            "dense",
+            tokens,
+            shell.num_blocks,
+            executor,
+            line.update,
+            measured,
+            **_evaluation_split(args, executor),
         )
     finally:
         executor.close()

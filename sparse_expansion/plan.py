@@ -92,6 +92,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     layer=i,
                     rank=0,
                     cost=shard_tokens * (block_flops + grams),
+                    output_bytes=sum(4 * group.width**2 for group in shape.groups),
                 )
             )
         for g, group in enumerate(shape.groups):
@@ -106,6 +107,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     outputs=("pca", "gram"),
                     layer=i,
                     rank=1,
+                    output_bytes=4 * group.width * (group.width + features),
                     cost=4.0 * group.width**3,
                 )
             )
@@ -122,6 +124,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         layer=i,
                         rank=2,
                         cost=2.0 * fit_tokens / len(shards) * group.width * features,
+                        move_cost=shard_tokens * block_flops,
+                        output_bytes=int(4 * fit_tokens / len(shards) * features),
                     )
                 )
             units.append(
@@ -168,6 +172,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                             layer=i,
                             rank=4,
                             cost=2.0 * shard_tokens * share * group.width**2,
+                            move_cost=shard_tokens * block_flops,
+                            output_bytes=4 * (last - first + 1) * group.width**2,
                         )
                     )
                 units.append(
@@ -204,7 +210,6 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         params={"layer": i, "shard": s, "experts": ranges},
                         after=(*made, f"{where}/capture/shard-{s:03d}"),
                         is_persistent=True,
-                        affinity=affinity[s],
                         layer=i,
                         rank=6,
                         cost=shard_tokens * block_flops,

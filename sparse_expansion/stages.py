@@ -70,6 +70,10 @@ class Unit:
     """Order of stages inside a block."""
     cost: float = 0.0
     """Estimated floating-point operations."""
+    move_cost: float = 0.0
+    """Operations to make its affinity's cache again on another worker."""
+    output_bytes: int = 0
+    """Estimated bytes of the values it hands on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +433,7 @@ class Worker:
                     self.spec.source, cache_dir=self.spec.cache_dir, revision=self.spec.revision
                 )
             else:
-                folder = self.store.local_path()
+                folder = self.store.fetch_folder(self.spec.scratch)
             self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
         return self._shells[model]
 

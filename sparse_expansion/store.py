@@ -147,6 +147,16 @@ class Store:
         elif self.fs.exists(self.path(name)):
             self.fs.rm(self.path(name), recursive=True)
 
+    def fetch_folder(self, scratch: str | None) -> Path:
+        """The root as a local folder: itself, or a copy of its top-level files."""
+        if self.is_local:
+            return self.local_path()
+        target = Path(tempfile.mkdtemp(prefix="sparse-expansion-", dir=scratch))
+        for name in self.list(""):
+            if "/" not in name:
+                self.fs.get_file(self.path(name), str(target / name))
+        return target
+
     def commit(self, key: str, record: dict[str, Any]) -> None:
         """Write a unit's marker: from now on the unit is finished."""
         self.write_json(f"{UNITS}/{key}.json", record)

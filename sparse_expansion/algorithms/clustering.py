@@ -40,9 +40,12 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
     if covariance.is_cuda:
         vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
     else:
-        _, found = scipy.linalg.eigh(
-            covariance.numpy(), subset_by_index=[first, width - 1], check_finite=False
-        )
+        # SciPy's LAPACK has threads of its own; as many as PyTorch has, so that a worker that was
+        # given one thread computes the same bytes wherever it runs.
+        with threadpool_limits(limits=torch.get_num_threads(), user_api="blas"):
+            _, found = scipy.linalg.eigh(
+                covariance.numpy(), subset_by_index=[first, width - 1], check_finite=False
+            )
         vectors = torch.from_numpy(np.ascontiguousarray(found))
     components_PD = vectors.flip(1).T.contiguous()
     peak = components_PD.abs().argmax(dim=1, keepdim=True)

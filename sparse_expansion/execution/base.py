@@ -117,6 +117,12 @@ class Schedule:
         self.running.remove(key)
         self._enqueue(key)
 
+    def set_aside(self, key: str) -> None:
+        """Take a unit out for good: it failed, and what needs it will never start."""
+        self.ready.discard(key)
+        self.waiting.pop(key, None)
+        self.waiting[key] = {key}
+
     def lose_value(self, value: tuple[str, str]) -> None:
         """A handed-on value is gone: its unit has to be done again, with all that this needs."""
         self.values.pop(value, None)
