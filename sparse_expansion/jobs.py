@@ -214,16 +214,15 @@ class _HiddenCleaner:
 
     def __init__(self, store: Store, units: list[Unit]) -> None:
         self.store = store
-        self.left: dict[int, int] = defaultdict(int)
-        self.total = len(units)
+        self.left: dict[int, set[str]] = defaultdict(set)
         for unit in units:
-            self.left[unit.layer] += 1
-        self.deleted: set[int] = set()
+            self.left[unit.layer].add(unit.key)
 
     def finished(self, unit: Unit) -> None:
-        self.left[unit.layer] -= 1
-        if unit.layer >= 0 and self.left[unit.layer] == 0 and unit.layer not in self.deleted:
-            self.deleted.add(unit.layer)
+        # By key: a unit whose values were lost with their worker ends more than once.
+        left = self.left[unit.layer]
+        left.discard(unit.key)
+        if unit.layer >= 0 and not left:
             prefix = f"run/hidden/layer-{unit.layer:03d}-"
             for name in self.store.list("run/hidden"):
                 if name.startswith(prefix):

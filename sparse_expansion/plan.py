@@ -170,7 +170,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                             outputs=("sums",),
                             affinity=affinity[s],
                             layer=i,
-                            rank=4,
+                            rank=5,
                             cost=2.0 * shard_tokens * share * group.width**2,
                             move_cost=shard_tokens * block_flops,
                             output_bytes=4 * (last - first + 1) * group.width**2,
@@ -191,7 +191,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         after=(f"{at}/router",),
                         is_persistent=True,
                         layer=i,
-                        rank=5,
+                        # Before further Hessians: experts consume the sums that fill memory.
+                        rank=4,
                         cost=(last - first + 1)
                         * (group.width**3 + 4.0 * group.rows * group.width**2),
                     )

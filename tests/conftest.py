@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray reads these when it is imported. Token authentication is on, as on the shipped cluster; the
+# token is the tests' own, so that nothing is read from or written to the user's home.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers are niced by default, which starves them on a busy machine with few cores.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 import torch

@@ -126,7 +126,8 @@ class Dispatcher:
             unit = stolen
         if unit.affinity:
             self.owner.setdefault(unit.affinity, worker)
-        self.value_bytes += unit.output_bytes
+        # A unit whose values were lost may still be accounted for.
+        self.value_bytes += unit.output_bytes - self._held.pop(unit.key, 0)
         self._held[unit.key] = unit.output_bytes
         return unit
 

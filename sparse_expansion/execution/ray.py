@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ _LOST_WORKER = (
     OutOfMemoryError,
 )
 _LOST_VALUE = (ObjectLostError, OwnerDiedError)
+CONNECT_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -235,6 +237,7 @@ class RayExecutor:
             if self.options.object_store_bytes is not None:
                 options["object_store_memory"] = self.options.object_store_bytes
         else:
+            _check_reachable(self.options.address)
             options["address"] = self.options.address
         try:
             ray.init(**options)
@@ -499,6 +502,25 @@ class _Run:
     def _room(self) -> str:
         needs = self.executor._resources
         return f"{needs['num_gpus']:g} GPU and {needs['num_cpus']:g} CPU"
+
+
+def _check_reachable(address: str) -> None:
+    """Answer a wrong address in seconds: Ray's own client tries for many minutes.
+
+    Raises:
+        ValueError: nobody listens at host:port.
+    """
+    place = address.removeprefix("ray://")
+    host, colon, port = place.rpartition(":")
+    if not colon:
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Ray at {address} cannot be reached ({error}): check --ray-address"
+        ) from None
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,14 @@
+"""`ray job submit --working-dir . -- python ray_jobs/run.py ...`: flags of `sparse-expansion run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The uploaded working directory need not be installed on the cluster.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ray_jobs._entry import job  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(job("run"))

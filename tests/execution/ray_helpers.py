@@ -1,0 +1,80 @@
+"""What the Ray tests share: an isolated Ray, clusters, runs and their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparse_expansion import jobs
+from sparse_expansion.config import CalibrationConfig, CompressionConfig, RoutingConfig, RunConfig
+from sparse_expansion.execution.local import LocalExecutor
+from sparse_expansion.execution.ray import RayExecutor, RayOptions
+from sparse_expansion.model.sources import resolve_name
+from sparse_expansion.stages import WorkerSpec
+from sparse_expansion.store import Store
+
+STORE_BYTES = 80 * 1024 * 1024
+FAST_HEARTBEATS = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+
+
+def config(schedule: str = "compressed", **changes: Any) -> RunConfig:
+    calibration = {"dataset_size": 12, "seqlen": 48, "calibration_inputs": schedule, **changes}
+    return RunConfig(
+        compression=CompressionConfig(block_size=16),
+        routing=RoutingConfig(num_clusters=4, pca_reduction_factor=4),
+        calibration=CalibrationConfig(**calibration),
+        experts_per_unit=2,
+    )
+
+
+class Run:
+    """One expansion of a model folder."""
+
+    def __init__(self, folder: Path, text: Path, output: Path, settings: RunConfig) -> None:
+        self.store = Store(output)
+        self.settings = settings
+        self.prepared, self.windows = jobs.prepare(
+            settings, folder, dataset=str(text), cache_dir=None, model_name="m"
+        )
+        jobs.claim(self.store, self.prepared, resume=True)
+        self.spec = WorkerSpec(
+            store=str(output), source=resolve_name(str(folder)), config=settings, threads=1
+        )
+        self.measured = jobs.Measurements()
+        self.seen: list[Any] = []
+
+    def local(self) -> dict[str, str]:
+        self.expand(LocalExecutor(self.spec))
+        return self.digests()
+
+    def on_ray(self, *, observe: Callable[..., None] | None = None, **options: Any) -> RayExecutor:
+        executor = RayExecutor(self.spec, RayOptions(**options))
+        try:
+            self.expand(executor, observe)
+        finally:
+            executor.close()
+        return executor
+
+    def expand(self, executor: Any, observe: Callable[..., None] | None = None) -> None:
+        def observer(progress: Any) -> None:
+            self.seen.append(progress)
+            if observe is not None:
+                observe(executor, progress)
+
+        jobs.expand(self.prepared, self.windows, self.store, executor, observer, self.measured)
+
+    def digests(self) -> dict[str, str]:
+        return digests(Path(self.store.base))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*.safetensors"))
+    }

@@ -1,0 +1,334 @@
+"""Ray against the local executor, on small clusters, with actors, nodes and drivers lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from sparse_expansion import jobs
+from sparse_expansion.execution.local import LocalExecutor
+from sparse_expansion.execution.ray import RayExecutor, RayOptions, from_wire, to_wire
+from sparse_expansion.types import CompressionError, HessianSum, MomentSum
+from tests.execution import ray_helpers
+from tests.execution.ray_helpers import Run, config, digests
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, neox_folder, text_folder):
+    """What one local worker makes, by schedule."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {
+        schedule: Run(neox_folder, text_folder, folder / schedule, config(schedule)).local()
+        for schedule in ("compressed", "dense")
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without GPU and two nodes with one logical GPU each."""
+    with small_cluster(nodes=2) as made:
+        yield made
+
+
+class small_cluster:
+    def __init__(self, nodes):
+        self.num_nodes = nodes
+
+    def __enter__(self):
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "object_store_memory": ray_helpers.STORE_BYTES,
+                "include_dashboard": False,
+                "_system_config": ray_helpers.FAST_HEARTBEATS,
+            },
+        )
+        self.nodes = [self.add() for _ in range(self.num_nodes)]
+        ray.init(address=self.cluster.address, log_to_driver=False)
+        return self
+
+    def add(self):
+        return self.cluster.add_node(
+            num_cpus=1, num_gpus=1, object_store_memory=ray_helpers.STORE_BYTES
+        )
+
+    def __exit__(self, *exc):
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.mark.parametrize("schedule", ["compressed", "dense"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_local_bytes(
+    schedule, workers, cluster, tmp_path, neox_folder, text_folder, reference
+):
+    run = Run(neox_folder, text_folder, tmp_path / "o", config(schedule))
+    executor = run.on_ray(num_workers=workers, gpus_per_worker=1)
+    assert run.digests() == reference[schedule]
+    assert executor.lost_workers == 0
+    used = {progress.worker for progress in run.seen}
+    assert len(used) == workers
+
+
+def test_fractional_gpus_share_a_card(cluster, tmp_path, neox_folder, text_folder, reference):
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    run.on_ray(num_workers=4, gpus_per_worker=0.5, cpus_per_worker=0.5)
+    assert run.digests() == reference["compressed"]
+    assert len({progress.worker for progress in run.seen}) == 4
+
+
+@pytest.mark.parametrize(("shards", "ranges"), [(1, 1), (2, 1), (2, 3)])
+def test_evaluation_equals_the_local_one(
+    shards, ranges, cluster, tmp_path, neox_folder, text_folder
+):
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    local = LocalExecutor(run.spec)
+    run.expand(local)
+    tokens = jobs.evaluation_tokens(
+        run.prepared.corpus, run.prepared.encode, seqlen=48, max_windows=7, vocabulary=512
+    )
+
+    def perplexity(model, executor, **split):
+        nll, windows = jobs.evaluate(
+            model, tokens, 3, executor, lambda progress: None, run.measured, **split
+        )
+        assert len(windows) == 7 and nll.num_tokens == 7 * 47
+        return nll.perplexity
+
+    executor = RayExecutor(run.spec, RayOptions(num_workers=2, gpus_per_worker=1))
+    try:
+        for model in ("dense", "expanded"):
+            found = perplexity(model, executor, num_shards=shards, num_ranges=ranges)
+            assert found == pytest.approx(perplexity(model, local), rel=1e-6)
+    finally:
+        executor.close()
+
+
+def test_an_actor_killed_in_mid_run(cluster, tmp_path, neox_folder, text_folder, reference):
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    killed = []
+
+    def kill(executor, progress):
+        if progress.unit.layer == 1 and progress.unit.stage == "hessians" and not killed:
+            name = progress.worker.split("@")[0]
+            killed.append(name)
+            ray.kill(executor._handles[name].actor)
+
+    executor = run.on_ray(num_workers=2, gpus_per_worker=1, observe=kill)
+    assert killed and executor.lost_workers >= 1
+    assert run.digests() == reference["compressed"]
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("schedule", ["compressed", "dense"])
+def test_a_node_removed_in_mid_run(
+    schedule, replace, cluster, tmp_path, neox_folder, text_folder, reference
+):
+    """Spot preemption: the node's actor, cache and objects are gone at once."""
+    run = Run(neox_folder, text_folder, tmp_path / "o", config(schedule))
+    removed = []
+
+    def remove(executor, progress):
+        if progress.unit.layer == 1 and progress.unit.stage == "router" and not removed:
+            removed.append(1)
+            cluster.cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+            if replace:
+                cluster.nodes.append(cluster.add())
+
+    try:
+        executor = run.on_ray(num_workers=2, gpus_per_worker=1, observe=remove)
+    finally:
+        if not replace and removed:
+            cluster.nodes.append(cluster.add())
+    assert removed and executor.lost_workers >= 1
+    assert run.digests() == reference[schedule]
+
+
+def test_a_poison_unit_is_named_and_does_not_take_the_others_down(
+    cluster, tmp_path, neox_folder, text_folder
+):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "m"
+    shutil.copytree(neox_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    state["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    run = Run(folder, text_folder, tmp_path / "o", config("dense"))
+    with pytest.raises(CompressionError, match=r"layer-002/mlp.dense_4h_to_h/experts-00.*NaN"):
+        run.on_ray(num_workers=2, gpus_per_worker=1, max_attempts=2)
+    done = {key for key in run.store.records() if "/experts-" in key}
+    assert len(done) == 3 * 2 * 2 - 2
+    assert not [key for key in done if key.startswith("layer-002/mlp.dense_4h_to_h")]
+
+
+def test_a_unit_that_kills_its_worker_every_time_is_given_up(
+    cluster, tmp_path, neox_folder, text_folder, monkeypatch
+):
+    """An out-of-memory kill that would repeat for ever."""
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    marker = tmp_path / "attempts"
+    units = run.prepared.units
+    index = next(i for i, unit in enumerate(units) if unit.stage == "trunk")
+    from dataclasses import replace
+
+    units[index] = replace(units[index], stage="suicide", params={"marker": str(marker)})
+    from sparse_expansion.execution import ray as ray_module
+
+    monkeypatch.setattr(ray_module, "UnitActor", SuicidalActor)
+    with pytest.raises(CompressionError, match="trunk: its worker was lost"):
+        run.on_ray(num_workers=1, gpus_per_worker=1, max_attempts=1)
+    assert marker.read_text() == "xx"
+
+
+class SuicidalActor:
+    """An actor whose process ends when it gets the poison."""
+
+    def __init__(self, spec):
+        from sparse_expansion.execution.ray import UnitActor
+
+        self.inner = UnitActor(spec)
+
+    def ready(self):
+        return self.inner.ready()
+
+    def run(self, unit, *inputs):
+        if unit.stage == "suicide":
+            with open(unit.params["marker"], "a") as stream:
+                stream.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.inner.run(unit, *inputs)
+
+
+def test_a_worker_that_joins_later_gets_work(
+    tmp_path_factory, cluster, tmp_path, neox_folder, text_folder, reference
+):
+    """Two workers wanted, room for one at first."""
+    cluster.cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    added = []
+
+    def add(executor, progress):
+        if not added:
+            added.append(1)
+            cluster.nodes.append(cluster.add())
+        if progress.unit.layer == 0:
+            # Give the second actor time to start before the little work is over.
+            deadline = time.monotonic() + 20
+            while (
+                time.monotonic() < deadline
+                and len([h for h in executor._handles.values() if ray.wait([h.ping], timeout=0)[0]])
+                < 2
+            ):
+                time.sleep(0.1)
+
+    run.on_ray(num_workers=2, gpus_per_worker=1, observe=add)
+    assert len({progress.worker for progress in run.seen}) == 2
+    assert run.digests() == reference["compressed"]
+
+
+def test_no_room_for_a_worker_ends_in_a_clear_error(cluster, tmp_path, neox_folder, text_folder):
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    with pytest.raises(CompressionError, match="no worker came up .* 5 GPU and 1 CPU"):
+        run.on_ray(num_workers=1, gpus_per_worker=5, worker_timeout=3)
+
+
+def test_wire_format():
+    values = [
+        torch.randn(2, 3),
+        torch.randn(4).bfloat16(),
+        HessianSum(torch.eye(2), 3),
+        MomentSum(torch.ones(2).double(), HessianSum(torch.eye(2), 1)),
+        (torch.ones(1), None),
+        [HessianSum(torch.zeros(1, 1), 0)],
+        5,
+    ]
+    for value in values:
+        back = from_wire(to_wire(value))
+        assert type(back) is type(value)
+    assert torch.equal(from_wire(to_wire(values[1])), values[1])
+    assert from_wire(to_wire(values[3])).gram.num_tokens == 1
+
+
+def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "sparse_expansion.cli",
+        "expand",
+        "--model",
+        str(model),
+        "--dataset",
+        str(text),
+        "--output",
+        str(output),
+        "--num_clusters",
+        "4",
+        "--dataset-size",
+        "12",
+        "--seqlen",
+        "48",
+        "--PCA_reduction_factor",
+        "4",
+        "--block-size",
+        "16",
+        "--experts-per-unit",
+        "2",
+        "--threads",
+        "1",
+        "--executor",
+        "ray",
+        *flags,
+    ]
+
+
+def test_driver_killed_and_resumed_with_another_number_of_workers(
+    tmp_path, neox_folder, text_folder, reference
+):
+    """Through the command line, which starts (and ends) a Ray of its own."""
+    output = tmp_path / "o"
+    process = subprocess.Popen(
+        command(neox_folder, text_folder, output, "--num-workers", "1"),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    marker = output / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "config.json").exists()
+    done = subprocess.run(
+        command(neox_folder, text_folder, output, "--num-workers", "2", "--resume"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "worker-001@" in done.stderr or "worker-000@" in done.stderr
+    assert digests(output) == reference["compressed"]
+
+
+def test_unreachable_cluster_is_bad_input(tmp_path, neox_folder, text_folder):
+    done = subprocess.run(
+        command(neox_folder, text_folder, tmp_path / "o", "--ray-address", "127.0.0.1:1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "Ray at 127.0.0.1:1 cannot be reached" in last and "--ray-address" in last
