@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python ray_jobs/evaluate.py ...`: flags of `sparse-expansion evaluate`."""
+"""`sparse-expansion evaluate` as a Ray job: `ray job submit ... python ray_jobs/evaluate.py`."""
 
 from __future__ import annotations
 

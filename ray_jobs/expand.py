@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python ray_jobs/expand.py ...`: flags of `sparse-expansion expand`."""
+"""`sparse-expansion expand` as a Ray job: `ray job submit ... python ray_jobs/expand.py`."""
 
 from __future__ import annotations
 

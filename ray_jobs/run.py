@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python ray_jobs/run.py ...`: flags of `sparse-expansion run`."""
+"""`sparse-expansion run` as a Ray job: `ray job submit ... python ray_jobs/run.py`."""
 
 from __future__ import annotations
 

@@ -171,7 +171,10 @@ def prepare(
         "weights": shell.files.fingerprint(),
         "calibration_tokens": digest(windows.tolist()),
     }
-    identity["digest"] = digest(identity)
+    # The same run under other paths is the same run: weights and tokens are named by content.
+    settings = config.to_dict()
+    del settings["calibration"]["dataset"]
+    identity["digest"] = digest(settings, identity["weights"], identity["calibration_tokens"])
     units = expansion_units(config, shape)
     return Prepared(config, shell, units, identity, corpus, encode), windows
 

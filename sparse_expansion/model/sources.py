@@ -5,7 +5,9 @@ Whatever the source, the answer is a local folder of safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -64,11 +66,11 @@ def resolve_name(model: str, size: str | None = None) -> ModelSource:
         )
     path = Path(model).expanduser()
     if path.is_dir():
-        return ModelSource(str(path), kind="folder")
+        return ModelSource(str(path.resolve()), kind="folder")
     if model.lower().endswith(".gguf"):
         if not path.is_file():
             raise ValueError(f"GGUF file {model} does not exist: check --model")
-        return ModelSource(str(path), kind="gguf")
+        return ModelSource(str(path.resolve()), kind="gguf")
     if path.is_file():
         raise ValueError(f"{model} is a file: give its folder, or a .gguf file")
     if os.sep in model and (model.startswith((".", os.sep, "~")) or model.count("/") != 1):
@@ -189,8 +191,10 @@ def _convert_gguf(path: Path, cache_dir: Path) -> Path:
     try:
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModelForCausalLM.from_pretrained(**where)
+            # Its bars are written over whatever else is on the terminal; errors are exceptions.
+            with contextlib.redirect_stderr(io.StringIO()):
+                tokenizer = AutoTokenizer.from_pretrained(**where)
+                model = AutoModelForCausalLM.from_pretrained(**where)
         except (ValueError, KeyError, OSError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"GGUF file {path} cannot be converted: {line}") from None

@@ -1,0 +1,206 @@
+"""`ray job submit` on a Ray of our own, on loopback, with token authentication."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from sparse_expansion.cli import main
+from tests.execution.ray_helpers import digests
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SMALL = [
+    "--num_clusters",
+    "4",
+    "--dataset-size",
+    "12",
+    "--seqlen",
+    "48",
+    "--PCA_reduction_factor",
+    "4",
+    "--block-size",
+    "16",
+    "--experts-per-unit",
+    "2",
+    "--threads",
+    "1",
+]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """Address of a job server; everything it started ends with the tests."""
+    home = tmp_path_factory.mktemp("home")
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "HOME": str(home), "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+    log = (home / "head.log").open("w")
+    process = subprocess.Popen(
+        [
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=2",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            "--object-store-memory=100000000",
+            f"--temp-dir={home}/ray",
+        ],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+            break
+        except urllib.error.HTTPError as error:
+            # An answer without the token: the server is up and lets no one in.
+            assert error.code in (401, 403)
+            break
+        except OSError:
+            assert time.monotonic() < deadline and process.poll() is None, (
+                home / "head.log"
+            ).read_text()
+            time.sleep(0.3)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", f"{home}/ray"], check=False)
+
+
+@pytest.fixture(scope="module")
+def client(head):
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(head)
+
+
+def submit(head, *entry):
+    return subprocess.run(
+        [
+            str(BIN / "ray"),
+            "job",
+            "submit",
+            "--address",
+            head,
+            "--working-dir",
+            str(ROOT),
+            "--",
+            *entry,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+def job_id(output):
+    return next(word.strip("'") for word in output.split() if word.startswith("'raysubmit_"))
+
+
+def entry(script, *flags):
+    return [sys.executable, f"ray_jobs/{script}.py", *flags]
+
+
+def test_success_and_the_result(head, client, tmp_path, neox_folder, text_folder):
+    output = tmp_path / "o"
+    flags = ["--model", str(neox_folder), "--dataset", str(text_folder), *SMALL]
+    done = submit(
+        head,
+        *entry("run", *flags, "--eval-windows", "4", "--num-workers", "2", "--output", str(output)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout and "perplexity (per token)" in done.stdout
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["executor"] == "ray"
+    local = tmp_path / "local"
+    assert main(["expand", *flags, "--output", str(local)]) == 0
+    assert digests(output) == digests(local)
+    done = submit(
+        head,
+        *entry(
+            "evaluate",
+            "--model",
+            str(output),
+            "--dataset",
+            str(text_folder),
+            "--seqlen",
+            "48",
+            "--eval-windows",
+            "4",
+            "--threads",
+            "1",
+        ),
+    )
+    assert done.returncode == 0
+    assert f"{metrics['perplexity_expanded']:.3f}" in done.stdout
+
+
+def test_exit_codes_and_the_last_line_come_back(head, client):
+    done = submit(head, *entry("expand", "--model", "/nowhere", "--output", "/tmp/x"))
+    assert done.returncode != 0
+    info = client.get_job_info(job_id(done.stdout))
+    assert info.status == "FAILED" and info.driver_exit_code == 2
+    assert "model folder /nowhere does not exist" in client.get_job_logs(job_id(done.stdout))
+    done = submit(head, sys.executable, "-c", "raise(SystemExit(7))")
+    assert client.get_job_info(job_id(done.stdout)).driver_exit_code == 7
+
+
+def test_a_stopped_job_is_resumed_under_a_new_id(head, client, tmp_path, neox_folder, text_folder):
+    output = tmp_path / "o"
+    flags = [
+        "--model",
+        str(neox_folder),
+        "--dataset",
+        str(text_folder),
+        *SMALL,
+        "--dataset-size",
+        "60",
+        "--output",
+        str(output),
+    ]
+    first = client.submit_job(
+        entrypoint=" ".join(entry("expand", *flags, "--num-workers", "1")),
+        runtime_env={"working_dir": str(ROOT)},
+    )
+    marker = output / "run" / "units" / "layer-000" / "mlp.dense_h_to_4h" / "router.json"
+    deadline = time.monotonic() + 120
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    client.stop_job(first)
+    while client.get_job_status(first) not in ("STOPPED", "FAILED", "SUCCEEDED"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert client.get_job_status(first) == "STOPPED"
+    assert "terminated: finished units are kept" in client.get_job_logs(first)
+    assert not (output / "config.json").exists()
+    done = submit(head, *entry("expand", *flags, "--num-workers", "2", "--resume"))
+    assert done.returncode == 0, done.stdout
+    local = tmp_path / "local"
+    assert main(["expand", *flags[:-2], "--output", str(local)]) == 0
+    assert digests(output) == digests(local)
