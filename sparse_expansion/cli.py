@@ -506,7 +506,7 @@ def _executor(args: argparse.Namespace, spec: Any) -> Any:
     from sparse_expansion.execution.ray import RayExecutor, RayOptions
 
     memory = args.object_store_memory
-    return RayExecutor(
+    executor = RayExecutor(
         spec,
         RayOptions(
             address=args.ray_address,
@@ -518,6 +518,9 @@ def _executor(args: argparse.Namespace, spec: Any) -> Any:
             object_store_bytes=None if memory is None else parse_size(memory),
         ),
     )
+    # Joining Ray put its own handler in place, which dumps a stack and dies.
+    _end_cleanly_on_sigterm()
+    return executor
 
 
 def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Crashes, kills and full disks lose at most the unit in hand."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
+from sparse_expansion.store import Store
 
 FLAGS = [
     "--num_clusters",
@@ -77,6 +79,45 @@ def test_sigkill_and_resume_give_the_same_bytes(schedule, tmp_path, neox_folder,
     assert digests(cut) == digests(whole)
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert not (cut / "run" / "hidden").exists()
+
+
+def test_a_crash_between_a_shards_rename_and_its_marker(
+    tmp_path, neox_folder, text_folder, monkeypatch
+):
+    """The file is there and whole, but no one vouches for it: it is made again."""
+    output = tmp_path / "out"
+    commit = Store.commit
+
+    def crash(store, key, record):
+        if key.startswith("layer-001/") and "/experts-" in key:
+            raise KeyboardInterrupt
+        commit(store, key, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", crash)
+        assert main(arguments(neox_folder, text_folder, output)) == 130
+    (orphan,) = output.glob("experts-001-*")
+    assert not list((output / "run" / "units" / "layer-001").rglob("experts-*"))
+    before = orphan.stat().st_mtime_ns
+    assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
+    assert orphan.stat().st_mtime_ns != before
+    whole = tmp_path / "whole"
+    assert main(arguments(neox_folder, text_folder, whole)) == 0
+    assert digests(output) == digests(whole)
+
+
+def test_output_on_a_url(tmp_path, neox_folder, text_folder, capsys):
+    """Any fsspec URL: here one in memory, and a local one."""
+    run = ["run", *arguments(neox_folder, text_folder, "")[1:], "--eval-windows", "3", "--json"]
+    perplexity = []
+    for url in (f"memory://{tmp_path.name}", f"file://{tmp_path}/u", str(tmp_path / "plain")):
+        run[run.index("--output") + 1] = url
+        assert main(run) == 0
+        perplexity.append(json.loads(capsys.readouterr().out)["perplexity_expanded"])
+        assert main(["report", url]) == 0
+        assert f"{perplexity[0]:.3f}" in capsys.readouterr().out
+    assert perplexity[0] == perplexity[1] == perplexity[2]
+    Store(f"memory://{tmp_path.name}").delete_folder("")
 
 
 def test_a_damaged_shard_is_made_again(tmp_path, neox_folder, text_folder):

@@ -86,7 +86,7 @@ def head(tmp_path_factory):
     yield address
     os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(timeout=20)
+        process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(["pkill", "-KILL", "-f", f"{home}/ray"], check=False)
