@@ -106,29 +106,52 @@ class CheckpointFiles:
         return digest.hexdigest()[:32]
 
 
-class _Recorder(nn.Module):
-    """Stands for a block: keeps what it was called with and passes the hidden states on."""
+class _TuplesExpectedError(Exception):
+    """The model takes ``[0]`` of what its blocks return."""
 
-    def __init__(self) -> None:
+
+class _Stub(nn.Module):
+    """Stands for a block; what the model reads off the block itself is read off the real one."""
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        # In a tuple, so that it is not registered as a submodule.
+        self._block = (block,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+
+class _Recorder(_Stub):
+    """Keeps what the block was called with and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
         self.hidden: torch.Tensor | None = None
         self.call: BlockCall | None = None
+        self.returns_tuple = False
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dim() != 3:
+            raise _TuplesExpectedError
         self.hidden = hidden_states
         self.call = BlockCall(args, kwargs)
-        return hidden_states
+        return (hidden_states,) if self.returns_tuple else hidden_states
 
 
-class _StandIn(nn.Module):
+class _StandIn(_Stub):
     """Stands for all blocks at once: puts the given hidden states out."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
+    def __init__(self, block: nn.Module, hidden: torch.Tensor, *, returns_tuple: bool) -> None:
+        super().__init__(block)
         self.hidden = hidden
+        self.returns_tuple = returns_tuple
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden,) if self.returns_tuple else self.hidden
 
 
 @dataclass(frozen=True)
@@ -184,10 +207,11 @@ class ModelShell:
         self._blocks = list(blocks)
         parent, _, self._leaf = self.family.blocks.rpartition(".")
         self._parent = self._model.get_submodule(parent)
-        self._recorders = nn.ModuleList(_Recorder() for _ in self._blocks)
+        self._recorders = nn.ModuleList(_Recorder(block) for block in self._blocks)
         setattr(self._parent, self._leaf, self._recorders)
         self._prefixes = self._name_prefixes()
         self._loaded = False
+        self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
 
     @property
@@ -311,8 +335,7 @@ class ModelShell:
     def embed(self, tokens_NL: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[N, L, D]`` that the first block gets, on the device."""
         self._load_shell()
-        # The base model: the head's logits would be the largest tensor of the whole run.
-        self._model.base_model(input_ids=tokens_NL.to(self.device), use_cache=False)
+        self._record(tokens_NL)
         first, shape = self._recorders[0], (tokens_NL.shape[0], tokens_NL.shape[1])
         assert isinstance(first, _Recorder) and first.hidden is not None
         calls = []
@@ -320,10 +343,28 @@ class ModelShell:
             assert isinstance(recorder, _Recorder) and recorder.call is not None
             calls.append(recorder.call)
         self._calls[shape] = calls
+        self._returns_tuple = bool(self._returns_tuple)
         hidden = first.hidden
         for recorder in self._recorders:
             recorder.hidden = recorder.call = None  # type: ignore[assignment]
         return hidden
+
+    def _record(self, tokens_NL: torch.Tensor) -> None:
+        """Run the model over the recorders.
+
+        Blocks return their hidden states, or a tuple with them first: it depends on the family and
+        the transformers version, and shows in the shape that the next one is given.
+        """
+        # The base model: the head's logits would be the largest tensor of the whole run.
+        run = {"input_ids": tokens_NL.to(self.device), "use_cache": False}
+        try:
+            if self._model.base_model(**run).last_hidden_state.dim() != 3:
+                raise _TuplesExpectedError
+        except _TuplesExpectedError:
+            self._returns_tuple = True
+            for recorder in self._recorders:
+                recorder.returns_tuple = True  # type: ignore[assignment]
+            self._model.base_model(**run)
 
     def call(self, layer: int, tokens_NL: torch.Tensor) -> BlockCall:
         """What block ``layer`` is called with for windows of this shape.
@@ -339,7 +380,12 @@ class ModelShell:
     def head(self, tokens_NL: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[N, L, V]`` from the last block's hidden states."""
         self._load_shell()
-        stand_in = nn.ModuleList([_StandIn(hidden.to(self.device))])
+        if self._returns_tuple is None:
+            self.embed(tokens_NL[:1])
+        shown = _StandIn(
+            self._blocks[0], hidden.to(self.device), returns_tuple=bool(self._returns_tuple)
+        )
+        stand_in = nn.ModuleList([shown])
         layers = self.config.num_hidden_layers
         setattr(self._parent, self._leaf, stand_in)
         try:
