@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from sparse_expansion.cli import main, normalise_flags
+from sparse_expansion.cli import main
+from sparse_expansion.flags import normalise_flags
 
 
 def job(command: str) -> int:

@@ -7,23 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sparse_expansion.cli import build_parser, main, normalise_flags, parse_size, run_config
+from sparse_expansion.cli import main
 from sparse_expansion.config import RunConfig
+from sparse_expansion.flags import build_parser, normalise_flags, parse_size, run_config
 
-SMALL = [
-    "--num_clusters",
-    "2",
-    "--dataset-size",
-    "4",
-    "--seqlen",
-    "32",
-    "--PCA_reduction_factor",
-    "4",
-    "--block-size",
-    "16",
-    "--eval-windows",
-    "3",
-]
+SMALL = (
+    "--num_clusters 2 --dataset-size 4 --seqlen 32 --PCA_reduction_factor 4 --block-size 16 "
+    "--eval-windows 3"
+).split()
 
 
 def parse(*flags):

@@ -64,6 +64,6 @@ def test_rayjob():
     assert spec["enableInTreeAutoscaling"] and spec["authOptions"]["mode"] == "token"
     (group,) = spec["workerGroupSpecs"]
     assert group["minReplicas"] == 0 and group["template"]["spec"]["restartPolicy"] == "Never"
-    from sparse_expansion.cli import build_parser, normalise_flags
+    from sparse_expansion.flags import build_parser, normalise_flags
 
     build_parser().parse_args(normalise_flags(job["spec"]["entrypoint"].split()[1:]))

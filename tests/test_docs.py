@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_expansion.cli import build_parser, main, normalise_flags
+from sparse_expansion.cli import main
+from sparse_expansion.flags import build_parser, normalise_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

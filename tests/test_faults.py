@@ -1,35 +1,18 @@
 """Crashes, kills and full disks lose at most the unit in hand."""
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from sparse_expansion.cli import main
 from sparse_expansion.store import Store
-
-FLAGS = [
-    "--num_clusters",
-    "4",
-    "--dataset-size",
-    "12",
-    "--seqlen",
-    "48",
-    "--PCA_reduction_factor",
-    "4",
-    "--block-size",
-    "16",
-    "--experts-per-unit",
-    "2",
-    "--threads",
-    "1",
-]
+from tests.tiny import SMALL_RUN as FLAGS
+from tests.tiny import digests
 
 
 def arguments(model, text, output):
@@ -43,13 +26,6 @@ def arguments(model, text, output):
         str(output),
         *FLAGS,
     ]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*.safetensors"))
-    }
 
 
 @pytest.mark.parametrize("schedule", ["compressed", "dense"])

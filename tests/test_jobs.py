@@ -14,27 +14,12 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
-from tests.execution.ray_helpers import digests
+from tests.tiny import SMALL_RUN as SMALL
+from tests.tiny import digests
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-SMALL = [
-    "--num_clusters",
-    "4",
-    "--dataset-size",
-    "12",
-    "--seqlen",
-    "48",
-    "--PCA_reduction_factor",
-    "4",
-    "--block-size",
-    "16",
-    "--experts-per-unit",
-    "2",
-    "--threads",
-    "1",
-]
 
 
 def free_port():
@@ -180,7 +165,7 @@ def test_a_stopped_job_is_resumed_under_a_new_id(head, client, tmp_path, neox_fo
         str(text_folder),
         *SMALL,
         "--dataset-size",
-        "60",
+        "200",
         "--output",
         str(output),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 512
+# A whole run in a second: the settings that the tests of faults, jobs and Ray share.
+SMALL_RUN = (
+    "--num_clusters 4 --dataset-size 12 --seqlen 48 --PCA_reduction_factor 4 --block-size 16 "
+    "--experts-per-unit 2 --threads 1"
+).split()
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -119,3 +125,11 @@ def save_trained_neox(folder: Path, tokenizer: Any, text: str) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a folder."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*.safetensors"))
+    }

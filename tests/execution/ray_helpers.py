@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sparse_expansion.execution.ray import RayExecutor, RayOptions
 from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.stages import WorkerSpec
 from sparse_expansion.store import Store
+from tests.tiny import digests
 
 STORE_BYTES = 80 * 1024 * 1024
 FAST_HEARTBEATS = {
@@ -61,6 +61,9 @@ class Run:
             executor.close()
         return executor
 
+    def digests(self) -> dict[str, str]:
+        return digests(Path(self.store.base))
+
     def expand(self, executor: Any, observe: Callable[..., None] | None = None) -> None:
         def observer(progress: Any) -> None:
             self.seen.append(progress)
@@ -68,13 +71,3 @@ class Run:
                 observe(executor, progress)
 
         jobs.expand(self.prepared, self.windows, self.store, executor, observer, self.measured)
-
-    def digests(self) -> dict[str, str]:
-        return digests(Path(self.store.base))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*.safetensors"))
-    }

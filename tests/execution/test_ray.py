@@ -17,7 +17,8 @@ from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.execution.ray import RayExecutor, RayOptions, from_wire, to_wire
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 from tests.execution import ray_helpers
-from tests.execution.ray_helpers import Run, config, digests
+from tests.execution.ray_helpers import Run, config
+from tests.tiny import SMALL_RUN, digests
 
 pytestmark = pytest.mark.ray
 
@@ -274,20 +275,7 @@ def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
         str(text),
         "--output",
         str(output),
-        "--num_clusters",
-        "4",
-        "--dataset-size",
-        "12",
-        "--seqlen",
-        "48",
-        "--PCA_reduction_factor",
-        "4",
-        "--block-size",
-        "16",
-        "--experts-per-unit",
-        "2",
-        "--threads",
-        "1",
+        *SMALL_RUN,
         "--executor",
         "ray",
         *flags,

@@ -16,20 +16,10 @@ from sparse_expansion.model.streaming import ModelShell
 from tests import tiny
 from tests.model.test_streaming import stream
 
-FLAGS = [
-    "--num_clusters",
-    "3",
-    "--dataset-size",
-    "6",
-    "--seqlen",
-    "32",
-    "--PCA_reduction_factor",
-    "4",
-    "--block-size",
-    "16",
-    "--experts-per-unit",
-    "2",
-]
+FLAGS = (
+    "--num_clusters 3 --dataset-size 6 --seqlen 32 --PCA_reduction_factor 4 --block-size 16 "
+    "--experts-per-unit 2"
+).split()
 
 
 def expand(model: Path, text: Path, output: Path, *flags: str) -> Path:

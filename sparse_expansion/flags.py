@@ -1,0 +1,384 @@
+"""The flags of the command line, and the settings that they make."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sparse_expansion.config import (
+    CALIBRATION_INPUTS,
+    DTYPES,
+    CalibrationConfig,
+    CompressionConfig,
+    RoutingConfig,
+    RunConfig,
+    SparsityPattern,
+)
+
+EXIT_BAD_INPUT = 2
+
+_RUN_EXAMPLES = """examples:
+  # a local or hub model, 16 experts at 50 %, offline text
+  sparse-expansion run --model ./SmolLM2-135M --dataset pydoc --sparsity 0.5 \\
+      --num_clusters 16 --dataset-size 32 --seqlen 512 --output ./expanded
+  # the paper's settings
+  sparse-expansion run --model pythia --model_size 12B --sparsity 0.5 --dataset wikitext2 \\
+      --dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32 --output ./pythia-12b-16
+  # 2:4 sparse and 4 bits
+  sparse-expansion run --model llama --model_size 7B --sparsity "(2, 4)" --quantize --bits 4 \\
+      --dataset wikitext2 --dataset-size 128 --num_clusters 16 --PCA_reduction_factor 32
+  # go on after a crash
+  sparse-expansion run ... --output ./expanded --resume
+"""
+_EXPAND_EXAMPLES = """examples:
+  sparse-expansion expand --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 2:4 \\
+      --num_clusters 8 --dataset-size 64 --seqlen 512 --output ./expanded
+"""
+_EVALUATE_EXAMPLES = """examples:
+  sparse-expansion evaluate --model ./expanded --dataset pydoc --seqlen 512 --eval-windows 32
+  sparse-expansion evaluate --model pythia --model_size 70m --dataset wikitext2 --json
+"""
+_PLAN_EXAMPLES = """examples:
+  sparse-expansion plan --model ./SmolLM2-135M --sparsity 0.5 --num_clusters 16 \\
+      --dataset-size 32 --seqlen 512
+  sparse-expansion plan --model ./config-only-folder --json
+"""
+_ANALYZE_EXAMPLES = """examples:
+  sparse-expansion analyze ./expanded
+  sparse-expansion analyze ./expanded --table experts.parquet
+"""
+_REPORT_EXAMPLES = """examples:
+  sparse-expansion report ./expanded
+  sparse-expansion report ./expanded --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line and exit code 2 for a wrong flag, as for every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def normalise_flags(arguments: Sequence[str]) -> list[str]:
+    """Write every long flag one way: hyphens for underscores, lower case.
+
+    Values are left as they are; so is everything after a bare ``--``.
+    """
+    result: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return result + list(arguments[position:])
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = flag.replace("_", "-").lower() + equals + value
+        result.append(argument)
+    return result
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("sparse-expansion")
+    except PackageNotFoundError:
+        release = "unknown"
+    parser = _Parser(
+        prog="sparse-expansion",
+        description="Turn a language model's MLP linears into routed, pruned and quantized "
+        "experts (arXiv 2405.15756), save the result, and measure its perplexity.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=release)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    run = command("run", "Expand a model and measure its perplexity.", _RUN_EXAMPLES)
+    expand = command("expand", "Make an expanded model and save it.", _EXPAND_EXAMPLES)
+    evaluate = command(
+        "evaluate", "Measure the perplexity of a dense or expanded model.", _EVALUATE_EXAMPLES
+    )
+    plan = command(
+        "plan", "Say what a run will do and need, from the model's config alone.", _PLAN_EXAMPLES
+    )
+    analyze = command(
+        "analyze", "Per-expert facts of a run: tokens, error, damping.", _ANALYZE_EXAMPLES
+    )
+    report = command("report", "Summarise a finished or unfinished run folder.", _REPORT_EXAMPLES)
+    for sub in (run, expand, plan):
+        _add_model(sub)
+        _add_method(sub)
+    _add_model(evaluate)
+    for sub in (run, expand, evaluate):
+        _add_data(sub)
+        _add_execution(sub)
+    _add_calibration(run)
+    _add_calibration(expand)
+    _add_calibration(plan)
+    plan.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per window")
+    for sub in (run, evaluate):
+        sub.add_argument(
+            "--eval-windows",
+            type=int,
+            metavar="N",
+            help="evaluation windows from the start of the text (default: all)",
+        )
+    evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+    run.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder (or URL) for the expanded model; "
+        "without it the model is measured and thrown away",
+    )
+    expand.add_argument(
+        "--output", metavar="DIR", required=True, help="folder (or URL) for the expanded model"
+    )
+    for sub in (run, expand):
+        sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    for sub in (analyze, report):
+        sub.add_argument("folder", metavar="DIR", help="a run's --output folder")
+    analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
+    for sub in (run, expand, evaluate, plan, analyze, report):
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="pythia or llama (with --model_size), a hub id, a local folder, or a .gguf file",
+    )
+    group.add_argument("-ms", "--model-size", metavar="SIZE", help="e.g. 12B with --model pythia")
+    group.add_argument("--model-revision", metavar="REV", help="hub revision")
+    group.add_argument("-cd", "--cache-dir", metavar="DIR", help="downloads and conversions")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "-s",
+        "--sparsity",
+        default="0.5",
+        metavar="S",
+        help="share of zeros (0.5), or N:M = N of every M removed (2:4, '(2, 4)'); default 0.5",
+    )
+    group.add_argument("-q", "--quantize", action="store_true", help="also quantize (GPTQ)")
+    group.add_argument("-b", "--bits", type=int, default=None, help="bits, 2 to 8 (default 4)")
+    group.add_argument("--group-size", type=int, help="input columns per scale (default: all)")
+    group.add_argument("--symmetric", action="store_true", help="symmetric grid")
+    group.add_argument("--act-order", action="store_true", help="sweep by falling activation")
+    group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
+    group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
+    group.add_argument(
+        "--min-tokens-per-expert",
+        type=int,
+        help="experts with fewer tokens use the whole group's Hessian (default: width / 8)",
+    )
+    group.add_argument("-nc", "--num-clusters", type=int, default=16, help="experts (default 16)")
+    group.add_argument(
+        "-pcrf",
+        "--pca-reduction-factor",
+        type=int,
+        default=32,
+        help="router features = width / factor (default 32)",
+    )
+    group.add_argument("-npca", "--no-pca", action="store_true", help="route on the full input")
+    group.add_argument("--kmeans-restarts", type=int, default=4, help="default 4")
+    group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
+    group.add_argument("--experts-per-unit", type=int, default=4, help="experts per unit and file")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "-ds",
+        "--dataset-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration windows (default 128)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="default 0")
+    group.add_argument(
+        "--calibration-inputs",
+        choices=CALIBRATION_INPUTS,
+        default="compressed",
+        help="what a block is calibrated on: the compressed blocks' output (the "
+        "paper's) or the dense model's activations; default compressed",
+    )
+    group.add_argument(
+        "--data-shards",
+        type=int,
+        default=4,
+        help="shards of the windows; part of the result, unlike the worker count",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "-d",
+        "--dataset",
+        default="wikitext2",
+        metavar="DATA",
+        help="wikitext2, c4, pydoc (offline), a folder with train or valid and test "
+        "(.txt, .jsonl, .parquet), or one such file; default wikitext2",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="TOKENS",
+        help="tokens per window (default: 2048, 4096 for Llama, or the model's maximum if less)",
+    )
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("execution")
+    group.add_argument("--executor", choices=("local", "ray"), default="local")
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    group.add_argument("--threads", type=int, help="CPU threads per worker (default: all cores)")
+    group.add_argument(
+        "--activation-memory",
+        default="2GiB",
+        metavar="SIZE",
+        help="activations beyond this go to scratch files (default 2GiB)",
+    )
+    group.add_argument("--scratch", metavar="DIR", help="folder for scratch files")
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="auto, host:port or ray://host:port; without it Ray is started here",
+    )
+    group.add_argument("--num-workers", type=int, help="Ray actors (default: what fits)")
+    group.add_argument(
+        "--gpus-per-worker", type=float, help="GPUs per actor, a share of one allowed"
+    )
+    group.add_argument("--cpus-per-worker", type=float, help="CPUs per actor (default: threads)")
+    group.add_argument("--max-attempts", type=int, default=3, help="tries per unit (default 3)")
+    group.add_argument(
+        "--worker-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="give up after so long without any worker (default 1800)",
+    )
+    group.add_argument(
+        "--object-store-memory", metavar="SIZE", help="object store of a Ray started here"
+    )
+    group.add_argument(
+        "--eval-pipeline",
+        type=int,
+        default=1,
+        metavar="P",
+        help="evaluate in P ranges of blocks, each on its own worker (default 1: every worker "
+        "streams all blocks over its share of the windows)",
+    )
+
+
+def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
+    """Settings from parsed flags.
+
+    Raises:
+        ValueError: a value is out of bounds, or flags contradict each other.
+    """
+    if args.bits is not None and not args.quantize:
+        raise ValueError(f"--bits {args.bits} needs --quantize: add it, or drop --bits")
+    for flag in ("group_size", "symmetric", "act_order"):
+        if getattr(args, flag) and not args.quantize and flag != "act_order":
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} needs --quantize: add it, or drop {name}")
+    return RunConfig(
+        compression=CompressionConfig(
+            sparsity=SparsityPattern.parse(args.sparsity),
+            bits=(4 if args.bits is None else args.bits) if args.quantize else None,
+            symmetric=args.symmetric,
+            group_size=args.group_size,
+            act_order=args.act_order,
+            block_size=args.block_size,
+            damping_fraction=args.damping_fraction,
+            min_tokens_per_expert=args.min_tokens_per_expert,
+        ),
+        routing=RoutingConfig(
+            num_clusters=args.num_clusters,
+            pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
+            restarts=args.kmeans_restarts,
+            fit_tokens=max(args.kmeans_tokens, 1),
+        ),
+        calibration=CalibrationConfig(
+            dataset=getattr(args, "dataset", "wikitext2"),
+            dataset_size=args.dataset_size,
+            seqlen=seqlen,
+            seed=args.seed,
+            calibration_inputs=args.calibration_inputs,
+            data_shards=args.data_shards,
+        ),
+        dtype=args.dtype,
+        experts_per_unit=args.experts_per_unit,
+    )
+
+
+def parse_size(text: str) -> int:
+    """``2GiB``, ``512MB``, ``1000000`` -> bytes.
+
+    Raises:
+        ValueError: not a size.
+    """
+    units = {
+        "": 1,
+        "k": 10**3,
+        "m": 10**6,
+        "g": 10**9,
+        "t": 10**12,
+        "ki": 2**10,
+        "mi": 2**20,
+        "gi": 2**30,
+        "ti": 2**40,
+    }
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"size {text!r} is not a number of bytes such as 2GiB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def check_execution(args: argparse.Namespace) -> None:
+    """Bounds of the execution flags."""
+    parse_size(args.activation_memory)
+    if args.object_store_memory is not None:
+        parse_size(args.object_store_memory)
+    for flag in ("threads", "num_workers", "max_attempts", "eval_pipeline"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    for flag in ("gpus_per_worker", "cpus_per_worker", "worker_timeout"):
+        value = getattr(args, flag)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must not be negative")
+    ray_only = (
+        "ray_address",
+        "num_workers",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "object_store_memory",
+    )
+    for flag in ray_only:
+        if args.executor != "ray" and getattr(args, flag) is not None:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} needs --executor ray: add it, or drop {name}")
