@@ -39,7 +39,8 @@ from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
 
 CALIBRATION_FILE = "run/calibration.safetensors"
-CAPTURED_LAYERS = 2
+CAPTURED_SHARDS = 8
+"""Captured shards of other blocks that a worker keeps (in memory or in scratch files)."""
 CHUNK_TOKENS = 8192
 TRUNK_SHARD_BYTES = 4 << 30
 
@@ -333,7 +334,9 @@ class Worker:
             for part in shell.batches(tokens):
                 call = shell.call(layer, tokens[part])
                 out[part] = call.run(block, hidden[part].to(self.device)).cpu()
-        self._drop_captured(layer)
+        # Every worker that advances a block is done with that block's inputs, whoever has them.
+        for key in [key for key in self._captured if key[0] == layer]:
+            self._drop_captured(*key)
         return self._write_hidden(layer + 1, shard, out), {}
 
     def stage_trunk(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -475,9 +478,9 @@ class Worker:
         """Run the dense block; its group inputs are kept in ``_captured``."""
         shell = self._shell()
         tokens = self._shard_tokens(shard)
-        layers = {kept for kept, _ in self._captured}
-        if layer not in layers and len(layers) >= CAPTURED_LAYERS:
-            self._drop_captured(next(iter(self._captured))[0])
+        others = [key for key in self._captured if key[0] != layer]
+        for key in others[: max(0, len(others) + 1 - CAPTURED_SHARDS)]:
+            self._drop_captured(*key)
         block = shell.load_block(layer)
         hidden = self._read_hidden(layer, shard)
         out = torch.empty_like(hidden)
@@ -497,11 +500,10 @@ class Worker:
         self._captured[layer, shard] = buffers
         return out
 
-    def _drop_captured(self, layer: int) -> None:
-        for key in [key for key in self._captured if key[0] == layer]:
-            for tensor in self._captured.pop(key).values():
-                self.buffers.release(tensor)
-        for label_key in [key for key in self._labels if key[0] == layer]:
+    def _drop_captured(self, layer: int, shard: int) -> None:
+        for tensor in self._captured.pop((layer, shard), {}).values():
+            self.buffers.release(tensor)
+        for label_key in [key for key in self._labels if key[:2] == (layer, shard)]:
             del self._labels[label_key]
 
     def _moments(self, X_TD: torch.Tensor) -> MomentSum:

@@ -19,7 +19,7 @@ import heapq
 from collections import defaultdict
 
 from sparse_expansion.execution.base import Schedule, unit_order
-from sparse_expansion.stages import Unit
+from sparse_expansion.stages import CAPTURED_SHARDS, Unit
 
 Order = tuple[float, ...]
 
@@ -39,7 +39,8 @@ class Dispatcher:
         """Workers are named by strings and may come and go."""
         self.schedule = schedule
         self.captures_first = captures_first
-        self.window = max(2, 2 * num_workers // max(1, num_shards))
+        # As many blocks as the workers' caches hold.
+        self.window = max(2, CAPTURED_SHARDS * num_workers // max(1, num_shards))
         self.value_budget = value_budget
         self.value_bytes = 0
         self.owner: dict[str, str] = {}
