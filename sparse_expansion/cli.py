@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +132,19 @@ def _seqlen(args: argparse.Namespace, config: Any) -> int:
     return min(default, int(getattr(config, "max_position_embeddings", default) or default))
 
 
-def _executor(args: argparse.Namespace, spec: Any) -> Any:
+def _executor(args: argparse.Namespace, **what: Any) -> Any:
+    """The executor asked for; ``what`` are the job's own fields of ``WorkerSpec``."""
+    from sparse_expansion.stages import WorkerSpec
+
+    spec = WorkerSpec(
+        cache_dir=args.cache_dir,
+        revision=args.model_revision,
+        device=args.device,
+        threads=args.threads,
+        activation_bytes=parse_size(args.activation_memory),
+        scratch=args.scratch,
+        **what,
+    )
     if args.executor == "local":
         from sparse_expansion.execution.local import LocalExecutor
 
@@ -176,11 +190,8 @@ def _check_output(output: str) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     # Flags first, before anything slow is imported or read.
-    config_check = run_config(args, args.seqlen or 2048)
+    run_config(args, args.seqlen or 2048)
     check_execution(args)
-    activation_bytes = parse_size(args.activation_memory)
-    if getattr(args, "eval_windows", None) is not None and args.eval_windows < 1:
-        raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
     if args.output is not None:
         _check_output(args.output)
     elif args.resume:
@@ -190,13 +201,11 @@ def _run(args: argparse.Namespace) -> int:
 
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
-    del config_check
     _silence_transformers(args.verbose)
     from sparse_expansion import jobs
     from sparse_expansion.model.streaming import load_config
     from sparse_expansion.progress import ProgressLine
-    from sparse_expansion.stages import WorkerSpec
-    from sparse_expansion.store import Store
+    from sparse_expansion.store import METRICS_FILE, Store
 
     line = ProgressLine()
     line.say(f"model {source.location}")
@@ -214,24 +223,15 @@ def _run(args: argparse.Namespace) -> int:
             max_windows=args.eval_windows,
             vocabulary=int(prepared.shell.config.vocab_size),
         )
-    scratch = jobs.ScratchFolder() if args.output is None else None
-    output = args.output if scratch is None else scratch.__enter__()
-    try:
+    with contextlib.ExitStack() as stack:
+        output = args.output
+        if output is None:
+            output = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparse-expansion-"))
         store = Store(output)
         jobs.claim(store, prepared, resume=args.resume)
-        spec = WorkerSpec(
-            store=output if "://" in output else str(Path(output).expanduser().resolve()),
-            source=source,
-            config=config,
-            cache_dir=args.cache_dir,
-            revision=args.model_revision,
-            device=args.device,
-            threads=args.threads,
-            activation_bytes=activation_bytes,
-            scratch=args.scratch,
-        )
+        where = output if "://" in output else str(Path(output).expanduser().resolve())
         measured = jobs.Measurements()
-        executor = _executor(args, spec)
+        executor = _executor(args, store=where, source=source, config=config)
         try:
             line.start("expand", prepared.shell.num_blocks)
             jobs.expand(prepared, windows, store, executor, line.update, measured)
@@ -252,7 +252,7 @@ def _run(args: argparse.Namespace) -> int:
                     metrics[f"perplexity_{kind}"] = nll.perplexity
                     metrics["num_eval_tokens"] = nll.num_tokens
             metrics = jobs.finish_metrics(metrics, measured)
-            jobs.write_metrics(store, metrics)
+            store.write_json(METRICS_FILE, metrics)
         finally:
             executor.close()
             line.close()
@@ -261,20 +261,14 @@ def _run(args: argparse.Namespace) -> int:
         else:
             from sparse_expansion.report import run_table
 
-            print(run_table(metrics, output if scratch is None else None))
-    finally:
-        if scratch is not None:
-            scratch.__exit__()
+            print(run_table(metrics, args.output))
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    if args.eval_windows is not None and args.eval_windows < 1:
-        raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
     if args.seqlen is not None and args.seqlen < 2:
         raise ValueError(f"--seqlen {args.seqlen} must be at least 2 tokens")
     check_execution(args)
-    activation_bytes = parse_size(args.activation_memory)
     from sparse_expansion.data.corpora import check_dataset, load_corpus
     from sparse_expansion.model.sources import fetch_model, resolve_name
 
@@ -284,7 +278,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     from sparse_expansion import jobs
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.progress import ProgressLine
-    from sparse_expansion.stages import WorkerSpec
 
     line = ProgressLine()
     line.say(f"model {source.location}")
@@ -298,18 +291,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         max_windows=args.eval_windows,
         vocabulary=int(shell.config.vocab_size),
     )
-    spec = WorkerSpec(
-        store=str(folder),
-        source=source,
-        config=RunConfig(dtype=args.dtype),
-        cache_dir=args.cache_dir,
-        revision=args.model_revision,
-        device=args.device,
-        threads=args.threads,
-        activation_bytes=activation_bytes,
-        scratch=args.scratch,
-    )
-    executor = _executor(args, spec)
+    executor = _executor(args, store=str(folder), source=source, config=RunConfig(dtype=args.dtype))
     measured = jobs.Measurements()
     try:
         line.start("evaluate", shell.num_blocks)
@@ -365,13 +347,19 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _analyze(args: argparse.Namespace) -> int:
-    from sparse_expansion.report import expert_rows, expert_summary, write_table
+def _run_store(folder: str) -> Any:
+    """The store of a run's output folder or URL."""
     from sparse_expansion.store import Store
 
-    if "://" not in args.folder and not Path(args.folder).is_dir():
-        raise ValueError(f"run folder {args.folder} does not exist: give a run's --output")
-    rows = expert_rows(Store(args.folder))
+    if "://" not in folder and not Path(folder).is_dir():
+        raise ValueError(f"run folder {folder} does not exist: give a run's --output")
+    return Store(folder)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from sparse_expansion.report import expert_rows, expert_summary, write_table
+
+    rows = expert_rows(_run_store(args.folder))
     if args.table:
         write_table(rows, args.table)
     if args.json:
@@ -383,11 +371,8 @@ def _analyze(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
-    from sparse_expansion.store import Store
 
-    if "://" not in args.folder and not Path(args.folder).is_dir():
-        raise ValueError(f"run folder {args.folder} does not exist: give a run's --output")
-    result, text = run_report(Store(args.folder))
+    result, text = run_report(_run_store(args.folder))
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
     return 0
 

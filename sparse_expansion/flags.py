@@ -363,8 +363,8 @@ def check_execution(args: argparse.Namespace) -> None:
     parse_size(args.activation_memory)
     if args.object_store_memory is not None:
         parse_size(args.object_store_memory)
-    for flag in ("threads", "num_workers", "max_attempts", "eval_pipeline"):
-        value = getattr(args, flag)
+    for flag in ("threads", "num_workers", "max_attempts", "eval_pipeline", "eval_windows"):
+        value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
     for flag in ("gpus_per_worker", "cpus_per_worker", "worker_timeout"):

@@ -17,7 +17,7 @@ from sparse_expansion.algorithms.packing import packed_bytes
 from sparse_expansion.config import CompressionConfig, RunConfig
 from sparse_expansion.model.expansion import is_sparse, num_kept
 from sparse_expansion.model.families import block_list, family_of, linear_shape
-from sparse_expansion.plan import GroupShape, ModelShape, expansion_units
+from sparse_expansion.plan import ModelShape, expansion_units, group_shape
 
 FLOAT32_BYTES = 4
 
@@ -41,7 +41,7 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
     for group in family.groups:
         shapes = [linear_shape(block, name) for name in group.linears]
         width = shapes[0][1]
-        groups.append(GroupShape(group.name, width, sum(rows for rows, _ in shapes)))
+        groups.append(group_shape(block, group))
         for rows, _ in shapes:
             expert_bytes += one_expert_bytes(rows, width, config.compression, item)
             dense_mlp += rows * width

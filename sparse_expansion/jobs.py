@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -23,20 +21,17 @@ from sparse_expansion.data.corpora import (
 )
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
-from sparse_expansion.model.families import Family, linear_shape
 from sparse_expansion.model.streaming import INDEX_NAME, ModelShell
 from sparse_expansion.plan import (
-    GroupShape,
     ModelShape,
     evaluation_units,
     expansion_units,
+    group_shape,
     needed_units,
 )
 from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
-from sparse_expansion.store import RUN_FILE, Store, open_run
+from sparse_expansion.store import Store, open_run
 from sparse_expansion.types import NllSum
-
-METRICS_FILE = "metrics.json"
 
 
 @dataclass
@@ -63,21 +58,13 @@ def model_shape(shell: ModelShell) -> ModelShape:
     Raises:
         ValueError: blocks differ in the shapes of their MLPs.
     """
-    shapes = [_group_shapes(shell, layer, shell.family) for layer in range(shell.num_blocks)]
+    shapes = [
+        tuple(group_shape(shell.meta_block(layer), group) for group in shell.family.groups)
+        for layer in range(shell.num_blocks)
+    ]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("the model's blocks differ in their MLP shapes, which is not supported")
     return ModelShape(shell.num_blocks, int(shell.config.hidden_size), shapes[0])
-
-
-def _group_shapes(shell: ModelShell, layer: int, family: Family) -> tuple[GroupShape, ...]:
-    block = shell.meta_block(layer)
-    found = []
-    for group in family.groups:
-        shapes = [linear_shape(block, name) for name in group.linears]
-        if len({width for _, width in shapes}) != 1:
-            raise ValueError(f"linears {', '.join(group.linears)} do not share one input width")
-        found.append(GroupShape(group.name, shapes[0][1], sum(rows for rows, _ in shapes)))
-    return tuple(found)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -393,34 +380,6 @@ def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str,
     }
 
 
-def write_metrics(store: Store, metrics: dict[str, Any]) -> None:
-    """``metrics.json``, whole or not at all."""
-    store.write_json(METRICS_FILE, metrics)
-
-
 def claim(store: Store, prepared: Prepared, *, resume: bool) -> None:
     """Claim the output folder; see ``store.open_run``."""
     open_run(store, json.loads(json.dumps(prepared.identity)), resume=resume)
-
-
-def saved_identity(store: Store) -> dict[str, Any]:
-    """The run file of a finished or unfinished run.
-
-    Raises:
-        ValueError: the folder holds no run.
-    """
-    if not store.exists(RUN_FILE):
-        raise ValueError(f"{store.root} holds no run: give the --output folder of one")
-    found: dict[str, Any] = store.read_json(RUN_FILE)
-    return found
-
-
-class ScratchFolder:
-    """A temporary output for runs whose result is not to be kept."""
-
-    def __enter__(self) -> str:
-        self.path = tempfile.mkdtemp(prefix="sparse-expansion-")
-        return self.path
-
-    def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)

@@ -14,7 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from sparse_expansion.config import RunConfig
+from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.stages import Unit
 
 
@@ -36,7 +39,16 @@ class ModelShape:
     groups: tuple[GroupShape, ...]
 
 
-STAGES = ("capture", "components", "project", "router", "hessians", "experts", "advance")
+def group_shape(block: nn.Module, group: LinearGroup) -> GroupShape:
+    """A group's shape, read off a block (on the meta device too).
+
+    Raises:
+        ValueError: the block lacks one of the linears, or they differ in their input width.
+    """
+    shapes = [linear_shape(block, name) for name in group.linears]
+    if len({width for _, width in shapes}) != 1:
+        raise ValueError(f"linears {', '.join(group.linears)} do not share one input width")
+    return GroupShape(group.name, shapes[0][1], sum(rows for rows, _ in shapes))
 
 
 def expert_ranges(num_clusters: int, experts_per_unit: int) -> list[tuple[int, int]]:

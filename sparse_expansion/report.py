@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion.store import RUN_FILE, Store
+from sparse_expansion.store import METRICS_FILE, RUN_FILE, Store
 
 _EXPERT_STAGE = "experts-"
 
@@ -217,7 +217,7 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
     result: dict[str, Any] = {
         "model": identity["model"],
         "config": identity["config"],
-        "is_finished": store.exists("metrics.json"),
+        "is_finished": store.exists(METRICS_FILE),
         "finished_units": len(records),
     }
     config = identity["config"]
@@ -228,7 +228,7 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
         f"{config['calibration']['calibration_inputs']} inputs",
     ]
     if result["is_finished"]:
-        result["metrics"] = store.read_json("metrics.json")
+        result["metrics"] = store.read_json(METRICS_FILE)
         lines += ["", run_table(result["metrics"], store.root)]
     else:
         lines.append(f"state     unfinished, {len(records)} units done: continue with --resume")

@@ -20,7 +20,12 @@ import torch
 from torch import nn
 
 from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
-from sparse_expansion.algorithms.hessian import hessian_sum, merge_hessians, merge_moments
+from sparse_expansion.algorithms.hessian import (
+    hessian_sum,
+    merge_hessians,
+    merge_moments,
+    moment_sum,
+)
 from sparse_expansion.algorithms.packing import pack_expert
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
@@ -507,16 +512,9 @@ class Worker:
             del self._labels[label_key]
 
     def _moments(self, X_TD: torch.Tensor) -> MomentSum:
-        sum_D = torch.zeros(X_TD.shape[1], dtype=torch.float64)
-        grams = []
-        for part in X_TD.split(CHUNK_TOKENS):
-            chunk = part.to(self.device)
-            sum_D += chunk.double().sum(dim=0).cpu()
-            grams.append(hessian_sum(chunk))
-            if len(grams) == 2:
-                grams = [merge_hessians(grams)]
-        gram = merge_hessians(grams)
-        return MomentSum(sum_D, HessianSum(gram.sum_DD.cpu(), gram.num_tokens))
+        found = merge_moments(moment_sum(part.to(self.device)) for part in X_TD.split(CHUNK_TOKENS))
+        gram = HessianSum(found.gram.sum_DD.cpu(), found.gram.num_tokens)
+        return MomentSum(found.sum_D.cpu(), gram)
 
     def _shard_labels(self, layer: int, shard: int, group: str) -> torch.Tensor:
         key = (layer, shard, group)

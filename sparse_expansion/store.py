@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 RUN_FILE = "run/run.json"
 UNITS = "run/units"
+METRICS_FILE = "metrics.json"
 
 
 class Store:

@@ -5,7 +5,7 @@ Shapes: T tokens, D input features, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +61,21 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
 
 
 def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
-    """Add the moments of several shards in the given order."""
-    parts = list(sums)
-    gram = merge_hessians(part.gram for part in parts)
-    sum_D = torch.stack([part.sum_D for part in parts]).sum(dim=0)
+    """Add the moments of several shards (or chunks) in the given order, one at a time.
+
+    Raises:
+        ValueError: ``sums`` is empty.
+    """
+    sum_D: torch.Tensor | None = None
+
+    def grams() -> Iterator[HessianSum]:
+        nonlocal sum_D
+        for part in sums:
+            sum_D = part.sum_D.clone() if sum_D is None else sum_D.add_(part.sum_D)
+            yield part.gram
+
+    gram = merge_hessians(grams())
+    assert sum_D is not None
     return MomentSum(sum_D, gram)
 
 

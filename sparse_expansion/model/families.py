@@ -100,19 +100,6 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def group_shapes(
-    model: nn.Module, family: Family
-) -> list[list[tuple[LinearGroup, dict[str, tuple[int, int]]]]]:
-    """For every block, its groups and each linear's ``(O, D)``; works on the meta device."""
-    return [
-        [
-            (group, {name: linear_shape(block, name) for name in group.linears})
-            for group in family.groups
-        ]
-        for block in block_list(model, family)
-    ]
-
-
 def linear_shape(block: nn.Module, name: str) -> tuple[int, int]:
     """``(O, D)`` of a block's linear, dense or expanded.
 
