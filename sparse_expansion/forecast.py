@@ -57,6 +57,11 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
     for unit in units:
         flops[unit.stage] += int(unit.cost)
     parameters = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    if getattr(model_config, "tie_word_embeddings", False) and head is not None:
+        # On the meta device the tie is not made, but a checkpoint holds the tensor once.
+        if head.weight is not model.get_input_embeddings().weight:
+            parameters -= head.weight.numel()
     trunk = parameters - num_layers * dense_mlp
     experts = num_layers * config.routing.num_clusters * expert_bytes
     widest = max(group.width for group in groups)

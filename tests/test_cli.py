@@ -108,6 +108,14 @@ def test_plan_foretells_the_bytes_and_units(finished, neox_folder, capsys):
     assert "expanded checkpoint" in capsys.readouterr().out
 
 
+def test_plan_counts_tied_embeddings_once(llama_folder, capsys):
+    assert main(["plan", "--model", str(llama_folder), "--json", "--block-size", "16"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    stored = sum(f.stat().st_size for f in llama_folder.glob("*.safetensors"))
+    assert 0 < stored - plan["dense_checkpoint_bytes"] < 64 * 1024
+    assert plan["dense_checkpoint_bytes"] == 4 * plan["parameters"]
+
+
 def test_evaluate_repeats_the_runs_figures(finished, neox_folder, text_folder, capsys):
     metrics = json.loads((finished / "metrics.json").read_text())
     for model, key in ((finished, "perplexity_expanded"), (neox_folder, "perplexity_dense")):
