@@ -3,14 +3,17 @@
     python benchmarks/scaling.py
 
 The graph, schedule and dispatcher are the real ones; a unit takes its estimated operations at a
-modelled rate, times a seeded spread of +-20 %. Efficiency is (sum of work) / (actors x makespan);
-work that was done twice (a cache made again) counts as work in "busy" and not in "efficiency".
+modelled rate plus the transfer of its inputs and a fixed cost, times a seeded spread of +-20 %.
+Efficiency is (sum of work) / (actors x makespan); a cache that was made again is no work. The
+critical path (the longest chain of units that need each other, at full parallelism) bounds what
+any scheduler could do.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 
 from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
 from sparse_expansion.execution.simulation import simulate
@@ -24,31 +27,64 @@ LLAMA_2_13B = ModelShape(
         GroupShape("mlp.gate_proj+up_proj", 5120, 2 * 13824),
         GroupShape("mlp.down_proj", 13824, 5120),
     ),
+    item_bytes=2,
 )
-# Modelled, not measured: a data-centre GPU in float32 products, and its slower factorizations.
-FLOPS_PER_SECOND = 40e12
-SECONDS_PER_UNIT = 0.05
+# Modelled, not measured: a data-centre GPU in float32 products without TF32, 25 Gb/s of network.
+FLOPS_PER_SECOND = 15e12
+BYTES_PER_SECOND = 3e9
+SECONDS_PER_UNIT = 0.02
+CAPTURED_BYTES = 8 << 30
+OBJECT_STORE_BYTES = 20e9
+
+
+def durations(units: list[Unit]) -> Callable[[Unit], float]:
+    """Modelled seconds of every unit."""
+    chance = random.Random(0)
+    moved = {unit.key: unit.output_bytes / max(1, len(unit.outputs)) for unit in units}
+    seconds = {
+        unit.key: (
+            SECONDS_PER_UNIT
+            + unit.cost / FLOPS_PER_SECOND
+            + sum(moved[key] for key, _ in unit.inputs) / BYTES_PER_SECOND
+        )
+        * chance.uniform(0.8, 1.2)
+        for unit in units
+    }
+    return lambda unit: seconds[unit.key]
+
+
+def critical_path(units: list[Unit], seconds: Callable[[Unit], float]) -> float:
+    """Seconds of the longest chain; units come after what they need."""
+    end: dict[str, float] = {}
+    for unit in units:
+        needs = {key for key, _ in unit.inputs} | set(unit.after)
+        end[unit.key] = seconds(unit) + max((end[key] for key in needs), default=0.0)
+    return max(end.values())
 
 
 def main() -> None:
     """Print a table and one JSON line per row."""
-    print("schedule    shards  actors  units  makespan h  efficiency  busy   driver us/unit")
-    for schedule, shards in (("dense", 8), ("compressed", 8), ("compressed", 64)):
+    print(
+        "schedule    windows  shards  actors  units  makespan s  critical path s  efficiency  "
+        "busy  driver us/unit"
+    )
+    for schedule, windows, shards in (
+        ("dense", 128, 64),
+        ("dense", 512, 64),
+        ("compressed", 128, 64),
+        ("compressed", 512, 64),
+    ):
         config = RunConfig(
             routing=RoutingConfig(num_clusters=16),
             calibration=CalibrationConfig(
-                calibration_inputs=schedule, dataset_size=128, seqlen=4096, data_shards=shards
+                calibration_inputs=schedule, dataset_size=windows, seqlen=4096, data_shards=shards
             ),
             experts_per_unit=1,
         )
         units = expansion_units(config, LLAMA_2_13B)
-        chance = random.Random(0)
-        spread = {unit.key: chance.uniform(0.8, 1.2) for unit in units}
-
-        def seconds(unit: Unit, spread: dict[str, float] = spread) -> float:
-            return (SECONDS_PER_UNIT + unit.cost / FLOPS_PER_SECOND) * spread[unit.key]
-
+        seconds = durations(units)
         ideal = sum(seconds(unit) for unit in units)
+        longest = critical_path(units, seconds)
         for actors in (1, 2, 4, 8, 16, 32, 64):
             found = simulate(
                 units,
@@ -56,22 +92,26 @@ def main() -> None:
                 seconds=seconds,
                 move_seconds=lambda unit: unit.move_cost / FLOPS_PER_SECOND,
                 captures_first=schedule == "dense",
-                num_shards=shards,
+                captured_bytes=CAPTURED_BYTES,
+                value_budget=0.6 * OBJECT_STORE_BYTES * actors,
             )
             row = {
                 "schedule": schedule,
+                "windows": windows,
                 "shards": shards,
                 "actors": actors,
                 "units": len(units),
-                "makespan_hours": found.makespan / 3600,
+                "makespan_seconds": found.makespan,
+                "critical_path_seconds": longest,
                 "efficiency": ideal / (actors * found.makespan),
                 "busy": found.work / (actors * found.makespan),
+                "peak_value_bytes_per_actor": found.peak_value_bytes / actors,
                 "driver_microseconds_per_unit": 1e6 * found.driver_seconds / len(units),
             }
             print(
-                f"{schedule:<11} {shards:>6} {actors:>7} {len(units):>6} "
-                f"{row['makespan_hours']:>11.3f} {row['efficiency']:>11.3f} {row['busy']:>5.3f} "
-                f"{row['driver_microseconds_per_unit']:>12.0f}"
+                f"{schedule:<11} {windows:>7} {shards:>7} {actors:>7} {len(units):>6} "
+                f"{found.makespan:>11.0f} {longest:>16.0f} {row['efficiency']:>11.3f} "
+                f"{row['busy']:>5.3f} {row['driver_microseconds_per_unit']:>15.0f}"
             )
             print(json.dumps(row, sort_keys=True), flush=True)
 

@@ -51,7 +51,7 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
         if config.routing.pca_reduction_factor is not None:
             router += features * width
         router_bytes += FLOAT32_BYTES * router
-    shape = ModelShape(num_layers, int(model_config.hidden_size), tuple(groups))
+    shape = ModelShape(num_layers, int(model_config.hidden_size), tuple(groups), item)
     units = expansion_units(config, shape)
     flops: Counter[str] = Counter()
     for unit in units:

@@ -64,7 +64,9 @@ def model_shape(shell: ModelShell) -> ModelShape:
     ]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("the model's blocks differ in their MLP shapes, which is not supported")
-    return ModelShape(shell.num_blocks, int(shell.config.hidden_size), shapes[0])
+    return ModelShape(
+        shell.num_blocks, int(shell.config.hidden_size), shapes[0], shell.dtype.itemsize
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:

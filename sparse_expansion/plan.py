@@ -2,8 +2,11 @@
 
 One graph serves both schedules and all executors. Per block ``i``:
 
-    capture(i, shard) -> components(i, group) -> project(i, group, shard) -> router(i, group)
-      -> hessians(i, group, experts, shard) -> experts(i, group, experts)
+    capture(i, shard) -> router(i, group) -> gather(i, group, experts, shard)
+      -> experts(i, group, experts)
+
+``capture`` hands on a sample of its inputs, on which the router is fitted; ``gather`` hands on the
+inputs that are routed to some experts, or their Hessian sums where those are smaller.
 
 ``compressed`` adds ``advance(i, shard)``, the compressed block's output, which the next block's
 capture waits for; with ``dense`` the next capture waits for this one alone.
@@ -18,7 +21,10 @@ from torch import nn
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.model.families import LinearGroup, linear_shape
-from sparse_expansion.stages import Unit
+from sparse_expansion.stages import Unit, range_name
+
+GATHER_BYTES = 512 << 20
+"""A unit that gathers hands on at most this much, or one range of experts."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     groups: tuple[GroupShape, ...]
+    item_bytes: int = 4
+    """Bytes of one activation."""
 
 
 def group_shape(block: nn.Module, group: LinearGroup) -> GroupShape:
@@ -59,6 +67,28 @@ def expert_ranges(num_clusters: int, experts_per_unit: int) -> list[tuple[int, i
     ]
 
 
+def gathered_ranges(
+    ranges: list[tuple[int, int]], expert_bytes: int
+) -> list[list[tuple[int, int]]]:
+    """Ranges that one unit gathers for: as many as keep what it hands on to ``GATHER_BYTES``."""
+    size = ranges[0][1] - ranges[0][0] + 1
+    count = max(1, GATHER_BYTES // max(1, size * expert_bytes))
+    return [ranges[first : first + count] for first in range(0, len(ranges), count)]
+
+
+def router_flops(config: RunConfig, width: int, tokens: float) -> float:
+    """Operations to fit a router on ``tokens`` tokens: Gram matrix, PCA, KMeans."""
+    routing = config.routing
+    features = routing.num_components(width)
+    pca = 0.0
+    if routing.pca_reduction_factor is not None:
+        # Tridiagonal form (4/3 D^3) and the wanted vectors back (2 D^2 P).
+        pca = 4 / 3 * width**3 + 2.0 * width**2 * features
+    iterations = 20.0
+    kmeans = 2.0 * tokens * features * routing.num_clusters * routing.restarts * iterations
+    return 2.0 * tokens * width * (width + features) + pca + kmeans
+
+
 def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     """All units that make an expanded model."""
     calibration = config.calibration
@@ -79,6 +109,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
         )
         for s in shards
     ]
+    widths = sum(group.width for group in shape.groups)
     mlp = sum(group.width * group.rows for group in shape.groups)
     # Attention's projections are four hidden x hidden products at most, its scores two more.
     block_flops = 2.0 * (mlp + 4 * shape.hidden_size**2 + shape.hidden_size * calibration.seqlen)
@@ -91,7 +122,6 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
             else:
                 stage = "advance" if compressed else "capture"
                 before = f"layer-{i - 1:03d}/{stage}/shard-{s:03d}"
-            grams = sum(2.0 * group.width**2 for group in shape.groups)
             units.append(
                 Unit(
                     key=f"{where}/capture/shard-{s:03d}",
@@ -103,43 +133,14 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     affinity=affinity[s],
                     layer=i,
                     rank=0,
-                    cost=shard_tokens * (block_flops + grams),
-                    output_bytes=sum(4 * group.width**2 for group in shape.groups),
+                    cost=shard_tokens * block_flops,
+                    cache_bytes=int(shard_tokens * widths * shape.item_bytes),
+                    output_bytes=int(fit_tokens / len(shards) * widths * shape.item_bytes),
                 )
             )
         for g, group in enumerate(shape.groups):
             at = f"{where}/{group.name}"
             features = config.routing.num_components(group.width)
-            units.append(
-                Unit(
-                    key=f"{at}/components",
-                    stage="components",
-                    params={"group": group.name},
-                    inputs=tuple((f"{where}/capture/shard-{s:03d}", group.name) for s in shards),
-                    outputs=("pca", "gram"),
-                    layer=i,
-                    rank=1,
-                    output_bytes=4 * group.width * (group.width + features),
-                    cost=4.0 * group.width**3,
-                )
-            )
-            for s in shards:
-                units.append(
-                    Unit(
-                        key=f"{at}/project/shard-{s:03d}",
-                        stage="project",
-                        params={"layer": i, "shard": s, "group": group.name},
-                        inputs=((f"{at}/components", "pca"),),
-                        after=(f"{where}/capture/shard-{s:03d}",),
-                        outputs=("features",),
-                        affinity=affinity[s],
-                        layer=i,
-                        rank=2,
-                        cost=2.0 * fit_tokens / len(shards) * group.width * features,
-                        move_cost=shard_tokens * block_flops,
-                        output_bytes=int(4 * fit_tokens / len(shards) * features),
-                    )
-                )
             units.append(
                 Unit(
                     key=f"{at}/router",
@@ -149,71 +150,78 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         "group": group.name,
                         "seed": calibration.seed + i * len(shape.groups) + g,
                     },
-                    inputs=(
-                        (f"{at}/components", "pca"),
-                        *((f"{at}/project/shard-{s:03d}", "features") for s in shards),
-                    ),
+                    inputs=tuple((f"{where}/capture/shard-{s:03d}", group.name) for s in shards),
+                    outputs=("gram",),
                     is_persistent=True,
                     layer=i,
-                    rank=3,
-                    cost=2.0
-                    * fit_tokens
-                    * features
-                    * config.routing.num_clusters
-                    * config.routing.restarts
-                    * 20,
+                    rank=1,
+                    output_bytes=4 * group.width**2,
+                    cost=router_flops(config, group.width, fit_tokens),
                 )
             )
-            for first, last in ranges:
-                share = (last - first + 1) / config.routing.num_clusters
-                name = f"experts-{first:03d}-{last:03d}"
+            # An expert's share of a shard: as rows, or as a sum where that is smaller.
+            expected = shard_tokens / config.routing.num_clusters
+            row_bytes, sum_bytes = expected * shape.item_bytes, 4.0 * group.width
+            summed_here = sum_bytes < row_bytes
+            moved = int(min(row_bytes, sum_bytes) * group.width)
+            hessian = 2.0 * expected * group.width**2
+            source: dict[tuple[int, int], str] = {}
+            for part in gathered_ranges(ranges, moved):
+                first, last = part[0][0], part[-1][1]
+                count = last - first + 1
+                name = f"gather-{first:03d}-{last:03d}"
+                source |= dict.fromkeys(part, f"{at}/{name}")
                 for s in shards:
                     units.append(
                         Unit(
-                            key=f"{at}/hessians-{first:03d}-{last:03d}/shard-{s:03d}",
-                            stage="hessians",
-                            params={
-                                "layer": i,
-                                "shard": s,
-                                "group": group.name,
-                                "experts": (first, last),
-                            },
+                            key=f"{at}/{name}/shard-{s:03d}",
+                            stage="gather",
+                            params={"layer": i, "shard": s, "group": group.name, "ranges": part},
                             after=(f"{at}/router", f"{where}/capture/shard-{s:03d}"),
-                            outputs=("sums",),
+                            outputs=tuple(range_name(experts) for experts in part),
                             affinity=affinity[s],
                             layer=i,
-                            rank=5,
-                            cost=2.0 * shard_tokens * share * group.width**2,
+                            rank=3,
+                            cost=count
+                            * (
+                                2.0 * expected * group.width * features
+                                + (hessian if summed_here else 0.0)
+                            ),
                             move_cost=shard_tokens * block_flops,
-                            output_bytes=4 * (last - first + 1) * group.width**2,
+                            output_bytes=count * moved,
                         )
                     )
+            for experts in ranges:
+                count = experts[1] - experts[0] + 1
                 units.append(
                     Unit(
-                        key=f"{at}/{name}",
+                        key=f"{at}/experts-{range_name(experts)}",
                         stage="experts",
-                        params={"layer": i, "group": group.name, "experts": (first, last)},
+                        params={"layer": i, "group": group.name, "experts": experts},
                         inputs=(
-                            (f"{at}/components", "gram"),
+                            (f"{at}/router", "gram"),
                             *(
-                                (f"{at}/hessians-{first:03d}-{last:03d}/shard-{s:03d}", "sums")
+                                (f"{source[experts]}/shard-{s:03d}", range_name(experts))
                                 for s in shards
                             ),
                         ),
-                        after=(f"{at}/router",),
                         is_persistent=True,
                         layer=i,
-                        # Before further Hessians: experts consume the sums that fill memory.
-                        rank=4,
-                        cost=(last - first + 1)
-                        * (group.width**3 + 4.0 * group.rows * group.width**2),
+                        # Before further gathering: experts consume what fills memory.
+                        rank=2,
+                        cost=count
+                        * (
+                            group.width**3
+                            + 4.0 * group.rows * group.width**2
+                            + (0.0 if summed_here else hessian * len(shards))
+                        ),
                     )
                 )
         if compressed and i + 1 < shape.num_layers:
             made = tuple(
                 f"{where}/{group.name}/{kind}"
                 for group in shape.groups
-                for kind in ["router", *(f"experts-{a:03d}-{b:03d}" for a, b in ranges)]
+                for kind in ["router", *(f"experts-{range_name(experts)}" for experts in ranges)]
             )
             for s in shards:
                 units.append(
@@ -224,7 +232,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         after=(*made, f"{where}/capture/shard-{s:03d}"),
                         is_persistent=True,
                         layer=i,
-                        rank=6,
+                        rank=4,
                         cost=shard_tokens * block_flops,
                     )
                 )

@@ -21,6 +21,7 @@ from torch import nn
 
 from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
 from sparse_expansion.algorithms.hessian import (
+    check_finite,
     hessian_sum,
     merge_hessians,
     merge_moments,
@@ -44,8 +45,6 @@ from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
 
 CALIBRATION_FILE = "run/calibration.safetensors"
-CAPTURED_SHARDS = 8
-"""Captured shards of other blocks that a worker keeps (in memory or in scratch files)."""
 CHUNK_TOKENS = 8192
 TRUNK_SHARD_BYTES = 4 << 30
 
@@ -80,6 +79,8 @@ class Unit:
     """Operations to make its affinity's cache again on another worker."""
     output_bytes: int = 0
     """Estimated bytes of the values it hands on."""
+    cache_bytes: int = 0
+    """Estimated bytes that its worker keeps for units of the same affinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,13 @@ class WorkerSpec:
     device: str = "auto"
     threads: int | None = None
     activation_bytes: int = 2 << 30
+    """Captured activations kept in memory; what is over goes to scratch files."""
     scratch: str | None = None
+
+    @property
+    def captured_bytes(self) -> int:
+        """Captured activations kept at all, in memory and in scratch files."""
+        return 4 * self.activation_bytes
 
 
 @dataclass
@@ -155,6 +162,11 @@ class Worker:
             outputs,
         )
 
+    def forget_before(self, layer: int) -> None:
+        """Free the captured activations of earlier blocks: nothing reads them any more."""
+        for key in [key for key in self._captured if key[0] < layer]:
+            self._drop_captured(*key)
+
     # -- calibration ---------------------------------------------------------------------------
 
     def stage_embed(self, *, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,72 +177,47 @@ class Worker:
         return self._write_hidden(0, shard, hidden), {}
 
     def stage_capture(self, *, layer: int, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run the dense block on one shard; keep its group inputs; hand on their moments."""
+        """Run the dense block on one shard; keep its group inputs; hand on a sample of them."""
         hidden = self._capture(layer, shard)
-        stats: dict[str, Any] = {}
+        stats: dict[str, Any] = {"tokens": hidden.shape[0] * hidden.shape[1]}
         if self.config.calibration.calibration_inputs == "dense":
             if layer + 1 < self._shell().num_blocks:
-                stats = self._write_hidden(layer + 1, shard, hidden)
-        outputs = {name: self._moments(X_TD) for name, X_TD in self._captured[layer, shard].items()}
-        return stats, outputs
-
-    def stage_components(
-        self, *moments: MomentSum, group: str
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Merge a group's moments in shard order and fit the PCA."""
-        merged = merge_moments(moments)
-        width = merged.sum_D.shape[0]
-        routing = self.config.routing
-        if routing.pca_reduction_factor is None:
-            mean_D = (merged.sum_D / merged.gram.num_tokens).float()
-            components_PD = None
-        else:
-            mean_D, components_PD = fit_pca(merged, num_components=routing.num_components(width))
-        return {}, {"pca": (mean_D, components_PD), "gram": merged.gram}
-
-    def stage_project(
-        self,
-        pca: tuple[torch.Tensor, torch.Tensor | None],
-        *,
-        layer: int,
-        shard: int,
-        group: str,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Router features of (at most) the shard's share of ``fit_tokens`` tokens."""
-        X_TD = self._inputs(layer, shard)[group]
-        total = self._all_tokens().numel()
-        share = max(1, min(X_TD.shape[0], self.config.routing.fit_tokens * X_TD.shape[0] // total))
-        rows = torch.linspace(0, X_TD.shape[0] - 1, share, dtype=torch.float64).round().long()
-        mean_D, components_PD = pca
-        mean_D = mean_D.to(self.device)
-        components_PD = None if components_PD is None else components_PD.to(self.device)
-        parts = [
-            project(X_TD[part].to(self.device), mean_D, components_PD).cpu()
-            for part in rows.split(CHUNK_TOKENS)
-        ]
-        return {}, {"features": torch.cat(parts)}
+                stats |= self._write_hidden(layer + 1, shard, hidden)
+        captured = self._captured[layer, shard]
+        for X_TD in captured.values():
+            check_finite(X_TD)
+        return stats, {name: self._sample(X_TD) for name, X_TD in captured.items()}
 
     def stage_router(
-        self,
-        pca: tuple[torch.Tensor, torch.Tensor | None],
-        *features: torch.Tensor,
-        layer: int,
-        group: str,
-        seed: int,
+        self, *samples: torch.Tensor, layer: int, group: str, seed: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """KMeans over all shards' features; writes the router and the dense weights' grids."""
+        """PCA and KMeans on all shards' samples; writes the router and the dense weights' grids."""
         routing = self.config.routing
-        Z_TP = torch.cat(features)
+        moments = merge_moments(self._moments(X_TD) for X_TD in samples)
+        components_PD = None
+        if routing.pca_reduction_factor is None:
+            mean_D = (moments.sum_D / moments.gram.num_tokens).float()
+        else:
+            width = moments.sum_D.shape[0]
+            mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
+        Z_TP = torch.cat(
+            [
+                project(part.to(self.device), mean_D, components_PD)
+                for X_TD in samples
+                for part in X_TD.split(CHUNK_TOKENS)
+            ]
+        )
         centroids_KP = fit_kmeans(
-            Z_TP.to(self.device),
+            Z_TP,
             num_clusters=routing.num_clusters,
             restarts=routing.restarts,
             max_iterations=routing.max_iterations,
             seed=seed,
         ).cpu()
+        mean_D = mean_D.cpu()
+        components_PD = None if components_PD is None else components_PD.cpu()
         linears = self._group(group).linears
         prefix = self._shell().block_prefix(layer)
-        mean_D, components_PD = pca
         owner = f"{prefix}{linears[0]}.router"
         tensors = {f"{owner}.mean": mean_D, f"{owner}.centroids": centroids_KP}
         if components_PD is not None:
@@ -248,45 +235,59 @@ class Worker:
                 tensors[f"{prefix}{linear}.grid.zero_point"] = grid.zero_point_OG
         name = router_file(layer, group)
         files = {name: self.store.write_tensors(name, tensors)}
-        return {"files": files, "fit_tokens": Z_TP.shape[0]}, {}
+        gram = HessianSum(moments.gram.sum_DD.cpu(), moments.gram.num_tokens)
+        return {"files": files, "fit_tokens": Z_TP.shape[0]}, {"gram": gram}
 
-    def stage_hessians(
-        self, *, layer: int, shard: int, group: str, experts: tuple[int, int]
+    def stage_gather(
+        self, *, layer: int, shard: int, group: str, ranges: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One shard's Hessian sums of experts ``first .. last``."""
+        """One shard's inputs of ranges of experts: rows, or their sum where it is smaller.
+
+        With few tokens per expert the rows are far smaller than ``D x D`` sums, and they leave
+        the Hessians to whoever is free instead of whoever holds the shard.
+        """
         X_TD = self._inputs(layer, shard)[group]
         labels_T = self._shard_labels(layer, shard, group)
-        sums = []
-        for expert in range(experts[0], experts[1] + 1):
-            rows = torch.nonzero(labels_T == expert).flatten()
-            width = X_TD.shape[1]
-            total = HessianSum(torch.zeros(width, width), 0)
-            if len(rows):
-                total = merge_hessians(
-                    hessian_sum(X_TD[part].to(self.device)) for part in rows.split(CHUNK_TOKENS)
-                )
-            sums.append(HessianSum(total.sum_DD.cpu(), total.num_tokens))
-        return {}, {"sums": sums}
+
+        def inputs_of(expert: int) -> torch.Tensor | HessianSum:
+            part_TD = X_TD[torch.nonzero(labels_T == expert).flatten()]
+            if part_TD.numel() * part_TD.element_size() <= 4 * X_TD.shape[1] ** 2:
+                return part_TD
+            total = self._hessian(part_TD)
+            return HessianSum(total.sum_DD.cpu(), total.num_tokens)
+
+        return {}, {
+            range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
+            for experts in ranges
+        }
 
     def stage_experts(
         self,
         gram: HessianSum,
-        *shards: list[HessianSum],
+        *shards: list[torch.Tensor | HessianSum],
         layer: int,
         group: str,
         experts: tuple[int, int],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Merge the Hessians in shard order, compress, and write the experts' file."""
+        """Sum the Hessians in shard order, compress, and write the experts' file."""
         compression = self.config.compression
-        merged = [merge_hessians(parts) for parts in zip(*shards, strict=True)]
+        merged = [
+            merge_hessians(
+                part if isinstance(part, HessianSum) else self._hessian(part) for part in parts
+            )
+            for parts in zip(*shards, strict=True)
+        ]
         width = gram.sum_DD.shape[0]
         floor = compression.min_tokens(width)
         starved = [part.num_tokens < floor for part in merged]
         # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
         # whole group, which makes it the plain SparseGPT expert.
         H_KDD = torch.stack(
-            [(gram if bad else part).sum_DD for part, bad in zip(merged, starved, strict=True)]
-        ).to(self.device)
+            [
+                (gram if bad else part).sum_DD.to(self.device)
+                for part, bad in zip(merged, starved, strict=True)
+            ]
+        )
         prefix = self._shell().block_prefix(layer)
         linears = self._group(group).linears
         weights = {name: self._dense_weight(layer, name).to(self.device) for name in linears}
@@ -339,9 +340,6 @@ class Worker:
             for part in shell.batches(tokens):
                 call = shell.call(layer, tokens[part])
                 out[part] = call.run(block, hidden[part].to(self.device)).cpu()
-        # Every worker that advances a block is done with that block's inputs, whoever has them.
-        for key in [key for key in self._captured if key[0] == layer]:
-            self._drop_captured(*key)
         return self._write_hidden(layer + 1, shard, out), {}
 
     def stage_trunk(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -483,9 +481,7 @@ class Worker:
         """Run the dense block; its group inputs are kept in ``_captured``."""
         shell = self._shell()
         tokens = self._shard_tokens(shard)
-        others = [key for key in self._captured if key[0] != layer]
-        for key in others[: max(0, len(others) + 1 - CAPTURED_SHARDS)]:
-            self._drop_captured(*key)
+        self._make_room(layer)
         block = shell.load_block(layer)
         hidden = self._read_hidden(layer, shard)
         out = torch.empty_like(hidden)
@@ -505,16 +501,40 @@ class Worker:
         self._captured[layer, shard] = buffers
         return out
 
+    def _make_room(self, layer: int) -> None:
+        """Drop the oldest other blocks' shards until another shard of the largest size fits."""
+        sizes = {
+            key: sum(tensor.numel() * tensor.element_size() for tensor in buffers.values())
+            for key, buffers in self._captured.items()
+        }
+        excess = sum(sizes.values()) + max(sizes.values(), default=0) - self.spec.captured_bytes
+        for key, size in sizes.items():
+            if excess <= 0:
+                break
+            if key[0] != layer:
+                self._drop_captured(*key)
+                excess -= size
+
     def _drop_captured(self, layer: int, shard: int) -> None:
         for tensor in self._captured.pop((layer, shard), {}).values():
             self.buffers.release(tensor)
         for label_key in [key for key in self._labels if key[:2] == (layer, shard)]:
             del self._labels[label_key]
 
+    def _sample(self, X_TD: torch.Tensor) -> torch.Tensor:
+        """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
+        total = self._all_tokens().numel()
+        share = max(1, min(X_TD.shape[0], self.config.routing.fit_tokens * X_TD.shape[0] // total))
+        rows = torch.linspace(0, X_TD.shape[0] - 1, share, dtype=torch.float64).round().long()
+        return X_TD[rows]
+
     def _moments(self, X_TD: torch.Tensor) -> MomentSum:
-        found = merge_moments(moment_sum(part.to(self.device)) for part in X_TD.split(CHUNK_TOKENS))
-        gram = HessianSum(found.gram.sum_DD.cpu(), found.gram.num_tokens)
-        return MomentSum(found.sum_D.cpu(), gram)
+        return merge_moments(moment_sum(part.to(self.device)) for part in X_TD.split(CHUNK_TOKENS))
+
+    def _hessian(self, X_TD: torch.Tensor) -> HessianSum:
+        """Summed in chunks of fixed size, so that it does not matter who sums."""
+        parts = X_TD.split(CHUNK_TOKENS)
+        return merge_hessians(hessian_sum(part.to(self.device)) for part in parts)
 
     def _shard_labels(self, layer: int, shard: int, group: str) -> torch.Tensor:
         key = (layer, shard, group)
@@ -539,9 +559,14 @@ def router_file(layer: int, group: str) -> str:
     return f"router-{layer:03d}-{group}.safetensors"
 
 
+def range_name(experts: tuple[int, int]) -> str:
+    """A range of experts, as ``000-003``."""
+    return f"{experts[0]:03d}-{experts[1]:03d}"
+
+
 def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
     """File of a range of a group's experts."""
-    return f"experts-{layer:03d}-{group}-{experts[0]:03d}-{experts[1]:03d}.safetensors"
+    return f"experts-{layer:03d}-{group}-{range_name(experts)}.safetensors"
 
 
 def hidden_file(layer: int, shard: int) -> str:

@@ -14,67 +14,39 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
+from tests.execution.ray_helpers import BIN, free_port, ray_head
 from tests.tiny import SMALL_RUN as SMALL
 from tests.tiny import digests
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """Address of a job server; everything it started ends with the tests."""
     home = tmp_path_factory.mktemp("home")
-    port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "HOME": str(home), "RAY_JOB_STOP_WAIT_TIME_S": "20"}
-    log = (home / "head.log").open("w")
-    process = subprocess.Popen(
-        [
-            str(BIN / "ray"),
-            "start",
-            "--head",
-            "--block",
-            f"--port={port}",
-            "--num-cpus=2",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            "--object-store-memory=100000000",
-            f"--temp-dir={home}/ray",
-        ],
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    dashboard = free_port()
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 60
-    while True:
+    flags = [
+        "--num-cpus=2",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        "--object-store-memory=100000000",
+    ]
+
+    def is_up():
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=2)
-            break
         except urllib.error.HTTPError as error:
             # An answer without the token: the server is up and lets no one in.
             assert error.code in (401, 403)
-            break
         except OSError:
-            assert time.monotonic() < deadline and process.poll() is None, (
-                home / "head.log"
-            ).read_text()
-            time.sleep(0.3)
-    yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-KILL", "-f", f"{home}/ray"], check=False)
+            return False
+        return True
+
+    with ray_head(home, free_port(), flags, is_up, RAY_JOB_STOP_WAIT_TIME_S="20"):
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -164,5 +164,5 @@ def test_needed_units_skip_what_is_finished():
     missing = next(unit for unit in units if unit.layer == 2 and unit.stage == "experts")
     left = needed_units(units, lambda unit: unit.is_persistent and unit is not missing)
     stages = {unit.stage for unit in left}
-    assert stages == {"capture", "components", "hessians", "experts"}
+    assert stages == {"capture", "router", "gather", "experts"}
     assert {unit.layer for unit in left} == {2}

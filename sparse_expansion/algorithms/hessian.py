@@ -30,13 +30,28 @@ def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
     """
     X = X_TD.float()
     sum_DD = X.T @ X
-    if not bool(torch.isfinite(sum_DD.diagonal()).all()):
-        bad = int((~torch.isfinite(X)).any(dim=1).sum())
-        raise CompressionError(
-            f"activations are not finite ({bad} of {X.shape[0]} tokens hold NaN or infinity, or "
-            "their squares overflow float32): check the source weights or use --dtype float32"
-        )
+    check_finite(X, sum_DD.diagonal())
     return HessianSum(sum_DD, X.shape[0])
+
+
+def check_finite(X_TD: torch.Tensor, squares_D: torch.Tensor | None = None) -> None:
+    """Refuse activations that are NaN or infinite, or whose squares are.
+
+    Args:
+        X_TD: inputs.
+        squares_D: sums of squares by feature, where the caller has them anyway.
+
+    Raises:
+        CompressionError: with the number of bad tokens.
+    """
+    if squares_D is None:
+        squares_D = torch.linalg.vector_norm(X_TD, dim=0, dtype=torch.float32)
+    if not bool(torch.isfinite(squares_D).all()):
+        bad = int((~torch.isfinite(X_TD)).any(dim=1).sum())
+        raise CompressionError(
+            f"activations are not finite ({bad} of {X_TD.shape[0]} tokens hold NaN or infinity, "
+            "or their squares overflow float32): check the source weights or use --dtype float32"
+        )
 
 
 def moment_sum(X_TD: torch.Tensor) -> MomentSum:

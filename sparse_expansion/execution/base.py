@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,15 +58,31 @@ class Schedule:
         self.running: set[str] = set()
         self.done: set[str] = set()
         self.values: dict[tuple[str, str], Any] = {}
+        self.became_ready: list[str] = []
+        """Keys in order of becoming ready; whoever keeps a queue takes them from here."""
+        self.first_open_layer = 0
+        """No unfinished unit reads the captured activations of an earlier block."""
+        self._readers_left: dict[int, int] = defaultdict(int)
         self._dependents: dict[str, list[str]] = {key: [] for key in self.units}
         self._consumers: dict[tuple[str, str], set[str]] = {}
         for unit in units:
+            if reads_captured(unit):
+                self._readers_left[unit.layer] += 1
             for value in unit.inputs:
                 self._consumers.setdefault(value, set()).add(unit.key)
             for source in self._sources(unit):
                 self._dependents[source].append(unit.key)
+        self._last_layer = max(self._readers_left, default=-1)
+        self._skip_closed_layers()
         for unit in units:
             self._enqueue(unit.key)
+
+    def _skip_closed_layers(self) -> None:
+        while (
+            self.first_open_layer <= self._last_layer
+            and not self._readers_left[self.first_open_layer]
+        ):
+            self.first_open_layer += 1
 
     def _sources(self, unit: Unit) -> set[str]:
         sources = {key for key, _ in unit.inputs}
@@ -78,7 +95,11 @@ class Schedule:
         if open_needs:
             self.waiting[key] = open_needs
         else:
-            self.ready.add(key)
+            self._make_ready(key)
+
+    def _make_ready(self, key: str) -> None:
+        self.ready.add(key)
+        self.became_ready.append(key)
 
     @property
     def is_finished(self) -> bool:
@@ -107,7 +128,16 @@ class Schedule:
                 needs.discard(key)
                 if not needs:
                     del self.waiting[dependent]
-                    self.ready.add(dependent)
+                    self._make_ready(dependent)
+        self._count_reader(key, -1)
+
+    def _count_reader(self, key: str, change: int) -> None:
+        unit = self.units[key]
+        if reads_captured(unit):
+            self._readers_left[unit.layer] += change
+            if change > 0:
+                self.first_open_layer = min(self.first_open_layer, unit.layer)
+            self._skip_closed_layers()
 
     def _is_wanted(self, value: tuple[str, str]) -> bool:
         return any(key not in self.done for key in self._consumers.get(value, ()))
@@ -130,6 +160,7 @@ class Schedule:
         if key not in self.done:
             return
         self.done.remove(key)
+        self._count_reader(key, 1)
         for source in self.units[key].inputs:
             if source not in self.values:
                 self.lose_value(source)
@@ -140,6 +171,11 @@ class Schedule:
                 self._enqueue(dependent)
             elif dependent in self.waiting:
                 self.waiting[dependent].add(key)
+
+
+def reads_captured(unit: Unit) -> bool:
+    """Whether the unit makes or reads a worker's captured activations."""
+    return bool(unit.affinity) and (unit.cache_bytes > 0 or unit.move_cost > 0)
 
 
 def unit_order(unit: Unit) -> tuple[int, int, float, str]:

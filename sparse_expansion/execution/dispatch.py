@@ -3,14 +3,18 @@
 Rules, in order:
 
 1. A unit whose affinity (a captured block's shard) is cached by a live worker goes to that worker.
-2. Free workers pull the other ready units: earlier blocks first, then earlier stages, then the
-   largest. With ``dense`` calibration, captures come first, since every other block waits for
-   them, but at most ``window`` blocks beyond the first unfinished one, so that captured
-   activations stay bounded.
+2. Free workers pull the other ready units: first those that hand values on (others wait for
+   them, the budget of rule 4 bounds them), then earlier blocks, earlier stages, the largest. With
+   ``dense`` calibration, captures come before all, since every other block waits for them, but at
+   most ``window`` blocks beyond the first unfinished one, so that captured activations stay
+   bounded.
 3. A worker with nothing to do takes over a whole affinity of a busy worker, if the work queued
    there is more than making the cache again.
 4. Values handed on are bounded: a unit that would exceed ``value_budget`` bytes waits, unless
-   nothing is running.
+   nothing runs and nothing else can start.
+
+Every decision looks at the heads of a few heaps; nothing here grows with the number of waiting
+units or of idle workers.
 """
 
 from __future__ import annotations
@@ -19,9 +23,24 @@ import heapq
 from collections import defaultdict
 
 from sparse_expansion.execution.base import Schedule, unit_order
-from sparse_expansion.stages import CAPTURED_SHARDS, Unit
+from sparse_expansion.stages import Unit
 
 Order = tuple[float, ...]
+Heap = list[tuple[Order, str]]
+
+
+class _Queue:
+    """Ready units by what may hold them back: a closed window, a full budget, or nothing."""
+
+    def __init__(self) -> None:
+        self.captures: Heap = []
+        self.valued: Heap = []
+        self.plain: Heap = []
+
+    def heap_of(self, unit: Unit) -> Heap:
+        if unit.stage == "capture":
+            return self.captures
+        return self.valued if unit.output_bytes else self.plain
 
 
 class Dispatcher:
@@ -33,29 +52,35 @@ class Dispatcher:
         *,
         num_workers: int,
         captures_first: bool = False,
-        num_shards: int = 1,
+        captured_bytes: float = float("inf"),
         value_budget: float = float("inf"),
     ) -> None:
-        """Workers are named by strings and may come and go."""
+        """Workers are named by strings and may come and go.
+
+        Args:
+            schedule: the units and their state.
+            num_workers: workers expected.
+            captures_first: start captures before all else, a bounded number of blocks ahead.
+            captured_bytes: captured activations that one worker may keep.
+            value_budget: bytes of values that may wait between units.
+        """
         self.schedule = schedule
         self.captures_first = captures_first
-        # As many blocks as the workers' caches hold.
-        self.window = max(2, CAPTURED_SHARDS * num_workers // max(1, num_shards))
+        block_bytes: dict[int, int] = defaultdict(int)
+        for unit in schedule.units.values():
+            block_bytes[unit.layer] += unit.cache_bytes
+        largest = max(block_bytes.values(), default=0)
+        # As many blocks as fit the workers' caches; two at least, or nothing would overlap.
+        self.window = max(2.0, captured_bytes * num_workers // largest if largest else float("inf"))
         self.value_budget = value_budget
         self.value_bytes = 0
         self.owner: dict[str, str] = {}
         self.workers: set[str] = set()
         self._held: dict[str, int] = {}
-        self._queued: set[str] = set()
-        self._shared: list[tuple[Order, str]] = []
-        self._owned: dict[str, list[tuple[Order, str]]] = defaultdict(list)
-        self._layer_left: dict[int, int] = defaultdict(int)
-        self._first_layer = 0
-        for unit in schedule.units.values():
-            if unit.layer >= 0:
-                self._layer_left[unit.layer] += 1
-        self._last_layer = max(self._layer_left, default=-1)
-        self._seen: set[str] = set()
+        self._shared = _Queue()
+        self._owned: dict[str, _Queue] = defaultdict(_Queue)
+        self._queued_of: dict[str, set[str]] = defaultdict(set)
+        self._theft_is_useless = False
 
     def add_worker(self, worker: str) -> None:
         """A worker has come up."""
@@ -66,113 +91,105 @@ class Dispatcher:
         self.workers.discard(worker)
         for affinity in [name for name, owner in self.owner.items() if owner == worker]:
             del self.owner[affinity]
-        for entry in self._owned.pop(worker, []):
-            self._queued.discard(entry[1])
+            for key in self._queued_of.pop(affinity, set()):
+                self._enqueue(key)
+        self._owned.pop(worker, None)
 
     def _order(self, unit: Unit) -> Order:
         layer, rank, cost, _ = unit_order(unit)
         if self.captures_first and unit.stage == "capture":
             return (0, layer, rank, cost)
-        return (1, layer, rank, cost)
+        return (1 if unit.output_bytes else 2, layer, rank, cost)
 
-    def _enqueue_ready(self) -> None:
-        for key in self.schedule.ready - self._queued:
+    def _enqueue(self, key: str) -> None:
+        if key not in self.schedule.ready:
+            return
+        unit = self.schedule.units[key]
+        queue = self._shared
+        if unit.affinity and unit.affinity in self.owner:
+            queue = self._owned[self.owner[unit.affinity]]
+            self._queued_of[unit.affinity].add(key)
+            self._theft_is_useless = False
+        heapq.heappush(queue.heap_of(unit), (self._order(unit), key))
+
+    def _peek(self, heap: Heap, worker: str | None) -> Unit | None:
+        """The first unit of a heap, if it may start now; stale entries are dropped."""
+        while heap:
+            key = heap[0][1]
             unit = self.schedule.units[key]
             owner = self.owner.get(unit.affinity) if unit.affinity else None
-            entry = (self._order(unit), key)
-            heapq.heappush(self._shared if owner is None else self._owned[owner], entry)
-            self._queued.add(key)
-
-    def _peek(self, queue: list[tuple[Order, str]]) -> Unit | None:
-        """The first unit of a queue that may start now."""
-        set_aside = []
-        found = None
-        while queue:
-            entry = heapq.heappop(queue)
-            unit = self.schedule.units[entry[1]]
-            if entry[1] not in self.schedule.ready:
-                self._queued.discard(entry[1])
-                continue
-            set_aside.append(entry)
-            if self._may_start(unit):
-                found = unit
-                break
-        for entry in set_aside:
-            heapq.heappush(queue, entry)
-        return found
+            if key in self.schedule.ready and owner == worker:
+                return unit if self._may_start(unit) else None
+            heapq.heappop(heap)
+            if key in self.schedule.ready:
+                # A shared unit whose affinity has found an owner since.
+                self._enqueue(key)
+        return None
 
     def _may_start(self, unit: Unit) -> bool:
-        if unit.stage == "capture" and unit.layer >= self._first_layer + self.window:
+        if unit.stage == "capture" and unit.layer >= self.schedule.first_open_layer + self.window:
             return False
-        return (
-            not unit.output_bytes
-            or self.value_bytes + unit.output_bytes <= self.value_budget
-            or not self.schedule.running
-        )
+        return not unit.output_bytes or self.value_bytes + unit.output_bytes <= self.value_budget
+
+    def _heads(self, queue: _Queue, worker: str | None) -> list[Unit]:
+        heads = (self._peek(heap, worker) for heap in (queue.captures, queue.valued, queue.plain))
+        return [unit for unit in heads if unit is not None]
 
     def next_unit(self, worker: str) -> Unit | None:
         """The unit that this free worker should start, or None; it is then to be started."""
-        self._enqueue_ready()
-        own = self._peek(self._owned[worker])
-        shared = self._peek(self._shared)
-        candidates = [unit for unit in (own, shared) if unit is not None]
+        fresh, self.schedule.became_ready = self.schedule.became_ready, []
+        for key in fresh:
+            self._enqueue(key)
+        # On equal terms its own work first: only this worker has the cache for it.
+        shared = self._heads(self._shared, None)
+        candidates = self._heads(self._owned[worker], worker) + shared
+        if not candidates and self._steal(worker):
+            candidates = self._heads(self._owned[worker], worker)
         if candidates:
-            # On equal terms its own work first: only this worker has the cache for it.
-            unit = min(candidates, key=lambda u: (self._order(u), u is not own))
+            unit = min(candidates, key=self._order)
+        elif self.schedule.ready and not self.schedule.running:
+            # The budget is less than one block needs: the only way on is over it.
+            unit = min((self.schedule.units[key] for key in self.schedule.ready), key=unit_order)
         else:
-            self._steal(worker)
-            stolen = self._peek(self._owned[worker])
-            if stolen is None:
-                return None
-            unit = stolen
+            return None
         if unit.affinity:
             self.owner.setdefault(unit.affinity, worker)
+            self._queued_of[unit.affinity].discard(unit.key)
         # A unit whose values were lost may still be accounted for.
         self.value_bytes += unit.output_bytes - self._held.pop(unit.key, 0)
         self._held[unit.key] = unit.output_bytes
         return unit
 
-    def _steal(self, thief: str) -> None:
-        groups: dict[tuple[str, str], list[tuple[Order, str]]] = defaultdict(list)
-        for victim, queue in self._owned.items():
-            if victim == thief:
-                continue
-            for entry in queue:
-                unit = self.schedule.units[entry[1]]
-                if unit.affinity and entry[1] in self.schedule.ready:
-                    groups[victim, unit.affinity].append(entry)
+    def _steal(self, thief: str) -> bool:
+        """Take over the affinity with the most to gain; False where there is none."""
+        if self._theft_is_useless:
+            return False
         best, best_gain = None, 0.0
-        for name, entries in groups.items():
-            units = [self.schedule.units[key] for _, key in entries]
+        for affinity, keys in self._queued_of.items():
+            units = [self.schedule.units[key] for key in keys if key in self.schedule.ready]
+            if not units or self.owner.get(affinity) in (None, thief):
+                continue
             gain = sum(unit.cost for unit in units) - max(unit.move_cost for unit in units)
             if gain > best_gain:
-                best, best_gain = name, gain
+                best, best_gain = affinity, gain
         if best is None:
-            return
-        victim, affinity = best
-        moved = set(groups[best])
-        self._owned[victim] = [entry for entry in self._owned[victim] if entry not in moved]
-        heapq.heapify(self._owned[victim])
-        for entry in moved:
-            heapq.heappush(self._owned[thief], entry)
-        self.owner[affinity] = thief
+            # Until more units are queued it will not be any better for anyone.
+            self._theft_is_useless = True
+            return False
+        self.owner[best] = thief
+        for key in self._queued_of.pop(best):
+            self._enqueue(key)
+        return True
 
     def finished(self, unit: Unit) -> None:
         """A unit is done (its values may be free already)."""
-        self._queued.discard(unit.key)
-        if unit.layer >= 0 and unit.key not in self._seen:
-            self._seen.add(unit.key)
-            self._layer_left[unit.layer] -= 1
-            while self._first_layer <= self._last_layer and not self._layer_left[self._first_layer]:
-                self._first_layer += 1
-        self._release()
+        for key in {unit.key, *(source for source, _ in unit.inputs)}:
+            made = self.schedule.units[key]
+            if key not in self.schedule.running and not any(
+                (key, name) in self.schedule.values for name in made.outputs
+            ):
+                self.value_bytes -= self._held.pop(key, 0)
 
     def returned(self, unit: Unit) -> None:
         """A started unit was not done: it is waiting or ready again."""
-        self._queued.discard(unit.key)
         self.value_bytes -= self._held.pop(unit.key, 0)
-
-    def _release(self) -> None:
-        alive = {key for key, _ in self.schedule.values} | self.schedule.running
-        for key in [key for key in self._held if key not in alive]:
-            self.value_bytes -= self._held.pop(key)

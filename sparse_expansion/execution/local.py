@@ -26,6 +26,7 @@ class LocalExecutor:
             if not schedule.ready:
                 raise AssertionError("the graph of units has a cycle")
             unit = min((schedule.units[key] for key in schedule.ready), key=unit_order)
+            self.worker.forget_before(schedule.first_open_layer)
             started = time.time()
             report, outputs = self.worker.run(unit, schedule.start(unit.key))
             schedule.finish(unit.key, outputs)

@@ -88,8 +88,9 @@ class UnitActor:
         """Node id and host name: the first call, answered once the actor is placed."""
         return ray.get_runtime_context().get_node_id(), os.uname().nodename
 
-    def run(self, unit: Unit, *inputs: Any) -> Any:
+    def run(self, unit: Unit, first_open_layer: int, *inputs: Any) -> Any:
         """Do a unit; the report and each output are objects of their own."""
+        self.worker.forget_before(first_open_layer)
         report, outputs = self.worker.run(unit, [from_wire(value) for value in inputs])
         if not unit.outputs:
             return report
@@ -197,7 +198,7 @@ class RayExecutor:
         """Join or start Ray; actors are asked for when a graph is run.
 
         Raises:
-            ValueError: the cluster cannot be reached.
+            ValueError: the cluster cannot be reached, or has no workers and no number is given.
         """
         self.options = options
         # Without this an actor that asks for no GPU sees all of them.
@@ -206,6 +207,11 @@ class RayExecutor:
         if self._owns_ray:
             self._connect()
         resources = ray.cluster_resources()
+        if options.num_workers is None and not resources.get("CPU") and not resources.get("GPU"):
+            raise ValueError(
+                "the cluster has no workers yet: say how many to ask for, e.g. --num-workers 4 "
+                "--gpus-per-worker 1"
+            )
         gpus = options.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if spec.device != "cpu" and resources.get("GPU", 0) >= 1 else 0.0
@@ -294,7 +300,7 @@ class _Run:
             self.schedule,
             num_workers=executor.num_workers,
             captures_first=calibration.calibration_inputs == "dense",
-            num_shards=calibration.num_shards,
+            captured_bytes=executor.spec.captured_bytes,
             value_budget=0.6 * store,
         )
         for handle in executor._handles.values():
@@ -346,7 +352,7 @@ class _Run:
                 continue
             inputs = self.schedule.start(unit.key)
             method = handle.actor.run.options(num_returns=1 + len(unit.outputs), name=unit.key)
-            refs = method.remote(unit, *inputs)
+            refs = method.remote(unit, self.schedule.first_open_layer, *inputs)
             refs = tuple(refs) if isinstance(refs, list) else (refs,)
             handle.busy = True
             self.calls[refs[0]] = _Call(unit, handle, refs, time.time())

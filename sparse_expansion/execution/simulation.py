@@ -40,7 +40,7 @@ def simulate(
     seconds: Callable[[Unit], float],
     move_seconds: Callable[[Unit], float] = lambda unit: 0.0,
     captures_first: bool = False,
-    num_shards: int = 1,
+    captured_bytes: float = float("inf"),
     value_budget: float = float("inf"),
     loss_probability: float = 0.0,
     joins: Sequence[tuple[float, str]] = (),
@@ -54,7 +54,7 @@ def simulate(
         seconds: duration of a unit.
         move_seconds: extra duration where a unit's cache has to be made again.
         captures_first: as for ``Dispatcher``.
-        num_shards: as for ``Dispatcher``.
+        captured_bytes: as for ``Dispatcher``.
         value_budget: as for ``Dispatcher``.
         loss_probability: chance that a unit ends with the loss of its worker and its values; a
             new worker takes its place.
@@ -67,7 +67,7 @@ def simulate(
         schedule,
         num_workers=num_workers,
         captures_first=captures_first,
-        num_shards=num_shards,
+        captured_bytes=captured_bytes,
         value_budget=value_budget,
     )
     result = Simulated()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +22,70 @@ from sparse_expansion.stages import WorkerSpec
 from sparse_expansion.store import Store
 from tests.tiny import digests
 
+BIN = Path(sys.executable).parent
 STORE_BYTES = 80 * 1024 * 1024
 FAST_HEARTBEATS = {
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 4,
 }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kill_all_with_home(home: Path) -> None:
+    """Ray's processes leave their session and rename themselves; their environment stays."""
+    marker = f"HOME={home}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found = environ.read_bytes().split(b"\0")
+        except OSError:  # it has just ended, or is another user's
+            continue
+        if marker in found:
+            subprocess.run(["kill", "-KILL", environ.parent.name], check=False)
+
+
+@contextmanager
+def ray_head(
+    home: Path, port: int, flags: Sequence[str], is_up: Callable[[], bool], **environment: str
+) -> Iterator[None]:
+    """`ray start --head` with a home of its own; all that it started ends with the block."""
+    log = (home / "head.log").open("w")
+    process = subprocess.Popen(
+        [
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            f"--temp-dir={home}/ray",
+            *flags,
+        ],
+        env={**os.environ, "HOME": str(home), **environment},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not is_up():
+            assert time.monotonic() < deadline and process.poll() is None, (
+                home / "head.log"
+            ).read_text()
+            time.sleep(0.3)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        log.close()
+        kill_all_with_home(home)
 
 
 def config(schedule: str = "compressed", **changes: Any) -> RunConfig:

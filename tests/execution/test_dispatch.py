@@ -4,6 +4,7 @@ import pytest
 
 from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
 from sparse_expansion.execution.base import Schedule
+from sparse_expansion.execution.dispatch import Dispatcher
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.plan import GroupShape, ModelShape, expansion_units
 from sparse_expansion.stages import Unit
@@ -80,7 +81,7 @@ def run(all_units, num_workers, **options):
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_every_unit_is_done_once_and_in_order(schedule, workers):
     all_units = units(schedule)
-    found = run(all_units, workers, captures_first=schedule == "dense", num_shards=3)
+    found = run(all_units, workers, captures_first=schedule == "dense", captured_bytes=1e9)
     assert len(found.starts) == len(all_units)
     assert found.work == pytest.approx(sum(unit.cost for unit in all_units))
     assert found.makespan <= found.work <= workers * found.makespan * (1 + 1e-9)
@@ -101,7 +102,7 @@ def test_a_worker_that_joins_later_gets_work():
 
 def test_the_cache_is_used_where_it_is():
     where: dict[str, set[str]] = {}
-    for worker, unit in run(units("compressed"), 2, num_shards=3).starts:
+    for worker, unit in run(units("compressed"), 2, captured_bytes=1e9).starts:
         if unit.affinity:
             where.setdefault(unit.affinity, set()).add(worker)
     moved = sum(len(found) > 1 for found in where.values())
@@ -109,28 +110,59 @@ def test_the_cache_is_used_where_it_is():
 
 
 def test_values_between_units_are_bounded():
-    all_units = units("compressed", shards=8, clusters=32)
-    largest = max(unit.output_bytes for unit in all_units)
-    # One range of all shards is 8 of the largest; their moments and Grams are the rest.
-    budget = 16 * largest
-    assert run(all_units, 8, num_shards=8).peak_value_bytes > budget
-    bounded = run(all_units, 8, value_budget=budget, num_shards=8)
-    assert bounded.peak_value_bytes <= budget + largest
+    all_units = units("dense", layers=8, shards=8, clusters=32)
+    budget = 1.5 * sum(unit.output_bytes for unit in all_units if unit.layer == 0)
+    assert run(all_units, 8, captures_first=True).peak_value_bytes > budget
+    bounded = run(all_units, 8, captures_first=True, value_budget=budget)
+    assert bounded.peak_value_bytes <= budget
+
+
+def test_a_value_larger_than_the_budget_does_not_stop_the_run():
+    all_units = units("dense", shards=8, clusters=32)
+    block = sum(unit.output_bytes for unit in all_units if unit.layer == 0)
+    for workers in (1, 8):
+        found = run(all_units, workers, captures_first=True, value_budget=1.0)
+        assert found.peak_value_bytes <= block
+
+
+def test_decisions_do_not_slow_down_with_waiting_units_and_idle_workers(monkeypatch):
+    """No timing: the number of queue entries that are looked at, per unit."""
+    looked = 0
+    peek = Dispatcher._peek
+
+    def counting(self, heap, worker):
+        nonlocal looked
+        looked += 1
+        return peek(self, heap, worker)
+
+    monkeypatch.setattr(Dispatcher, "_peek", counting)
+    per_unit = []
+    for layers in (4, 16):
+        all_units = units("dense", layers=layers, shards=16)
+        looked = 0
+        run(all_units, 16, captures_first=True)
+        per_unit.append(looked / len(all_units))
+    assert per_unit[1] < 1.5 * per_unit[0]
 
 
 def test_dense_captures_do_not_run_far_ahead():
     all_units = units("dense", layers=30, shards=2)
-    found = run(all_units, 2, captures_first=True, num_shards=2)
+    block = sum(unit.cache_bytes for unit in all_units if unit.layer == 0)
+    found = run(all_units, 2, captures_first=True, captured_bytes=4 * block)
     position = {unit.key: i for i, (_, unit) in enumerate(found.starts)}
-    last_of_first_block = max(position[u.key] for u in all_units if u.layer == 0)
-    first_of_far_block = min(position[u.key] for u in all_units if u.layer == 10)
-    assert first_of_far_block > last_of_first_block
+    for layer in range(8, 30):
+        first = min(position[u.key] for u in all_units if u.layer == layer)
+        before = [u for u in all_units if u.layer == layer - 8 and u.stage == "gather"]
+        assert all(position[u.key] < first for u in before)
+    assert any(  # but ahead they do run
+        position[u.key] < position["layer-000/up/router"] for u in all_units if u.layer == 4
+    )
 
 
 @pytest.mark.parametrize("schedule", ["dense", "compressed"])
 def test_two_workers_are_nearly_twice_as_fast(schedule):
     """No timing: the simulated clock."""
     all_units = units(schedule, layers=8, shards=4)
-    options = {"captures_first": schedule == "dense", "num_shards": 4}
+    options = {"captures_first": schedule == "dense", "captured_bytes": 1e9}
     found = run(all_units, 2, **options)
     assert found.work / (2 * found.makespan) > 0.75

@@ -120,7 +120,7 @@ def test_an_actor_killed_in_mid_run(cluster, tmp_path, neox_folder, text_folder,
     killed = []
 
     def kill(executor, progress):
-        if progress.unit.layer == 1 and progress.unit.stage == "hessians" and not killed:
+        if progress.unit.layer == 1 and progress.unit.stage == "gather" and not killed:
             name = progress.worker.split("@")[0]
             killed.append(name)
             ray.kill(executor._handles[name].actor)
