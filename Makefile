@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := demo
 RESULTS := $(DEMO)/expanded
 
-.PHONY: demo test lint format clean
+.PHONY: demo test cluster-setup lint format clean
 
 # torch first and by itself: what comes after takes the build that is there.
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +33,10 @@ demo: $(VENV)/.smollm2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The set-up commands of cluster.yaml, in a home and an environment of their own.
+cluster-setup: $(VENV)/.installed
+	$(BIN)/python tests/run_setup_commands.py cluster.yaml
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

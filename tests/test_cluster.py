@@ -57,6 +57,29 @@ def test_set_up_pins_what_the_project_is_tested_with(name):
     assert f"ray[default]=={ray.__version__}" in commands
 
 
+def run_instances_errors(node_config):
+    """What EC2's own request model says, offline."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    model = botocore.session.get_session().get_service_model("ec2")
+    shape = model.operation_model("RunInstances").input_shape
+    return ParamValidator().validate(
+        {**node_config, "MinCount": 1, "MaxCount": 1}, shape
+    ).generate_report()
+
+
+@pytest.mark.parametrize("node_type", ["head", "gpu_spot", "gpu_on_demand"])
+def test_ec2_knows_every_field_of_the_machines(node_type):
+    node_config = load("cluster.yaml")["available_node_types"][node_type]["node_config"]
+    assert run_instances_errors(node_config) == ""
+    typo = {**node_config, "InstanceMarketOption": {}}
+    assert "InstanceMarketOption" in run_instances_errors(typo)
+    wrong = copy.deepcopy(node_config)
+    wrong["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] = "300"
+    assert "VolumeSize" in run_instances_errors(wrong)
+
+
 def test_rayjob():
     job = load("deploy/rayjob.yaml")
     spec = job["spec"]["rayClusterSpec"]
