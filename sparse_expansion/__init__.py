@@ -10,6 +10,7 @@ from sparse_expansion.model.expansion import (
     SparseExpansionConfig,
     SparseExpansionQuantizer,
 )
+from sparse_expansion.model.manifest import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "SparseExpansionConfig",
     "SparseExpansionQuantizer",
     "__version__",
+    "verify",
 ]

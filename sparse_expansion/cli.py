@@ -111,7 +111,13 @@ def _quieten(verbose: bool) -> None:
 def _dispatch(args: argparse.Namespace) -> int:
     if args.command in ("run", "expand"):
         return _run(args)
-    handlers = {"evaluate": _evaluate, "plan": _plan, "analyze": _analyze, "report": _report}
+    handlers = {
+        "evaluate": _evaluate,
+        "plan": _plan,
+        "analyze": _analyze,
+        "export": _export,
+        "report": _report,
+    }
     return handlers[args.command](args)
 
 
@@ -276,6 +282,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     source = resolve_name(args.model, args.model_size)
     _silence_transformers(args.verbose)
     from sparse_expansion import jobs
+    from sparse_expansion.model.manifest import verify
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.progress import ProgressLine
 
@@ -283,6 +290,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     line.say(f"model {source.location}")
     folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
     shell = ModelShell(folder, dtype=args.dtype)
+    if shell.expansion is not None:
+        line.say(f"{verify(folder)} tensors agree with their digests")
     seqlen = _seqlen(args, shell.config)
     tokens = jobs.evaluation_tokens(
         load_corpus(args.dataset, cache_dir=args.cache_dir),
@@ -366,6 +375,20 @@ def _analyze(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
     else:
         print(expert_summary(rows))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    folder = _run_store(args.folder).local_path()
+    _check_output(args.output)
+    _silence_transformers(args.verbose)
+    from sparse_expansion.export import export
+
+    result = export(folder, args.output, args.format)
+    if args.json:
+        print(json.dumps(result, indent=1, sort_keys=True))
+    else:
+        print(f"{result['format']} model of {result['bytes']:,} bytes in {args.output}")
     return 0
 
 

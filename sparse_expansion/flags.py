@@ -49,6 +49,10 @@ _ANALYZE_EXAMPLES = """examples:
   sparse-expansion analyze ./expanded
   sparse-expansion analyze ./expanded --table experts.parquet
 """
+_EXPORT_EXAMPLES = """examples:
+  sparse-expansion export ./sparse-gpt --output ./plain
+  sparse-expansion export ./sparse-gpt-4bit --format pack-quantized --output ./packed
+"""
 _REPORT_EXAMPLES = """examples:
   sparse-expansion report ./expanded
   sparse-expansion report ./expanded --json
@@ -116,6 +120,16 @@ def build_parser() -> argparse.ArgumentParser:
     analyze = command(
         "analyze", "Per-expert facts of a run: tokens, error, damping.", _ANALYZE_EXAMPLES
     )
+    export = command(
+        "export", "Write a one-expert model as a folder for other tools.", _EXPORT_EXAMPLES
+    )
+    export.add_argument(
+        "--format",
+        choices=("dense", "pack-quantized"),
+        default="dense",
+        help="plain weights (default), or compressed-tensors' format for quantized experts",
+    )
+    export.add_argument("--output", metavar="DIR", required=True, help="new folder (or URL)")
     report = command("report", "Summarise a finished or unfinished run folder.", _REPORT_EXAMPLES)
     for sub in (run, expand, plan):
         _add_model(sub)
@@ -147,10 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for sub in (run, expand):
         sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    for sub in (analyze, report):
+    for sub in (analyze, export, report):
         sub.add_argument("folder", metavar="DIR", help="a run's --output folder")
     analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
-    for sub in (run, expand, evaluate, plan, analyze, report):
+    for sub in (run, expand, evaluate, plan, analyze, export, report):
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
     return parser

@@ -13,9 +13,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from sparse_expansion.algorithms.packing import packed_bytes
-from sparse_expansion.config import CompressionConfig, RunConfig
-from sparse_expansion.model.expansion import is_sparse, num_kept
+from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
+from sparse_expansion.config import RunConfig
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.plan import ModelShape, expansion_units, group_shape
 
@@ -37,20 +36,16 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     item = torch.empty(0, dtype=dtype).element_size()
     groups = []
-    expert_bytes = dense_mlp = router_bytes = 0
+    expert_bytes = dense_mlp = routing_bytes = 0
     for group in family.groups:
         shapes = [linear_shape(block, name) for name in group.linears]
         width = shapes[0][1]
         groups.append(group_shape(block, group))
         for rows, _ in shapes:
-            expert_bytes += one_expert_bytes(rows, width, config.compression, item)
+            expert_bytes += PackedLayout.of(rows, width, config.compression).num_bytes(item)
             dense_mlp += rows * width
-            router_bytes += _grid_bytes(rows, width, config.compression)
-        features = config.routing.num_components(width)
-        router = width + config.routing.num_clusters * features
-        if config.routing.pca_reduction_factor is not None:
-            router += features * width
-        router_bytes += FLOAT32_BYTES * router
+            routing_bytes += grid_bytes(rows, width, config.compression)
+        routing_bytes += router_bytes(width, config.routing)
     shape = ModelShape(num_layers, int(model_config.hidden_size), tuple(groups), item)
     units = expansion_units(config, shape)
     flops: Counter[str] = Counter()
@@ -80,10 +75,10 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
         "units": dict(Counter(unit.stage for unit in units)),
         "calibration_tokens": tokens,
         "flops": dict(flops),
-        "checkpoint_bytes": item * trunk + experts + num_layers * router_bytes,
+        "checkpoint_bytes": item * trunk + experts + num_layers * routing_bytes,
         "dense_checkpoint_bytes": item * parameters,
         "expert_bytes": experts,
-        "router_bytes": num_layers * router_bytes,
+        "router_bytes": num_layers * routing_bytes,
         "memory_bytes": {
             "shell": item * trunk,
             "block": block_bytes,
@@ -96,17 +91,3 @@ def forecast(config: RunConfig, model_config: Any) -> dict[str, Any]:
         },
         "config": config.to_dict(),
     }
-
-
-def one_expert_bytes(rows: int, width: int, config: CompressionConfig, item: int) -> int:
-    """Stored bytes of one expert: bitmask, and values or codes."""
-    kept = num_kept(rows, width, config)
-    mask = packed_bytes(rows * width, 1) if is_sparse(config) else 0
-    return mask + (kept * item if config.bits is None else packed_bytes(kept, config.bits))
-
-
-def _grid_bytes(rows: int, width: int, config: CompressionConfig) -> int:
-    if config.bits is None:
-        return 0
-    size = width if config.group_size is None else min(config.group_size, width)
-    return 2 * FLOAT32_BYTES * rows * -(-width // size)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import RunConfig, digest
 from sparse_expansion.data.corpora import (
     Corpus,
@@ -21,6 +22,8 @@ from sparse_expansion.data.corpora import (
 )
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
+from sparse_expansion.model.families import linear_shape
+from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.model.streaming import INDEX_NAME, ModelShell
 from sparse_expansion.plan import (
     ModelShape,
@@ -224,6 +227,7 @@ class _HiddenCleaner:
 def assemble(prepared: Prepared, store: Store) -> None:
     """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
     weight_map: dict[str, str] = {}
+    manifest: dict[str, Any] = {}
     total = 0
     for unit in prepared.units:
         if unit.stage not in ("trunk", "router", "experts"):
@@ -232,12 +236,13 @@ def assemble(prepared: Prepared, store: Store) -> None:
         if record is None:
             raise AssertionError(f"unit {unit.key} is not finished")
         for name, file in record["files"].items():
-            for tensor, size in file["tensors"].items():
+            for tensor, described in file["tensors"].items():
                 weight_map[tensor] = name
-                total += size
+                manifest[tensor] = {"file": name, **described}
+                total += described["bytes"]
     store.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in sorted(prepared.shell.folder.iterdir()):
-        if path.is_file() and _is_companion(path.name):
+        if path.is_file() and is_companion(path.name):
             store.write_bytes(path.name, path.read_bytes())
     config = prepared.shell.config.to_dict()
     config["dtype"] = str(prepared.shell.dtype).removeprefix("torch.")
@@ -249,13 +254,46 @@ def assemble(prepared: Prepared, store: Store) -> None:
         "compression": asdict(prepared.config.compression),
         "routing": asdict(prepared.config.routing),
     }
+    store.write_json(
+        MANIFEST_NAME,
+        {
+            "format_version": FORMAT_VERSION,
+            "bytes": total,
+            "bare_bytes": bare_bytes(prepared),
+            "tensors": manifest,
+        },
+    )
     store.write_json("config.json", config)
     store.delete_folder("run/hidden")
 
 
-def _is_companion(name: str) -> bool:
+def bare_bytes(prepared: Prepared) -> float:
+    """The information in the expanded weights: a count to hold the files' size against.
+
+    Bits of a mask (one per weight, or ``log2`` of the number of patterns per N:M group), of kept
+    values or codes, and of scales and zero points; what is not expanded as it is in the source.
+    """
+    config = prepared.config
+    shell = prepared.shell
+    item = shell.dtype.itemsize
+    total = 0.0
+    for name in shell.trunk_names():
+        total += shell.read(name).numel() * item
+    for layer in range(shell.num_blocks):
+        for group in shell.family.groups:
+            for position, linear in enumerate(group.linears):
+                rows, width = linear_shape(shell.meta_block(layer), linear)
+                layout = PackedLayout.of(rows, width, config.compression)
+                total += config.routing.num_clusters * layout.bare_bits(item) / 8
+                total += grid_bytes(rows, width, config.compression)
+                if position == 0:
+                    total += router_bytes(width, config.routing)
+    return total
+
+
+def is_companion(name: str) -> bool:
     """Tokenizer, generation and licence files, which travel with a model unchanged."""
-    if name in ("config.json", INDEX_NAME, "README.md"):
+    if name in ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md"):
         return False
     if name.endswith((".model", ".jinja")) or name.upper().startswith(("LICENSE", "NOTICE")):
         return True

@@ -27,17 +27,13 @@ from sparse_expansion.algorithms.hessian import (
     merge_moments,
     moment_sum,
 )
-from sparse_expansion.algorithms.packing import pack_expert
+from sparse_expansion.algorithms.packing import PackedLayout, pack_expert
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
 from sparse_expansion.algorithms.sweep import compress_linears
 from sparse_expansion.config import RunConfig
 from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
-from sparse_expansion.model.expansion import (
-    ExpertCache,
-    expand_block,
-    is_sparse,
-)
+from sparse_expansion.model.expansion import ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
@@ -312,13 +308,14 @@ class Worker:
             stats["damping_attempts"] = list(result.damping_attempts_K)
             stats["dead_features"] = list(result.num_dead_K)
             stats["relative_error"][name] = list(result.relative_error_K)
+            rows, columns = weights[name].shape
+            layout = PackedLayout.of(rows, columns, compression)
             for offset in range(len(merged)):
                 packed = pack_expert(
                     result.weight_KOD[offset],
                     result.kept_KOD[offset],
                     None if result.codes_KOD is None else result.codes_KOD[offset],
-                    sparse=is_sparse(compression),
-                    bits=compression.bits,
+                    layout=layout,
                     dtype=self._shell().dtype,
                 )
                 where = f"{prefix}{name}.experts.{experts[0] + offset}"

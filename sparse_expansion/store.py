@@ -23,6 +23,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sparse_expansion.model.manifest import tensor_record
+
 RUN_FILE = "run/run.json"
 UNITS = "run/units"
 METRICS_FILE = "metrics.json"
@@ -115,9 +117,7 @@ class Store:
         return {
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "tensors": {
-                key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()
-            },
+            "tensors": {key: tensor_record(tensor) for key, tensor in tensors.items()},
         }
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -64,9 +64,11 @@ def run_instances_errors(node_config):
 
     model = botocore.session.get_session().get_service_model("ec2")
     shape = model.operation_model("RunInstances").input_shape
-    return ParamValidator().validate(
-        {**node_config, "MinCount": 1, "MaxCount": 1}, shape
-    ).generate_report()
+    return (
+        ParamValidator()
+        .validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
+        .generate_report()
+    )
 
 
 @pytest.mark.parametrize("node_type", ["head", "gpu_spot", "gpu_on_demand"])

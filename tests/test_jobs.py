@@ -1,9 +1,6 @@
 """`ray job submit` on a Ray of our own, on loopback, with token authentication."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time

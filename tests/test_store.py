@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 
 import pytest
@@ -24,7 +25,9 @@ def commit(store, key="layer-000/a", name="a.safetensors"):
 def test_tensors_come_back(store):
     record = commit(store)
     assert torch.equal(store.read_tensors("a.safetensors")["x"], torch.arange(5.0))
-    assert record["tensors"] == {"x": 20}
+    described = record["tensors"]["x"]
+    assert (described["bytes"], described["dtype"], described["shape"]) == (20, "float32", [5])
+    assert described["sha256"] == hashlib.sha256(torch.arange(5.0).numpy().tobytes()).hexdigest()
     assert store.is_intact(store.record("layer-000/a"))
     assert list(store.records()) == ["layer-000/a"]
     assert store.list("") == ["a.safetensors", "run/units/layer-000/a.json"]

@@ -1,15 +1,144 @@
-"""Compact storage of an expert: a bitmask of the kept weights and their values or codes.
+"""Compact storage of an expert: which weights are kept, and their values or codes.
 
-All bit streams are little-endian: bit ``i`` of a stream is bit ``i % 8`` of byte ``i // 8``.
-Weights are taken row by row. ``docs/format.md`` is the specification.
+Where weights are kept is a bitmask (unstructured) or, for N:M up to M = 16, the index of every
+group's pattern among all patterns with as many ones. All bit streams are little-endian: bit ``i``
+of a stream is bit ``i % 8`` of byte ``i // 8``. Weights are taken row by row.
+``docs/format.md`` is the specification.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from sparse_expansion.algorithms.quantization import AffineGrid, dequantize
+from sparse_expansion.algorithms.kernels import (
+    Array,
+    compact,
+    count_true,
+    decode_patterns,
+    dequantize,
+    encode_patterns,
+    pack_fields,
+    scatter,
+    split,
+    unpack_fields,
+)
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.algorithms.quantization import dequantize as dequantize_tensor
+from sparse_expansion.config import CompressionConfig, RoutingConfig
+
+MAX_PATTERN_GROUP = 16
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which streams an expert of ``rows`` x ``columns`` weights has, and how long they are."""
+
+    rows: int
+    columns: int
+    num_kept: int
+    bits: int | None
+    """Bits of a code, None when values are stored."""
+    is_sparse: bool
+    group: int | None = None
+    """M where patterns are stored, else None (a bitmask)."""
+    group_kept: int = 0
+    """Ones of a full group."""
+    rest_kept: int = 0
+    """Ones of a row's last, shorter group."""
+
+    @classmethod
+    def of(cls, rows: int, columns: int, config: CompressionConfig) -> PackedLayout:
+        """The layout that a configuration gives."""
+        pattern = config.sparsity
+        kept = pattern.num_kept(rows, columns, config.block_size)
+        is_sparse = pattern.fraction > 0
+        if pattern.group is None or pattern.pruned is None or pattern.group > MAX_PATTERN_GROUP:
+            return cls(rows, columns, kept, config.bits, is_sparse)
+        rest = columns % pattern.group
+        return cls(
+            rows,
+            columns,
+            kept,
+            config.bits,
+            is_sparse,
+            group=pattern.group,
+            group_kept=pattern.group - pattern.pruned,
+            rest_kept=rest - rest * pattern.pruned // pattern.group,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense weight."""
+        return self.rows, self.columns
+
+    @property
+    def groups_per_row(self) -> int:
+        """Pattern fields of a row."""
+        assert self.group is not None
+        return -(-self.columns // self.group)
+
+    @property
+    def pattern_bits(self) -> int:
+        """Bits of a pattern's index."""
+        assert self.group is not None
+        return (math.comb(self.group, self.group_kept) - 1).bit_length()
+
+    def streams(self) -> dict[str, tuple[str, int]]:
+        """Name -> (``uint8`` or ``value``, number of elements) of every stored tensor."""
+        found: dict[str, tuple[str, int]] = {}
+        if self.is_sparse and self.group is None:
+            found["bitmask"] = ("uint8", packed_bytes(self.rows * self.columns, 1))
+        elif self.is_sparse:
+            fields = self.rows * self.groups_per_row
+            found["patterns"] = ("uint8", packed_bytes(fields, self.pattern_bits))
+        if self.bits is None:
+            found["values"] = ("value", self.num_kept)
+        else:
+            found["codes"] = ("uint8", packed_bytes(self.num_kept, self.bits))
+        return found
+
+    def num_bytes(self, item_bytes: int) -> int:
+        """Stored bytes of one expert with values of ``item_bytes``."""
+        return sum(
+            count * (1 if kind == "uint8" else item_bytes)
+            for kind, count in self.streams().values()
+        )
+
+    def bare_bits(self, item_bytes: int) -> float:
+        """Bits that the same information needs: mask or pattern, and values or codes."""
+        mask = 0.0
+        if self.is_sparse and self.group is None:
+            mask = self.rows * self.columns
+        elif self.is_sparse:
+            assert self.group is not None
+            full, rest = divmod(self.columns, self.group)
+            mask = self.rows * (
+                full * math.log2(math.comb(self.group, self.group_kept))
+                + math.log2(math.comb(rest, self.rest_kept))
+            )
+        return mask + self.num_kept * (8 * item_bytes if self.bits is None else self.bits)
+
+
+def grid_bytes(rows: int, columns: int, config: CompressionConfig) -> int:
+    """Stored bytes of a linear's scales and zero points (float32), 0 when not quantized."""
+    if config.bits is None:
+        return 0
+    size = columns if config.group_size is None else min(config.group_size, columns)
+    return 2 * 4 * rows * -(-columns // size)
+
+
+def router_bytes(width: int, config: RoutingConfig) -> int:
+    """Stored bytes of a linear group's router (float32)."""
+    features = config.num_components(width)
+    components = 0 if config.pca_reduction_factor is None else features * width
+    return 4 * (width + components + config.num_clusters * features)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -28,42 +157,61 @@ def unpack_mask(stream: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     Raises:
         ValueError: the stream's length does not fit the shape.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     _check_length(stream, packed_bytes(count, 1))
     bits = np.unpackbits(stream.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes below ``2^bits`` -> dense stream of ``bits``-bit fields."""
-    flat = codes.cpu().numpy().reshape(-1)
-    if bits == 8:
-        return torch.from_numpy(flat.copy())
-    if bits == 4:
-        padded = np.zeros(len(flat) + len(flat) % 2, dtype=np.uint8)
-        padded[: len(flat)] = flat
-        return torch.from_numpy(padded[0::2] | (padded[1::2] << 4))
-    fields = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(fields.reshape(-1), bitorder="little"))
+    """Unsigned codes below ``2^bits`` -> dense stream of ``bits``-bit fields."""
+    flat = np.ascontiguousarray(codes.cpu().numpy().reshape(-1))
+    out = np.zeros(packed_bytes(len(flat), bits), dtype=np.uint8)
+
+    def work(first: int, last: int) -> None:
+        pack_fields(flat[first:last], bits, out[first * bits // 8 : packed_bytes(last, bits)])
+
+    if bits:
+        split(len(flat), 8, work)
+    return torch.from_numpy(out)
 
 
-def unpack_codes(stream: torch.Tensor, count: int, bits: int) -> torch.Tensor:
-    """Inverse of ``pack_codes`` (uint8, flat).
+def unpack_codes(
+    stream: torch.Tensor, count: int, bits: int, dtype: torch.dtype = torch.uint8
+) -> torch.Tensor:
+    """Inverse of ``pack_codes`` (flat).
 
     Raises:
         ValueError: the stream's length does not fit the count.
     """
     _check_length(stream, packed_bytes(count, bits))
     data = stream.cpu().numpy()
-    if bits == 8:
-        return torch.from_numpy(data[:count].copy())
-    if bits == 4:
-        out = np.empty(2 * len(data), dtype=np.uint8)
-        out[0::2] = data & 15
-        out[1::2] = data >> 4
-        return torch.from_numpy(out[:count].copy())
-    fields = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    return torch.from_numpy(np.packbits(fields, axis=1, bitorder="little").reshape(-1))
+    out = torch.zeros(count, dtype=dtype)
+    flat = out.numpy()
+
+    def work(first: int, last: int) -> None:
+        unpack_fields(data[first * bits // 8 : packed_bytes(last, bits)], bits, flat[first:last])
+
+    if bits:
+        split(count, 8, work)
+    return out
+
+
+@functools.cache
+def _patterns(group: int, kept: int) -> Array:
+    """All ``group``-bit numbers with ``kept`` ones, rising."""
+    found = [
+        sum(1 << place for place in places) for places in itertools.combinations(range(group), kept)
+    ]
+    return np.array(sorted(found), dtype=np.uint16)
+
+
+@functools.cache
+def _index_of(group: int, kept: int) -> Array:
+    """Pattern -> its index in ``_patterns``, 65535 where it is not among them."""
+    index = np.full(1 << group, 65535, dtype=np.uint16)
+    index[_patterns(group, kept)] = np.arange(math.comb(group, kept), dtype=np.uint16)
+    return index
 
 
 def _check_length(stream: torch.Tensor, expected: int) -> None:
@@ -76,34 +224,117 @@ def pack_expert(
     kept_OD: torch.Tensor,
     codes_OD: torch.Tensor | None,
     *,
-    sparse: bool,
-    bits: int | None,
+    layout: PackedLayout,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Named tensors of one expert.
+    """The named streams of one expert (``PackedLayout.streams``).
 
-    Sparse experts have ``bitmask``; values are ``values`` (``dtype``) or, when quantized, ``codes``
-    (packed). Only kept weights have values or codes.
+    Args:
+        weight_OD: the compressed weight.
+        kept_OD: bool, which weights are kept.
+        codes_OD: uint8 codes where quantized.
+        layout: of the expert.
+        dtype: of stored values.
+
+    Raises:
+        ValueError: the mask does not fit the layout.
     """
     tensors: dict[str, torch.Tensor] = {}
-    if sparse:
-        tensors["bitmask"] = pack_mask(kept_OD)
-    if bits is None:
-        values = weight_OD[kept_OD] if sparse else weight_OD.reshape(-1)
-        tensors["values"] = values.to(dtype).cpu()
+    mask = np.ascontiguousarray(kept_OD.cpu().numpy()).view(np.uint8)
+    if layout.is_sparse:
+        if int(kept_OD.sum()) != layout.num_kept:
+            raise ValueError(f"mask keeps {int(kept_OD.sum())} weights, {layout.num_kept} expected")
+        if layout.group is None:
+            tensors["bitmask"] = pack_mask(kept_OD)
+        else:
+            tensors["patterns"] = _pack_patterns(mask, layout)
+    if layout.bits is None:
+        tensors["values"] = _compact(weight_OD.to(dtype).cpu().contiguous(), mask, layout)
     else:
         assert codes_OD is not None
-        codes = codes_OD[kept_OD] if sparse else codes_OD.reshape(-1)
-        tensors["codes"] = pack_codes(codes, bits)
+        codes = _compact(codes_OD.cpu().contiguous(), mask, layout)
+        tensors["codes"] = pack_codes(codes, layout.bits)
     return tensors
+
+
+def _pack_patterns(mask: Array, layout: PackedLayout) -> torch.Tensor:
+    assert layout.group is not None
+    rest = layout.columns % layout.group
+    fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
+    bad = encode_patterns(
+        mask,
+        layout.group,
+        _index_of(layout.group, layout.group_kept),
+        _index_of(rest, layout.rest_kept),
+        fields,
+    )
+    if bad:
+        raise ValueError(f"{bad} groups of {layout.group} do not keep {layout.group_kept} weights")
+    return pack_codes(torch.from_numpy(fields), layout.pattern_bits)
+
+
+def _compact(tensor: torch.Tensor, mask: Array, layout: PackedLayout) -> torch.Tensor:
+    if not layout.is_sparse:
+        return tensor.reshape(-1)
+    source = tensor.view(_UNSIGNED[tensor.element_size()]).numpy().reshape(-1)
+    flat = mask.reshape(-1)
+    out = torch.empty(layout.num_kept, dtype=tensor.dtype)
+    target = out.view(_UNSIGNED[tensor.element_size()]).numpy()
+    starts = _Starts(flat)
+
+    def work(first: int, last: int) -> None:
+        begin, end = starts[first], starts[last]
+        compact(source[first:last], flat[first:last], target[begin:end])
+
+    split(len(flat), 1, work)
+    return out
+
+
+class _Starts:
+    """Kept weights before a position, counted once per position asked for."""
+
+    def __init__(self, flat: Array) -> None:
+        self.flat = flat
+
+    def __getitem__(self, position: int) -> int:
+        return int(count_true(self.flat[:position]))
+
+
+def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+    """Which weights are kept, ``[O, D]`` (bool).
+
+    Raises:
+        ValueError: a stream is too long, too short, or keeps another number of weights.
+    """
+    if not layout.is_sparse:
+        return torch.ones(layout.shape, dtype=torch.bool)
+    if layout.group is None:
+        kept = unpack_mask(tensors["bitmask"], layout.shape)
+    else:
+        count = layout.rows * layout.groups_per_row
+        fields = unpack_codes(tensors["patterns"], count, layout.pattern_bits, torch.uint16)
+        rest = layout.columns % layout.group
+        kept = torch.empty(layout.shape, dtype=torch.bool)
+        bad = decode_patterns(
+            fields.numpy().reshape(layout.rows, -1),
+            layout.group,
+            _patterns(layout.group, layout.group_kept),
+            _patterns(rest, layout.rest_kept),
+            kept.numpy().view(np.uint8),
+        )
+        if bad:
+            raise ValueError(f"{bad} pattern indices are out of range")
+    found = int(count_true(kept.numpy().view(np.uint8).reshape(-1)))
+    if found != layout.num_kept:
+        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
+    return kept
 
 
 def unpack_expert(
     tensors: dict[str, torch.Tensor],
-    shape: tuple[int, int],
     *,
+    layout: PackedLayout,
     grid: AffineGrid | None,
-    num_kept: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
@@ -111,38 +342,80 @@ def unpack_expert(
 
     Args:
         tensors: as ``pack_expert`` named them.
-        shape: O, D.
+        layout: of the expert.
         grid: the linear's grid when the expert is quantized.
-        num_kept: kept weights, to find the end of the code stream.
         dtype: of the result.
         device: of the result.
 
     Raises:
-        ValueError: a stream's length does not fit the shape, or mask and values disagree.
+        ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
+    kept = unpack_kept(tensors, layout)
     if grid is None:
-        values = tensors["values"].to(device=device, dtype=dtype)
-    else:
-        codes = unpack_codes(tensors["codes"], num_kept, grid.bits)
-    mask = None
-    if "bitmask" in tensors:
-        mask = unpack_mask(tensors["bitmask"], shape)
-        if int(mask.sum()) != num_kept:
-            raise ValueError(f"bitmask keeps {int(mask.sum())} weights, {num_kept} expected")
-    if grid is None:
-        if mask is None:
-            return values.reshape(shape).clone()
-        dense = torch.zeros(shape, dtype=dtype, device=device)
-        return dense.masked_scatter_(mask.to(device), values)
-    codes = codes.to(device)
-    if mask is None:
-        full = codes.reshape(shape)
-    else:
-        mask = mask.to(device)
-        full = torch.zeros(shape, dtype=torch.uint8, device=device).masked_scatter_(mask, codes)
-    columns = torch.arange(shape[1], device=device)
-    scale_DO, zero_DO = grid.columns(columns)
-    dense = dequantize(full.float(), scale_DO.T.to(device), zero_DO.T.to(device))
-    if mask is not None:
-        dense.masked_fill_(~mask, 0)
-    return dense.to(dtype)
+        values = tensors["values"]
+        if values.numel() != layout.num_kept:
+            raise ValueError(f"{values.numel()} values, {layout.num_kept} expected")
+        if not layout.is_sparse:
+            return values.to(device=device, dtype=dtype).reshape(layout.shape).clone()
+        if torch.device(device).type != "cpu":
+            dense = torch.zeros(layout.shape, dtype=dtype, device=device)
+            return dense.masked_scatter_(kept.to(device), values.to(device=device, dtype=dtype))
+        return _scatter(values.to(dtype), kept)
+    codes = unpack_codes(tensors["codes"], layout.num_kept, grid.bits)
+    if torch.device(device).type != "cpu":
+        return _dequantize_on_device(codes, kept, grid, device).to(dtype)
+    return _dequantize(codes, kept, grid).to(dtype)
+
+
+def _scatter(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(kept.shape, dtype=values.dtype)
+    if not values.numel():
+        return out
+    unsigned = _UNSIGNED[values.element_size()]
+    source = values.contiguous().view(unsigned).numpy()
+    target = out.view(unsigned).numpy().reshape(-1)
+    flat = kept.numpy().view(np.uint8).reshape(-1)
+    starts = _Starts(flat)
+
+    def work(first: int, last: int) -> None:
+        begin = starts[first]
+        if begin < len(source):
+            scatter(source[begin:], flat[first:last], target[first:last])
+
+    split(len(flat), 1, work)
+    return out
+
+
+def _dequantize(codes: torch.Tensor, kept: torch.Tensor, grid: AffineGrid) -> torch.Tensor:
+    out = torch.zeros(kept.shape, dtype=torch.float32)
+    if not codes.numel():
+        return out
+    source, target = codes.numpy(), out.numpy()
+    mask = kept.numpy().view(np.uint8)
+    scale = grid.scale_OG.float().cpu().contiguous().numpy()
+    zero = grid.zero_point_OG.float().cpu().contiguous().numpy()
+    columns = kept.shape[1]
+    starts = _Starts(mask.reshape(-1))
+
+    def work(first: int, last: int) -> None:
+        rows = slice(first // columns, last // columns)
+        begin = starts[first]
+        if begin < len(source):
+            dequantize(
+                source[begin:], mask[rows], scale[rows], zero[rows], grid.group_size, target[rows]
+            )
+
+    split(mask.size, columns, work)
+    return out
+
+
+def _dequantize_on_device(
+    codes: torch.Tensor, kept: torch.Tensor, grid: AffineGrid, device: torch.device | str
+) -> torch.Tensor:
+    """The same by PyTorch's own operations, for a GPU."""
+    mask = kept.to(device)
+    full = torch.zeros(mask.shape, dtype=torch.uint8, device=device)
+    full.masked_scatter_(mask, codes.to(device))
+    scale_DO, zero_DO = grid.columns(torch.arange(mask.shape[1], device=grid.scale_OG.device))
+    dense = dequantize_tensor(full.float(), scale_DO.T.to(device), zero_DO.T.to(device))
+    return dense.masked_fill_(~mask, 0)

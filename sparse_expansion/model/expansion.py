@@ -18,14 +18,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.algorithms.clustering import route
-from sparse_expansion.algorithms.packing import packed_bytes, unpack_expert
+from sparse_expansion.algorithms.packing import PackedLayout, unpack_expert
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.types import Router
 
 QUANT_METHOD = "sparse_expansion"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_CACHE_BYTES = 1 << 30
 FLOAT32_PARTS = ("router", "grid")
 
@@ -137,24 +137,17 @@ class Grid(nn.Module):
 
     def grid(self) -> AffineGrid:
         """The grid as plain tensors."""
-        return AffineGrid(self.scale, self.zero_point, self.bits, self.group_size)
+        return AffineGrid(self.scale.detach(), self.zero_point.detach(), self.bits, self.group_size)
 
 
 class PackedExpert(nn.Module):
-    """One expert as it is stored: ``bitmask`` and ``values`` or ``codes``."""
+    """One expert as it is stored: the streams of its layout."""
 
-    def __init__(
-        self, numel: int, num_kept: int, config: CompressionConfig, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layout: PackedLayout, dtype: torch.dtype) -> None:
         super().__init__()
-        if is_sparse(config):
-            size = packed_bytes(numel, 1)
-            self.bitmask = _frozen(torch.empty(size, dtype=torch.uint8))
-        if config.bits is None:
-            self.values = _frozen(torch.empty(num_kept, dtype=dtype))
-        else:
-            size = packed_bytes(num_kept, config.bits)
-            self.codes = _frozen(torch.empty(size, dtype=torch.uint8))
+        for name, (kind, count) in layout.streams().items():
+            kept_as = torch.uint8 if kind == "uint8" else dtype
+            self.register_parameter(name, _frozen(torch.empty(count, dtype=kept_as)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Named tensors, as ``packing.pack_expert`` made them."""
@@ -180,11 +173,9 @@ class ExpandedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.num_kept = num_kept(out_features, in_features, compression)
-        numel = in_features * out_features
+        self.layout = PackedLayout.of(out_features, in_features, compression)
         self.experts = nn.ModuleList(
-            PackedExpert(numel, self.num_kept, compression, dtype)
-            for _ in range(routing.num_clusters)
+            PackedExpert(self.layout, dtype) for _ in range(routing.num_clusters)
         )
         self.grid = (
             None if compression.bits is None else Grid(out_features, in_features, compression)
@@ -213,9 +204,8 @@ class ExpandedLinear(nn.Module):
         assert isinstance(packed, PackedExpert)
         return unpack_expert(
             packed.tensors(),
-            (self.out_features, self.in_features),
+            layout=self.layout,
             grid=None if self.grid is None else self.grid.grid(),
-            num_kept=self.num_kept,
             dtype=dtype,
             device=self.device,
         )
@@ -244,16 +234,6 @@ class ExpandedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"experts={len(self.experts)}, bias={self.bias is not None}"
         )
-
-
-def is_sparse(config: CompressionConfig) -> bool:
-    """Whether experts carry a bitmask (any sparsity above 0)."""
-    return config.sparsity.fraction > 0
-
-
-def num_kept(rows: int, width: int, config: CompressionConfig) -> int:
-    """Stored weights of one expert: exact, and the same for all experts of a linear."""
-    return config.sparsity.num_kept(rows, width, config.block_size)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_expansion.algorithms import packing
+from sparse_expansion.algorithms.packing import PackedLayout
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize
+from sparse_expansion.config import CompressionConfig, SparsityPattern
 
 
 def test_mask_by_hand():
@@ -33,46 +35,124 @@ def test_codes_come_back(bits, count, seed):
     assert torch.equal(packing.unpack_codes(stream, count, bits), codes)
 
 
+def layout(shape, sparsity="0.5", bits=None, block_size=16):
+    config = CompressionConfig(
+        sparsity=SparsityPattern.parse(sparsity), bits=bits, block_size=block_size
+    )
+    return PackedLayout.of(*shape, config)
+
+
+def random_mask(wanted):
+    """A mask that fits a layout, by another way than the sweep."""
+    rows, columns = wanted.shape
+    kept = torch.zeros(rows, columns, dtype=torch.bool)
+    if wanted.group is None:
+        kept.view(-1)[torch.randperm(kept.numel())[: wanted.num_kept]] = True
+        return kept
+    for row in range(rows):
+        for first in range(0, columns, wanted.group):
+            size = min(wanted.group, columns - first)
+            count = wanted.group_kept if size == wanted.group else wanted.rest_kept
+            kept[row, first + torch.randperm(size)[:count]] = True
+    return kept
+
+
+def test_patterns_by_hand():
+    """2:4 has six patterns, 0011 0101 0110 1001 1010 1100; three bits each."""
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0, 0, 1]]).bool()
+    weight = torch.arange(16.0).reshape(2, 8) * mask
+    packed = packing.pack_expert(
+        weight, mask, None, layout=layout((2, 8), "2:4"), dtype=torch.float32
+    )
+    # Fields 0, 4, 5, 3: 0b011_101_100_000 from the lowest.
+    assert packed["patterns"].tolist() == [0b01100000, 0b0111]
+    assert packed["values"].tolist() == [0, 1, 5, 7, 10, 11, 12, 15]
+
+
+PATTERNS = ["0.5", "0.9", "1.0", "0", "2:4", "1:4", "3:4", "4:8", "5:16", "8:16", "1:2", "4:4"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("shape", [(7, 13), (1, 1), (16, 8)])
-def test_experts_come_back_bit_for_bit(shape, sparse, dtype):
-    weight = torch.randn(shape).to(dtype)
-    kept = torch.rand(shape) < 0.5 if sparse else torch.ones(shape, dtype=torch.bool)
-    weight = weight * kept
-    packed = packing.pack_expert(weight, kept, None, sparse=sparse, bits=None, dtype=dtype)
-    back = packing.unpack_expert(packed, shape, grid=None, num_kept=int(kept.sum()), dtype=dtype)
-    assert torch.equal(back, weight)
-    assert ("bitmask" in packed) == sparse
+@pytest.mark.parametrize("sparsity", PATTERNS)
+@pytest.mark.parametrize("shape", [(7, 13), (1, 1), (16, 8), (3, 35)])
+def test_experts_come_back_bit_for_bit(shape, sparsity, dtype):
+    wanted = layout(shape, sparsity)
+    kept = random_mask(wanted)
+    weight = torch.randn(shape).to(dtype) * kept
+    packed = packing.pack_expert(weight, kept, None, layout=wanted, dtype=dtype)
+    stored = {name: tensor.numel() for name, tensor in packed.items()}
+    assert stored == {name: count for name, (_, count) in wanted.streams().items()}
+    assert torch.equal(packing.unpack_expert(packed, layout=wanted, grid=None, dtype=dtype), weight)
+    assert torch.equal(packing.unpack_kept(packed, wanted), kept)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_quantized_experts_come_back_bit_for_bit(bits, sparse):
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_quantized_experts_come_back_bit_for_bit(bits, sparsity):
     shape = (6, 11)
     grid = AffineGrid(torch.rand(6, 3) + 0.1, torch.randint(0, 2**bits, (6, 3)).float(), bits, 4)
     codes = torch.randint(0, 2**bits, shape).to(torch.uint8)
-    kept = torch.rand(shape) < 0.5 if sparse else torch.ones(shape, dtype=torch.bool)
+    wanted = layout(shape, sparsity, bits)
+    kept = random_mask(wanted)
     scale, zero = grid.columns(torch.arange(11))
-    weight = dequantize(codes.float(), scale.T, zero.T) * kept
-    packed = packing.pack_expert(weight, kept, codes, sparse=sparse, bits=bits, dtype=torch.float32)
-    back = packing.unpack_expert(
-        packed, shape, grid=grid, num_kept=int(kept.sum()), dtype=torch.float32
-    )
+    weight = dequantize(codes.float(), scale.T, zero.T).masked_fill(~kept, 0)
+    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
+    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
     assert torch.equal(back, weight)
-    assert packed["codes"].numel() == packing.packed_bytes(int(kept.sum()), bits)
+    assert packed["codes"].numel() == packing.packed_bytes(wanted.num_kept, bits)
+    on_device = packing._dequantize_on_device(
+        packing.unpack_codes(packed["codes"], wanted.num_kept, bits), kept, grid, "cpu"
+    )
+    assert torch.equal(on_device, weight)
 
 
-def test_wrong_lengths_are_refused():
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize("bits", [None, 4, 3])
+def test_any_number_of_threads_gives_the_same(sparsity, bits):
+    shape = (512, 1032)
+    wanted = layout(shape, sparsity, bits, block_size=128)
+    kept = random_mask(wanted)
+    codes = torch.randint(0, 8, shape).to(torch.uint8)
+    grid = None if bits is None else AffineGrid(torch.rand(512, 9), torch.ones(512, 9), bits, 128)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        packed = packing.pack_expert(
+            codes.float(), kept, codes, layout=wanted, dtype=torch.bfloat16
+        )
+        back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+        results.append((packed, back))
+    for packed, back in results[1:]:
+        assert all(torch.equal(packed[name], results[0][0][name]) for name in packed)
+        assert torch.equal(back, results[0][1])
+    if bits is None:
+        assert torch.equal(results[0][1], codes * kept.float())
+
+
+def test_two_in_four_takes_three_bits_for_four_weights():
+    wanted = layout((64, 128), "2:4", 4)
+    assert wanted.num_bytes(2) == 64 * 128 * 3 // 4 // 8 + 64 * 128 // 2 * 4 // 8
+    assert layout((64, 128), "8:16").pattern_bits == 14
+    assert layout((64, 128), "20:32", block_size=32).streams()["bitmask"] == ("uint8", 1024)
+
+
+def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="3 bytes, 2 expected"):
         packing.unpack_mask(torch.zeros(3, dtype=torch.uint8), (2, 8))
-    packed = packing.pack_expert(
-        torch.ones(2, 4),
-        torch.ones(2, 4, dtype=torch.bool),
-        None,
-        sparse=True,
-        bits=None,
-        dtype=torch.float32,
-    )
-    with pytest.raises(ValueError, match="keeps 8 weights, 5 expected"):
-        packing.unpack_expert(packed, (2, 4), grid=None, num_kept=5, dtype=torch.float32)
+    ones = torch.ones(2, 4, dtype=torch.bool)
+    half = layout((2, 4))
+    with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
+        packing.pack_expert(ones.float(), ones, None, layout=half, dtype=torch.float32)
+    streams = {"bitmask": packing.pack_mask(ones), "values": torch.ones(4)}
+    with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
+        packing.unpack_expert(streams, layout=half, grid=None, dtype=torch.float32)
+    n_m = layout((2, 4), "2:4")
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    with pytest.raises(ValueError, match="2 groups of 4"):
+        packing.pack_expert(mask.float(), mask, None, layout=n_m, dtype=torch.float32)
+    streams = {"patterns": torch.tensor([0b00111110], dtype=torch.uint8), "values": torch.ones(4)}
+    with pytest.raises(ValueError, match="2 pattern indices"):
+        packing.unpack_expert(streams, layout=n_m, grid=None, dtype=torch.float32)
+    streams = {"patterns": torch.tensor([0], dtype=torch.uint8), "values": torch.ones(3)}
+    with pytest.raises(ValueError, match="3 values, 4 expected"):
+        packing.unpack_expert(streams, layout=n_m, grid=None, dtype=torch.float32)

@@ -1,0 +1,72 @@
+"""The manifest of an expanded folder: every tensor's file, size and digest, and their check.
+
+``manifest.json`` is written last but for ``config.json``; with it a damaged, truncated or
+exchanged file is found and named without the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+MANIFEST_NAME = "manifest.json"
+
+
+def tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
+    """Dtype, shape, bytes, and the SHA-256 of the values as they are stored (little-endian)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "bytes": tensor.numel() * tensor.element_size(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """An expanded folder's manifest.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a finished run") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not valid JSON: finish the run again with --resume") from None
+    return found
+
+
+def verify(folder: str | Path) -> int:
+    """Check every tensor of an expanded folder against its manifest; returns their number.
+
+    Raises:
+        ValueError: a file is missing, truncated, damaged, or another one's; names file and tensor.
+    """
+    folder = Path(folder)
+    tensors = read_manifest(folder)["tensors"]
+    by_file: dict[str, list[str]] = {}
+    for name, record in tensors.items():
+        by_file.setdefault(record["file"], []).append(name)
+    for file, names in sorted(by_file.items()):
+        remedy = "copy it again, or run again with --resume"
+        try:
+            with safe_open(str(folder / file), framework="pt") as handle:
+                for name in sorted(names):
+                    wanted = {key: tensors[name][key] for key in ("dtype", "shape", "sha256")}
+                    found = tensor_record(handle.get_tensor(name))
+                    if any(found[key] != value for key, value in wanted.items()):
+                        raise ValueError(f"{folder / file} is damaged in {name}: {remedy}")
+        except FileNotFoundError:
+            raise ValueError(f"{folder / file} is missing: {remedy}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is damaged ({error}): {remedy}") from None
+    return len(tensors)
