@@ -21,6 +21,7 @@ from sparse_expansion.flags import (
     EXIT_BAD_INPUT,
     build_parser,
     check_execution,
+    cluster_settings,
     normalise_flags,
     parse_size,
     run_config,
@@ -338,15 +339,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     run_config(args, args.seqlen or 2048)
+    cluster = cluster_settings(args)
     from sparse_expansion.model.sources import fetch_config, resolve_name
 
     source = resolve_name(args.model, args.model_size)
     _silence_transformers(args.verbose)
-    from sparse_expansion.forecast import forecast
+    from sparse_expansion.forecast import Cluster, forecast
 
     model_config = fetch_config(source, cache_dir=args.cache_dir, revision=args.model_revision)
     config = run_config(args, _seqlen(args, model_config))
-    result = forecast(config, model_config)
+    result = forecast(
+        config,
+        model_config,
+        Cluster(**cluster),
+        activation_bytes=parse_size(args.activation_memory),
+    )
     if args.json:
         print(json.dumps(result, indent=1, sort_keys=True))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sparse_expansion.config import (
     CALIBRATION_INPUTS,
@@ -41,6 +41,8 @@ _EVALUATE_EXAMPLES = """examples:
   sparse-expansion evaluate --model pythia --model_size 70m --dataset wikitext2 --json
 """
 _PLAN_EXAMPLES = """examples:
+  sparse-expansion plan --model ./llama-2-13b --calibration-inputs dense --data-shards 64 \\
+      --num-workers 16 --gpu-memory 48GB --host-memory 128GB --price 1.9
   sparse-expansion plan --model ./SmolLM2-135M --sparsity 0.5 --num_clusters 16 \\
       --dataset-size 32 --seqlen 512
   sparse-expansion plan --model ./config-only-folder --json
@@ -142,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_calibration(expand)
     _add_calibration(plan)
     plan.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per window")
+    _add_cluster(plan)
     for sub in (run, evaluate):
         sub.add_argument(
             "--eval-windows",
@@ -262,6 +265,54 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens per window (default: 2048, 4096 for Llama, or the model's maximum if less)",
     )
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--num-workers", type=int, default=1, help="equal workers (default 1)")
+    group.add_argument("--gpu-memory", metavar="SIZE", help="of a worker's GPU, e.g. 48GB")
+    group.add_argument("--host-memory", metavar="SIZE", help="of a worker's machine, e.g. 128GB")
+    group.add_argument(
+        "--tflops",
+        type=float,
+        default=15.0,
+        help="float32 TFLOP/s of one worker in matrix products (default 15)",
+    )
+    group.add_argument(
+        "--bandwidth",
+        default="1GB",
+        metavar="SIZE",
+        help="bytes per second between workers and to storage (default 1GB)",
+    )
+    group.add_argument("--price", type=float, help="of one worker for an hour")
+    group.add_argument(
+        "--activation-memory", default="2GiB", metavar="SIZE", help="as for expand (default 2GiB)"
+    )
+
+
+def cluster_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``forecast.Cluster`` from parsed flags.
+
+    Raises:
+        ValueError: a value is out of bounds.
+    """
+    if args.num_workers < 1:
+        raise ValueError(f"--num-workers {args.num_workers} must be at least 1")
+    if not args.tflops > 0:
+        raise ValueError(f"--tflops {args.tflops:g} must be more than 0, e.g. 15")
+    if args.price is not None and not args.price >= 0:
+        raise ValueError(f"--price {args.price:g} must not be negative")
+    bandwidth = parse_size(args.bandwidth)
+    if bandwidth < 1:
+        raise ValueError(f"--bandwidth {args.bandwidth} must be more than 0, e.g. 1GB")
+    return {
+        "num_workers": args.num_workers,
+        "gpu_bytes": None if args.gpu_memory is None else parse_size(args.gpu_memory),
+        "host_bytes": None if args.host_memory is None else parse_size(args.host_memory),
+        "flops_per_second": args.tflops * 1e12,
+        "bytes_per_second": float(bandwidth),
+        "price_per_hour": args.price,
+    }
 
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:

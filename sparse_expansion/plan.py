@@ -6,7 +6,8 @@ One graph serves both schedules and all executors. Per block ``i``:
       -> experts(i, group, experts)
 
 ``capture`` hands on a sample of its inputs, on which the router is fitted; ``gather`` hands on the
-inputs that are routed to some experts, or their Hessian sums where those are smaller.
+inputs that are routed to some experts, or with many tokens their Hessian sums, which ``reduce``
+units add up.
 
 ``compressed`` adds ``advance(i, shard)``, the compressed block's output, which the next block's
 capture waits for; with ``dense`` the next capture waits for this one alone.
@@ -25,6 +26,10 @@ from sparse_expansion.stages import Unit, range_name
 
 GATHER_BYTES = 512 << 20
 """A unit that gathers hands on at most this much, or one range of experts."""
+GROUP_BYTES = 8 << 30
+"""All shards together hand on at most this much at a time, or one range of experts."""
+REDUCE_FAN_IN = 8
+"""Hessian sums that are added up at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,33 @@ def expert_ranges(num_clusters: int, experts_per_unit: int) -> list[tuple[int, i
     ]
 
 
+def hands_on_sums(config: RunConfig, width: int, item_bytes: int) -> bool:
+    """Whether shards hand on Hessian sums instead of the rows behind them.
+
+    Rows are smaller for few tokens and leave the products to whoever is free, but grow with the
+    tokens; sums (``D x D``, added up ``REDUCE_FAN_IN`` at a time) do not.
+    """
+    calibration = config.calibration
+    rows = calibration.dataset_size * calibration.seqlen / config.routing.num_clusters
+    return rows * item_bytes > REDUCE_FAN_IN * 4 * 4.0 * width
+
+
+def gathered_bytes(config: RunConfig, width: int, item_bytes: int) -> int:
+    """What one shard hands on for one expert."""
+    if hands_on_sums(config, width, item_bytes):
+        return 4 * width**2
+    calibration = config.calibration
+    shard_tokens = calibration.dataset_size * calibration.seqlen / calibration.num_shards
+    return int(shard_tokens / config.routing.num_clusters * item_bytes * width)
+
+
 def gathered_ranges(
-    ranges: list[tuple[int, int]], expert_bytes: int
+    ranges: list[tuple[int, int]], expert_bytes: int, num_shards: int
 ) -> list[list[tuple[int, int]]]:
-    """Ranges that one unit gathers for: as many as keep what it hands on to ``GATHER_BYTES``."""
+    """Ranges that one unit gathers for: as many as keep what is handed on bounded."""
     size = ranges[0][1] - ranges[0][0] + 1
-    count = max(1, GATHER_BYTES // max(1, size * expert_bytes))
+    of_range = max(1, size * expert_bytes)
+    count = max(1, min(GATHER_BYTES // of_range, GROUP_BYTES // (of_range * num_shards)))
     return [ranges[first : first + count] for first in range(0, len(ranges), count)]
 
 
@@ -159,14 +185,12 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     cost=router_flops(config, group.width, fit_tokens),
                 )
             )
-            # An expert's share of a shard: as rows, or as a sum where that is smaller.
             expected = shard_tokens / config.routing.num_clusters
-            row_bytes, sum_bytes = expected * shape.item_bytes, 4.0 * group.width
-            summed_here = sum_bytes < row_bytes
-            moved = int(min(row_bytes, sum_bytes) * group.width)
+            summed = hands_on_sums(config, group.width, shape.item_bytes)
+            moved = gathered_bytes(config, group.width, shape.item_bytes)
             hessian = 2.0 * expected * group.width**2
             source: dict[tuple[int, int], str] = {}
-            for part in gathered_ranges(ranges, moved):
+            for part in gathered_ranges(ranges, moved, len(shards)):
                 first, last = part[0][0], part[-1][1]
                 count = last - first + 1
                 name = f"gather-{first:03d}-{last:03d}"
@@ -176,16 +200,22 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         Unit(
                             key=f"{at}/{name}/shard-{s:03d}",
                             stage="gather",
-                            params={"layer": i, "shard": s, "group": group.name, "ranges": part},
+                            params={
+                                "layer": i,
+                                "shard": s,
+                                "group": group.name,
+                                "ranges": part,
+                                "summed": summed,
+                            },
                             after=(f"{at}/router", f"{where}/capture/shard-{s:03d}"),
                             outputs=tuple(range_name(experts) for experts in part),
                             affinity=affinity[s],
                             layer=i,
-                            rank=3,
+                            rank=4,
                             cost=count
                             * (
                                 2.0 * expected * group.width * features
-                                + (hessian if summed_here else 0.0)
+                                + (hessian if summed else 0.0)
                             ),
                             move_cost=shard_tokens * block_flops,
                             output_bytes=count * moved,
@@ -193,18 +223,34 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     )
             for experts in ranges:
                 count = experts[1] - experts[0] + 1
+                parts = [(f"{source[experts]}/shard-{s:03d}", range_name(experts)) for s in shards]
+                level = 0
+                while summed and len(parts) > REDUCE_FAN_IN:
+                    merged: list[tuple[str, str]] = []
+                    for first in range(0, len(parts), REDUCE_FAN_IN):
+                        key = f"{at}/reduce-{range_name(experts)}/{level}-{len(merged):03d}"
+                        taken = parts[first : first + REDUCE_FAN_IN]
+                        units.append(
+                            Unit(
+                                key=key,
+                                stage="reduce",
+                                inputs=tuple(taken),
+                                outputs=("inputs",),
+                                layer=i,
+                                rank=3,
+                                cost=float(len(taken) * count * group.width**2),
+                                output_bytes=count * moved,
+                            )
+                        )
+                        merged.append((key, "inputs"))
+                    parts = merged
+                    level += 1
                 units.append(
                     Unit(
                         key=f"{at}/experts-{range_name(experts)}",
                         stage="experts",
                         params={"layer": i, "group": group.name, "experts": experts},
-                        inputs=(
-                            (f"{at}/router", "gram"),
-                            *(
-                                (f"{source[experts]}/shard-{s:03d}", range_name(experts))
-                                for s in shards
-                            ),
-                        ),
+                        inputs=((f"{at}/router", "gram"), *parts),
                         is_persistent=True,
                         layer=i,
                         # Before further gathering: experts consume what fills memory.
@@ -213,7 +259,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         * (
                             group.width**3
                             + 4.0 * group.rows * group.width**2
-                            + (0.0 if summed_here else hessian * len(shards))
+                            + (0.0 if summed else hessian * len(shards))
                         ),
                     )
                 )
@@ -232,7 +278,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         after=(*made, f"{where}/capture/shard-{s:03d}"),
                         is_persistent=True,
                         layer=i,
-                        rank=4,
+                        rank=5,
                         cost=shard_tokens * block_flops,
                     )
                 )

@@ -126,7 +126,23 @@ def plan_table(result: dict[str, Any]) -> str:
         for name, value in result["flops"].items()
         if value > 1e9
     ]
-    return table(rows)
+    rows.append(
+        (
+            "time",
+            f"{duration(result['hours'])} on {result['num_workers']} worker(s), "
+            f"{result['utilisation']:.0%} busy",
+        )
+    )
+    if result["cost"] is not None:
+        rows.append(("cost", f"{result['cost']:.2f}"))
+    return f"{table(rows)}\n\n{result['verdict']['text']}"
+
+
+def duration(hours: float) -> str:
+    """``2.5 h``, or minutes or seconds where it is less."""
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"
 
 
 def expert_rows(store: Store) -> list[dict[str, Any]]:

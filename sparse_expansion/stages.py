@@ -235,19 +235,15 @@ class Worker:
         return {"files": files, "fit_tokens": Z_TP.shape[0]}, {"gram": gram}
 
     def stage_gather(
-        self, *, layer: int, shard: int, group: str, ranges: list[tuple[int, int]]
+        self, *, layer: int, shard: int, group: str, ranges: list[tuple[int, int]], summed: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One shard's inputs of ranges of experts: rows, or their sum where it is smaller.
-
-        With few tokens per expert the rows are far smaller than ``D x D`` sums, and they leave
-        the Hessians to whoever is free instead of whoever holds the shard.
-        """
+        """One shard's inputs of ranges of experts: their rows, or the rows' Hessian sums."""
         X_TD = self._inputs(layer, shard)[group]
         labels_T = self._shard_labels(layer, shard, group)
 
         def inputs_of(expert: int) -> torch.Tensor | HessianSum:
             part_TD = X_TD[torch.nonzero(labels_T == expert).flatten()]
-            if part_TD.numel() * part_TD.element_size() <= 4 * X_TD.shape[1] ** 2:
+            if not summed:
                 return part_TD
             total = self._hessian(part_TD)
             return HessianSum(total.sum_DD.cpu(), total.num_tokens)
@@ -256,6 +252,10 @@ class Worker:
             range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
             for experts in ranges
         }
+
+    def stage_reduce(self, *shards: list[HessianSum]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Add up several shards' Hessian sums, expert by expert, in shard order."""
+        return {}, {"inputs": [merge_hessians(parts) for parts in zip(*shards, strict=True)]}
 
     def stage_experts(
         self,
