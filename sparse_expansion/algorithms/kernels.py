@@ -1,12 +1,14 @@
-"""Loops over packed streams on a CPU, compiled: the only home of Numba.
+"""Inner loops on a CPU, compiled: the only home of Numba.
 
 Each kernel works on a slice of its arrays and releases the interpreter lock; ``split`` runs
-slices on as many threads as PyTorch has, so that a worker of one thread stays on one core.
-Values are moved as unsigned integers of their size, which is the same for every dtype.
+slices on as many threads as PyTorch has, so that a worker of one thread stays on one core. No
+kernel's result depends on how its work is split.
+Packed values are moved as unsigned integers of their size, which is the same for every dtype.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,21 +19,35 @@ import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MIN_SLICE = 1 << 16
+TILE_ROWS = 64
 _jit: Any = numba.njit(nogil=True, cache=True)
 
 
-def split(count: int, align: int, work: Callable[[int, int], object]) -> None:
-    """Call ``work(first, last)`` for slices of ``range(count)`` on ``torch.get_num_threads()``."""
-    threads = min(torch.get_num_threads(), max(1, count // max(align, MIN_SLICE)))
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sparse-expansion")
+
+
+def split(
+    count: int, align: int, work: Callable[[int, int], object], *, least: int = MIN_SLICE
+) -> None:
+    """Call ``work(first, last)`` for slices of ``range(count)`` on ``torch.get_num_threads()``.
+
+    Args:
+        count: items in all.
+        align: slices start at multiples of this.
+        work: called with the ends of a slice.
+        least: a thread gets at least so many items.
+    """
+    threads = min(torch.get_num_threads(), max(1, count // max(align, least)))
     step = -(-count // (threads * align)) * align if count else align
     slices = [(first, min(first + step, count)) for first in range(0, count, step)]
     if len(slices) <= 1:
         for first, last in slices:
             work(first, last)
         return
-    with ThreadPoolExecutor(len(slices)) as pool:
-        for done in [pool.submit(work, *part) for part in slices]:
-            done.result()
+    for done in [_pool(threads).submit(work, *part) for part in slices]:
+        done.result()
 
 
 @_jit
@@ -165,3 +181,193 @@ def unpack_fields(stream: Array, bits: int, out: Array) -> None:
         out[i] = buffer & wanted
         buffer >>= np.uint64(bits)
         filled -= bits
+
+
+@_jit
+def prune_block(W: Array, diagonal: Array, num_pruned: int, mask: Array) -> None:
+    """Mark the ``num_pruned`` smallest saliencies ``(w / U_jj)^2`` of a block; ties by index.
+
+    Args:
+        W: float32 ``[O, B]``, a view of the block's columns.
+        diagonal: float32 ``[B]``.
+        num_pruned: exact count, at least 1.
+        mask: uint8 ``[O, B]``, zeros; set to 1 where pruned.
+    """
+    rows, columns = W.shape
+    bits = np.empty(rows * columns, np.uint32)
+    counts = np.zeros(1 << 16, np.int64)
+    position = 0
+    for row in range(rows):
+        for j in range(columns):
+            ratio = W[row, j] / diagonal[j]
+            # Non-negative floats are ordered as their bits are.
+            word = np.float32(ratio * ratio).view(np.uint32)
+            bits[position] = word
+            counts[word >> np.uint32(16)] += 1
+            position += 1
+    before = 0
+    bucket = 0
+    while before + counts[bucket] < num_pruned:
+        before += counts[bucket]
+        bucket += 1
+    inside = np.empty(counts[bucket], np.uint32)
+    position = 0
+    for i in range(bits.size):
+        if bits[i] >> np.uint32(16) == bucket:
+            inside[position] = bits[i]
+            position += 1
+    inside.sort()
+    threshold = inside[num_pruned - before - 1]
+    below = before
+    for i in range(inside.size):
+        if inside[i] < threshold:
+            below += 1
+    ties = num_pruned - below
+    position = 0
+    for row in range(rows):
+        for j in range(columns):
+            word = bits[position]
+            position += 1
+            if word < threshold:
+                mask[row, j] = 1
+            elif word == threshold and ties > 0:
+                mask[row, j] = 1
+                ties -= 1
+
+
+@_jit
+def _choose(
+    w: Array, factor: Array, keep: Array, first: int, last: int, pruned: int, rows: int
+) -> None:
+    """Drop the ``pruned`` smallest saliencies of a group of columns; the first on a tie."""
+    for r in range(rows):
+        for _ in range(pruned):
+            best = -1
+            smallest = np.float32(0)
+            for i in range(first, last):
+                ratio = w[i, r] / factor[i, i]
+                value = ratio * ratio
+                if keep[i, r] != 0 and (best < 0 or value < smallest):
+                    best = i
+                    smallest = value
+            keep[best, r] = np.float32(0)
+
+
+@_jit
+def _zero(w: Array, keep: Array, pivot: float, error: Array) -> None:
+    """One column of a tile: ``q = w keep``, ``e = (w - q) / U_jj``."""
+    for r in range(w.size):
+        q = w[r] * keep[r]
+        error[r] = (w[r] - q) / pivot
+        w[r] = q
+
+
+@_jit
+def _round(
+    w: Array,
+    keep: Array,
+    scale: Array,
+    zero_point: Array,
+    max_code: int,
+    codes: Array,
+    pivot: float,
+    error: Array,
+) -> None:
+    """One column of a tile, rounded to the grid where it is kept."""
+    for r in range(scale.size):
+        code = np.rint(w[r] / scale[r]) + zero_point[r]
+        code = min(max(code, np.float32(0)), np.float32(max_code))
+        codes[r] = np.uint8(code)
+        q = scale[r] * (code - zero_point[r]) * keep[r]
+        error[r] = (w[r] - q) / pivot
+        w[r] = q
+
+
+@_jit
+def _subtract(w: Array, error: Array, factor: float) -> None:
+    for r in range(w.size):
+        w[r] -= error[r] * factor
+
+
+@_jit
+def sweep_block(
+    W: Array,
+    U: Array,
+    mask: Array,
+    group: int,
+    pruned: int,
+    scale: Array,
+    zero_point: Array,
+    grid_group: Array,
+    max_code: int,
+    codes: Array,
+    errors: Array,
+    losses: Array,
+    first: int,
+    last: int,
+) -> None:
+    """Decide a block's columns one by one, pushing errors onto the block's later columns.
+
+    ``first .. last`` are rows of all experts in one sequence (expert ``r // O``, row ``r % O``).
+
+    Args:
+        W: float32 ``[K, O, B]``, a view of the block's columns; overwritten.
+        U: float32 ``[K, B, B]``, the factor's diagonal block.
+        mask: uint8 ``[K, O, B]``, 1 where pruned; filled here for N:M.
+        group: M of N:M, 0 when the mask is given.
+        pruned: N of N:M.
+        scale: float32 ``[O, G]``; empty without a grid.
+        zero_point: as ``scale``.
+        grid_group: ``[K, B]``, every column's group of the grid.
+        max_code: largest code.
+        codes: uint8 ``[K, O, B]``, a view; empty without a grid.
+        errors: float32 ``[K, O, B]``, written.
+        losses: float64 ``[K, O]``, every row's squared errors are added.
+        first: of the rows.
+        last: after the rows.
+    """
+    rows, columns = W.shape[1], W.shape[2]
+    quantized = scale.size > 0
+    # A tile of rows, transposed: one column of it is a few vector registers, and no row waits for
+    # the divisions of another.
+    w = np.zeros((columns, TILE_ROWS), np.float32)
+    e = np.zeros((columns, TILE_ROWS), np.float32)
+    keep = np.zeros((columns, TILE_ROWS), np.float32)
+    number = first
+    while number < last:
+        k = number // rows
+        row = number % rows
+        count = min(TILE_ROWS, last - number, rows - row)
+        factor = U[k]
+        for r in range(count):
+            for j in range(columns):
+                w[j, r] = W[k, row + r, j]
+                keep[j, r] = np.float32(1 - mask[k, row + r, j])
+        for j in range(columns):
+            if group > 0 and j % group == 0:
+                end = min(j + group, columns)
+                _choose(w, factor, keep, j, end, (end - j) * pruned // group, count)
+            if quantized:
+                _round(
+                    w[j],
+                    keep[j],
+                    scale[row : row + count, grid_group[k, j]],
+                    zero_point[row : row + count, grid_group[k, j]],
+                    max_code,
+                    codes[k, row : row + count, j],
+                    factor[j, j],
+                    e[j],
+                )
+            else:
+                _zero(w[j], keep[j], factor[j, j], e[j])
+            for i in range(j + 1, columns):
+                _subtract(w[i], e[j], factor[j, i])
+        for r in range(count):
+            loss = 0.0
+            for j in range(columns):
+                W[k, row + r, j] = w[j, r]
+                errors[k, row + r, j] = e[j, r]
+                mask[k, row + r, j] = np.uint8(1) - np.uint8(keep[j, r])
+                loss += np.float64(e[j, r]) * np.float64(e[j, r])
+            losses[k, row + r] += loss
+        number += count

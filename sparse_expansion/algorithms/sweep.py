@@ -1,19 +1,29 @@
 """The column sweep: SparseGPT is the sweep with a mask, GPTQ with a grid, both at once joint.
 
-Shapes: K experts, D input features, O output features, B columns of a block. Inside the sweep a
-weight is held transposed, ``[K, D, O]``, so that a column is contiguous.
+Shapes: K experts, D input features, O output features, B columns of a block. ``sweep`` is PyTorch
+on any device and holds weights transposed, ``[K, D, O]``, so that a column is contiguous;
+``sweep_compiled`` is the same for a CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
+from sparse_expansion.algorithms import kernels
 from sparse_expansion.algorithms.hessian import inverse_cholesky_factor
 from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured_mask
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
+
+INNER_COLUMNS = 16
+"""Columns that the compiled sweep decides one by one before a matrix product."""
+MIN_ROWS = 64
+"""Rows that are worth a thread."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,96 @@ def sweep(
     return kept, codes, loss_K
 
 
+def sweep_compiled(
+    W_KOD: torch.Tensor,
+    U_KDD: torch.Tensor,
+    *,
+    pattern: SparsityPattern,
+    grid: AffineGrid | None,
+    block_size: int,
+    columns_KD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """``sweep`` on a CPU, on weights that are not transposed, with one more level of blocks.
+
+    A compiled loop over rows decides ``INNER_COLUMNS`` columns; their errors reach the rest of the
+    block, and the block's errors the rest of the weight, as matrix products.
+    """
+    num_experts, rows, width = W_KOD.shape
+    pruned_KOD = torch.zeros(W_KOD.shape, dtype=torch.bool)
+    codes = None if grid is None else torch.zeros(W_KOD.shape, dtype=torch.uint8)
+    losses = np.zeros((num_experts, rows))
+    if grid is None and pattern.num_kept(rows, width, block_size) == rows * width:
+        return pruned_KOD.logical_not_(), None, torch.from_numpy(losses.sum(axis=1))
+    scale = zero = np.zeros((0, 0), dtype=np.float32)
+    group_size = width
+    if grid is not None:
+        scale = grid.scale_OG.contiguous().numpy()
+        zero = grid.zero_point_OG.contiguous().numpy()
+        group_size = grid.group_size
+    if columns_KD is None:
+        columns_KD = torch.arange(width).expand(num_experts, -1)
+    grid_group_KD = torch.div(columns_KD, group_size, rounding_mode="floor").contiguous().numpy()
+    mask = pruned_KOD.numpy().view(np.uint8)
+    W = W_KOD.numpy()
+    written = mask if codes is None else codes.numpy()
+    # N:M decides whole groups, so that a step holds whole groups too.
+    group = pattern.group or 1
+    step = max(group, INNER_COLUMNS // group * group)
+
+    def prune(start: int, stop: int, diagonal: np.ndarray[Any, Any], first: int, last: int) -> None:
+        for k in range(first, last):
+            kernels.prune_block(
+                W[k, :, start:stop],
+                diagonal[k],
+                pattern.num_pruned((stop - start) * rows),
+                mask[k, :, start:stop],
+            )
+
+    for start in range(0, width, block_size):
+        stop = min(start + block_size, width)
+        if pattern.group is None and pattern.num_pruned((stop - start) * rows):
+            diagonal = U_KDD.diagonal(dim1=1, dim2=2)[:, start:stop].contiguous().numpy()
+            kernels.split(num_experts, 1, partial(prune, start, stop, diagonal), least=1)
+        errors = torch.empty(num_experts, rows, stop - start)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            inner = slice(first, last)
+            decide = partial(
+                kernels.sweep_block,
+                W[:, :, inner],
+                U_KDD[:, inner, inner].contiguous().numpy(),
+                mask[:, :, inner],
+                pattern.group or 0,
+                pattern.pruned or 0,
+                scale,
+                zero,
+                grid_group_KD[:, inner],
+                0 if grid is None else grid.max_code,
+                written[:, :, inner],
+                errors.numpy()[:, :, first - start : last - start],
+                losses,
+            )
+            kernels.split(num_experts * rows, 1, decide, least=MIN_ROWS)
+            if last < stop:
+                _push(W_KOD, errors[:, :, first - start : last - start], U_KDD, inner, last, stop)
+        if stop < width:
+            _push(W_KOD, errors, U_KDD, slice(start, stop), stop, width)
+    return pruned_KOD.logical_not_(), codes, torch.from_numpy(losses.sum(axis=1))
+
+
+def _push(
+    W_KOD: torch.Tensor,
+    errors_KOB: torch.Tensor,
+    U_KDD: torch.Tensor,
+    decided: slice,
+    first: int,
+    last: int,
+) -> None:
+    """Columns ``first .. last`` get the errors of the decided ones."""
+    for k in range(W_KOD.shape[0]):
+        W_KOD[k, :, first:last].addmm_(errors_KOB[k], U_KDD[k, decided, first:last], alpha=-1)
+
+
 def compress_experts(
     W_OD: torch.Tensor,
     H_KDD: torch.Tensor,
@@ -137,6 +237,8 @@ def compress_linears(
     H_KDD: torch.Tensor,
     config: CompressionConfig,
     grids: dict[str, AffineGrid | None],
+    *,
+    compiled: bool | None = None,
 ) -> dict[str, ExpertWeights]:
     """``compress_experts`` for several linears that share their inputs, factored once.
 
@@ -145,6 +247,7 @@ def compress_linears(
         H_KDD: as in ``compress_experts``.
         config: as in ``compress_experts``.
         grids: a grid, or None, for every name.
+        compiled: which of the two sweeps to take; by default the compiled one on a CPU.
     """
     num_experts = H_KDD.shape[0]
     H_original_KDD = H_KDD
@@ -157,32 +260,39 @@ def compress_linears(
     inverse = inverse_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
     result = {}
     for name, W_OD in weights.items():
-        W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
+        settings: dict[str, Any] = {
+            "pattern": config.sparsity,
+            "grid": grids[name],
+            "block_size": config.block_size,
+            "columns_KD": order_KD,
+        }
+        if compiled if compiled is not None else not H_KDD.is_cuda:
+            W_KOD = W_OD.float().expand(num_experts, -1, -1).clone()
+            if order_KD is not None:
+                W_KOD = W_KOD.gather(2, order_KD[:, None].expand_as(W_KOD))
+            W_KOD.masked_fill_(inverse.dead_KD[:, None], 0)
+            kept, codes, loss_K = sweep_compiled(W_KOD, inverse.factor_KDD, **settings)
+        else:
+            W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
+            if order_KD is not None:
+                W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
+            W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
+            kept, codes, loss_K = sweep(W_KDO, inverse.factor_KDD, **settings)
+            W_KOD, kept = W_KDO.transpose(1, 2), kept.transpose(1, 2)
+            codes = None if codes is None else codes.transpose(1, 2)
         if order_KD is not None:
-            W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
-        W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
-        kept, codes, loss_K = sweep(
-            W_KDO,
-            inverse.factor_KDD,
-            pattern=config.sparsity,
-            grid=grids[name],
-            block_size=config.block_size,
-            columns_KD=order_KD,
-        )
-        if order_KD is not None:
-            back = torch.argsort(order_KD, dim=1)[:, :, None].expand_as(W_KDO)
-            W_KDO, kept = W_KDO.gather(1, back), kept.gather(1, back)
-            codes = None if codes is None else codes.gather(1, back)
-        weight_KOD = W_KDO.transpose(1, 2)
+            back = torch.argsort(order_KD, dim=1)[:, None].expand_as(W_KOD)
+            W_KOD, kept = W_KOD.gather(2, back), kept.gather(2, back)
+            codes = None if codes is None else codes.gather(2, back)
         result[name] = ExpertWeights(
-            weight_KOD=weight_KOD,
-            kept_KOD=kept.transpose(1, 2),
-            codes_KOD=None if codes is None else codes.transpose(1, 2),
+            weight_KOD=W_KOD,
+            kept_KOD=kept,
+            codes_KOD=codes,
             damping_fraction_K=inverse.damping_fraction_K,
             damping_attempts_K=inverse.attempts_K,
             num_dead_K=tuple(int(n) for n in inverse.dead_KD.sum(dim=1)),
             relative_error_K=_relative_errors(
-                W_OD.float(), weight_KOD, H_original_KDD, dead_KD, inverse.damping_K, loss_K
+                W_OD.float(), W_KOD, H_original_KDD, dead_KD, inverse.damping_K, loss_K
             ),
         )
     return result
