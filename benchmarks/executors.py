@@ -47,12 +47,15 @@ def main() -> None:
     parser.add_argument("--flags", default="--dataset-size 16 --seqlen 512 --num_clusters 4")
     parser.add_argument("--calibration-inputs", default="dense")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pair", type=int, choices=(0, 1), help="only this comparison")
     args = parser.parse_args()
-    wall: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    expand: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    digests: dict[str, set[str]] = {name: set() for name in VARIANTS}
+    pairs = SAME if args.pair is None else [SAME[args.pair]]
+    variants = {name: VARIANTS[name] for pair in pairs for name in pair}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    expand: dict[str, list[float]] = {name: [] for name in variants}
+    digests: dict[str, set[str]] = {name: set() for name in variants}
     for _ in range(args.repeat):
-        for name, flags in VARIANTS.items():
+        for name, flags in variants.items():
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "sparse_expansion.cli", "expand", "--json"]
                 command += ["--model", args.model, "--dataset", args.dataset, "--output", folder]
@@ -64,13 +67,13 @@ def main() -> None:
                 expand[name].append(json.loads(out)["seconds"]["expand"])
                 digests[name].add(digest(Path(folder)))
     print(f"{'':<28} {'command s':>10} {'expand s':>10}")
-    for name in VARIANTS:
+    for name in variants:
         print(
             f"{name:<28} {statistics.median(wall[name]):>10.1f} "
             f"{statistics.median(expand[name]):>10.1f}"
         )
     ratios = {}
-    for first, second in SAME:
+    for first, second in pairs:
         assert digests[first] == digests[second] and len(digests[first]) == 1, (first, second)
         ratios[f"{second} / {first}"] = {
             "command": statistics.median(wall[second]) / statistics.median(wall[first]),

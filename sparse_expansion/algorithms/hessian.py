@@ -15,6 +15,7 @@ from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 MAX_DAMPING_ATTEMPTS = 6
 DAMPING_GROWTH = 10.0
 TRIANGULAR_BASE = 256
+GRAM_BASE = 256
 
 
 def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
@@ -30,9 +31,27 @@ def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
         CompressionError: an activation is NaN or infinite.
     """
     X = X_TD.float()
-    sum_DD = X.T @ X
+    sum_DD = X.new_empty(X.shape[1], X.shape[1])
+    _gram(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
     return HessianSum(sum_DD, X.shape[0])
+
+
+def _gram(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
+    """``X^T X`` by halves of the columns: the lower left block is the upper right's mirror.
+
+    A little more than half of the products of a full multiplication.
+    """
+    width = X_TD.shape[1]
+    if width <= GRAM_BASE:
+        out_DD.copy_(X_TD.T @ X_TD)
+        return
+    half = width // 2
+    left, right = X_TD[:, :half], X_TD[:, half:]
+    _gram(left, out_DD[:half, :half])
+    _gram(right, out_DD[half:, half:])
+    out_DD[:half, half:] = left.T @ right
+    out_DD[half:, :half] = out_DD[:half, half:].T
 
 
 def check_finite(X_TD: torch.Tensor, squares_D: torch.Tensor | None = None) -> None:
