@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
+from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.simulation import simulate
@@ -193,10 +194,12 @@ def worker_memory(
     for group in shape.groups:
         width = group.width
         features = config.routing.num_components(width)
-        # Gram matrices being added; float64 covariance, its copy and the solver's work space.
-        router = 2 * width**2 * FLOAT32_BYTES + 3 * CHUNK_TOKENS * width * FLOAT32_BYTES
+        # Gram matrices being added; the float64 covariance; for a full decomposition its copy, the
+        # vectors and the solver's work space.
+        router = 3 * width**2 * FLOAT32_BYTES + 2 * CHUNK_TOKENS * width * FLOAT32_BYTES
         if config.routing.pca_reduction_factor is not None:
-            router += 3 * width**2 * 8
+            full = not takes_subspace_iteration(width, features)
+            router += (4 if full else 1) * width**2 * 8
         router += 4 * fit * features * FLOAT32_BYTES
         stages["router"] = max(stages.get("router", 0), router)
         of_expert = gathered_bytes(config, width, item)
@@ -250,9 +253,9 @@ def _experts_bytes(config: RunConfig, group: GroupShape, per_unit: int, item: in
     square = group.width**2 * FLOAT32_BYTES
     weights = group.rows * group.width
     quantized = config.compression.bits is not None
-    # Merged sums, their stack, the factors; and for one expert at a time its reversed Hessian,
-    # its Cholesky factor, the identity and the inverse.
-    hessians = 3 * per_unit * square + 4 * square
+    # The sums and the factors; the sample's; and for one expert at a time its reversed Hessian,
+    # its Cholesky factor, and the inverse with the products that make it.
+    hessians = 2 * per_unit * square + square + 4 * square
     # Weights (float32), their mask and codes of all linears of the group; the dense ones; one
     # linear's block of errors and a product the size of its trailing columns.
     swept = per_unit * weights * (FLOAT32_BYTES + 1 + (1 if quantized else 0))

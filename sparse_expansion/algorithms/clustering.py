@@ -16,6 +16,10 @@ from threadpoolctl import threadpool_limits
 
 from sparse_expansion.types import CompressionError, MomentSum, Router
 
+OVERSAMPLING = 16
+MAX_SUBSPACE_ITERATIONS = 40
+SUBSPACE_TOLERANCE = 1e-5
+
 
 def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading principal components from ``sum x``, ``sum x x^T`` and the count.
@@ -34,10 +38,12 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
         raise CompressionError("no calibration tokens to fit a router on")
     width = moments.sum_D.shape[0]
     mean_D = moments.sum_D.double() / count
-    covariance = moments.gram.sum_DD.double() / count
-    covariance -= torch.outer(mean_D, mean_D)
+    # In place: for a wide layer each float64 copy is gigabytes.
+    covariance = moments.gram.sum_DD.double().div_(count).addr_(mean_D, mean_D, alpha=-1)
     first = max(0, width - num_components)
-    if covariance.is_cuda:
+    if takes_subspace_iteration(width, num_components):
+        vectors = _leading_vectors(covariance, num_components)
+    elif covariance.is_cuda:
         vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
     else:
         # SciPy's LAPACK has threads of its own; as many as PyTorch has, so that a worker that was
@@ -51,6 +57,33 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
     peak = components_PD.abs().argmax(dim=1, keepdim=True)
     components_PD *= torch.sign(components_PD.gather(1, peak))
     return mean_D.float(), components_PD.float()
+
+
+def takes_subspace_iteration(width: int, num_components: int) -> bool:
+    """Whether few enough components are wanted for it to be the cheaper way."""
+    return 4 * (num_components + OVERSAMPLING) <= width
+
+
+def _leading_vectors(A_DD: torch.Tensor, count: int) -> torch.Tensor:
+    """Eigenvectors ``[D, count]`` of the largest eigenvalues, by rising eigenvalue.
+
+    Subspace iteration from a fixed start: products in place of a full decomposition, which is
+    bound by memory for wide layers (Halko et al., arXiv 0909.4061, section 4.5). It ends when the
+    variance that is captured no longer grows.
+    """
+    width = A_DD.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, count + OVERSAMPLING, generator=generator, dtype=A_DD.dtype)
+    basis = torch.linalg.qr(A_DD @ start.to(A_DD.device)).Q
+    captured = 0.0
+    for _ in range(MAX_SUBSPACE_ITERATIONS):
+        image = A_DD @ basis
+        values, rotation = torch.linalg.eigh(basis.T @ image)
+        before, captured = captured, float(values[-count:].sum())
+        if captured - before <= SUBSPACE_TOLERANCE * captured:
+            return basis @ rotation[:, -count:]
+        basis = torch.linalg.qr(image).Q
+    return basis @ torch.linalg.eigh(basis.T @ (A_DD @ basis)).eigenvectors[:, -count:]
 
 
 def project(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ class ActivationBuffers:
         self.scratch = None if scratch is None else str(scratch)
         self.in_memory = 0
         self.spilled = 0
+        self._maps: dict[int, mmap.mmap] = {}
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor; give it back with ``release``."""
@@ -33,21 +35,29 @@ class ActivationBuffers:
         for size in shape:
             numel *= size
         num_bytes = numel * tensor.element_size()
-        if self.in_memory + num_bytes <= self.memory_bytes:
+        if not num_bytes or self.in_memory + num_bytes <= self.memory_bytes:
             self.in_memory += num_bytes
             return torch.empty(shape, dtype=dtype)
         with tempfile.NamedTemporaryFile(prefix="sparse-expansion-", dir=self.scratch) as file:
             # Reserve the blocks now: a full disk must be an error here, not a crash (SIGBUS) when
             # the mapping is written.
             _reserve(file.fileno(), num_bytes)
-            mapped = torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
+            mapping = mmap.mmap(file.fileno(), num_bytes)
+        mapped = torch.frombuffer(mapping, dtype=dtype, count=numel)
+        self._maps[mapped.data_ptr()] = mapping
         self.spilled += num_bytes
         return mapped.view(shape)
+
+    def let_go(self) -> None:
+        """Give back the memory of what is in scratch files: it is read again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapping in self._maps.values():
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def release(self, tensor: torch.Tensor) -> None:
         """Take the tensor's bytes off the account."""
         num_bytes = tensor.numel() * tensor.element_size()
-        if tensor.untyped_storage().filename is not None:
+        if self._maps.pop(tensor.data_ptr(), None) is not None:
             self.spilled -= num_bytes
         else:
             self.in_memory -= num_bytes

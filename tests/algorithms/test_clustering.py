@@ -84,3 +84,18 @@ def test_bf16_inputs_are_routed_in_float32():
     router = Router(torch.randn(8), torch.randn(3, 8), torch.randn(5, 3))
     assert torch.equal(route(X, router), route(X.float(), router))
     assert project(X, router.mean_D, router.components_PD).dtype == torch.float32
+
+
+def test_leading_components_capture_what_a_full_decomposition_does():
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(1, -2, 300)
+    X = torch.randn(2000, 300, generator=generator) * scales
+    X = X @ torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
+    mean, components = fit_pca(moment_sum(X), num_components=12)
+    torch.testing.assert_close(components @ components.T, torch.eye(12), rtol=1e-5, atol=1e-5)
+    centred = (X - mean).double()
+    captured = float((centred @ components.double().T).square().sum())
+    best = float(torch.linalg.svdvals(centred)[:12].square().sum())
+    assert (1 - 1e-3) * best < captured <= best * (1 + 1e-6)
+    again = fit_pca(moment_sum(X), num_components=12)[1]
+    assert torch.equal(components, again)

@@ -1,0 +1,80 @@
+"""Peak memory of `expand` over layers and over calibration tokens, against `plan`.
+
+    python -m benchmarks.memory
+
+Narrow Llama models with random weights. The number of tokens per shard is held constant, as it is
+on a cluster; activations beyond 64 MiB go to scratch files.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.synthetic import command, save_model
+
+SEQLEN = 512
+SHARD_TOKENS = 16384
+
+
+def flags(tokens: int) -> list[str]:
+    """Settings of a run over so many tokens."""
+    windows = tokens // SEQLEN
+    found = f"--dataset-size {windows} --data-shards {max(1, tokens // SHARD_TOKENS)} "
+    found += f"--seqlen {SEQLEN} --num_clusters 8 --experts-per-unit 4 --threads 2 "
+    found += "--calibration-inputs dense --activation-memory 64MiB"
+    return found.split()
+
+
+def main() -> None:
+    """Print a table and one JSON line per row."""
+    print(
+        f"{'layers':>6} {'width':>6} {'tokens':>8} {'measured MB':>12} {'plan MB':>8} {'ratio':>6}"
+    )
+    cases = [(layers, 1, 32768) for layers in (2, 8, 32)]
+    cases += [(2, 1, tokens) for tokens in (10240, 102400, 1048576)]
+    cases += [(2, scale, 32768) for scale in (4, 8, 12)]
+    for layers, scale, tokens in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            model = save_model(
+                Path(folder) / "model",
+                "llama",
+                torch.float32,
+                hidden_size=128 * scale,
+                intermediate_size=352 * scale,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                max_position_embeddings=SEQLEN,
+            )
+            plan = command("plan", "--model", model, *flags(tokens))
+            found = command(
+                "expand",
+                "--model",
+                model,
+                "--dataset",
+                "pydoc",
+                "--output",
+                Path(folder) / "out",
+                *flags(tokens),
+            )
+        row = {
+            "layers": layers,
+            "hidden_size": 128 * scale,
+            "tokens": tokens,
+            "measured_bytes": found["peak_memory_bytes"],
+            "plan_bytes": plan["memory_bytes"]["peak"],
+            "seconds": found["seconds"]["expand"],
+        }
+        ratio = row["measured_bytes"] / row["plan_bytes"]
+        print(
+            f"{layers:>6} {128 * scale:>6} {tokens:>8} {row['measured_bytes'] / 1e6:>12.0f} "
+            f"{row['plan_bytes'] / 1e6:>8.0f} {ratio:>6.2f}"
+        )
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
