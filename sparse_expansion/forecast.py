@@ -23,6 +23,7 @@ from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.model.streaming import TOKENS_PER_FORWARD
 from sparse_expansion.plan import (
+    REDUCE_FAN_IN,
     GroupShape,
     ModelShape,
     expansion_units,
@@ -30,6 +31,7 @@ from sparse_expansion.plan import (
     gathered_bytes,
     gathered_ranges,
     group_shape,
+    hands_on_sums,
 )
 from sparse_expansion.stages import CHUNK_TOKENS, TRUNK_SHARD_BYTES, Unit
 
@@ -227,8 +229,8 @@ def worker_memory(
     }
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
-        largest = max(group.width for group in shape.groups)
-        held["values"] = max(fit * widths, tokens * largest) * item
+        gathered = max(_gathered_bytes(config, group.width, item) for group in shape.groups)
+        held["values"] = max(fit * widths * item, gathered)
     memory = {
         **{f"held: {name}": value for name, value in held.items()},
         **{f"stage: {name}": value for name, value in stages.items()},
@@ -240,6 +242,15 @@ def worker_memory(
         on_card["capture"] -= 2 * shard_tokens * hidden * item
         memory["gpu_peak"] = max(on_card.values()) + sizes.vocabulary_parameters * item
     return memory
+
+
+def _gathered_bytes(config: RunConfig, width: int, item: int) -> int:
+    """What all shards together hand on for a group at a time."""
+    clusters, shards = config.routing.num_clusters, config.calibration.num_shards
+    if hands_on_sums(config, width, item):
+        # Added up as soon as there are enough: one level of the tree, and the one above it.
+        shards = min(shards, 2 * REDUCE_FAN_IN)
+    return clusters * shards * gathered_bytes(config, width, item)
 
 
 def _trunk_bytes(shape: ModelShape, sizes: _Sizes) -> int:

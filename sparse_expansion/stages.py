@@ -44,7 +44,7 @@ from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllS
 
 CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
-FREED_BYTES_KEPT = 1 << 30
+FREED_BYTES_KEPT = 256 << 20
 TRUNK_SHARD_BYTES = 4 << 30
 
 

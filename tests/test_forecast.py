@@ -114,5 +114,5 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tokenizer, text_folder, clu
     plan = result("plan", *flags.split())
     output = ["--dataset", str(text_folder), "--output", str(tmp_path / "out"), "--threads", "2"]
     found = result("expand", *flags.split(), *output)
-    assert plan["memory_bytes"]["peak"] > 1_500_000_000
+    assert plan["memory_bytes"]["peak"] > 1.8 * plan["memory_bytes"]["held: libraries"]
     assert found["peak_memory_bytes"] == pytest.approx(plan["memory_bytes"]["peak"], rel=0.2)

@@ -51,15 +51,6 @@ def split(
 
 
 @_jit
-def count_true(mask: Array) -> int:
-    """Ones of a flat uint8 mask."""
-    total = 0
-    for i in range(mask.size):
-        total += mask[i]
-    return total
-
-
-@_jit
 def compact(values: Array, mask: Array, out: Array) -> None:
     """Values where the mask is 1, in order; ``out`` has exactly that many."""
     last = out.size - 1

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms.kernels import (
+    MIN_SLICE,
     Array,
     compact,
-    count_true,
     decode_patterns,
     dequantize,
     encode_patterns,
@@ -261,13 +261,16 @@ def _pack_patterns(mask: Array, layout: PackedLayout) -> torch.Tensor:
     assert layout.group is not None
     rest = layout.columns % layout.group
     fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
-    bad = encode_patterns(
-        mask,
-        layout.group,
-        _index_of(layout.group, layout.group_kept),
-        _index_of(rest, layout.rest_kept),
-        fields,
-    )
+    full_index = _index_of(layout.group, layout.group_kept)
+    rest_index = _index_of(rest, layout.rest_kept)
+    bad = 0
+
+    def work(first: int, last: int) -> None:
+        nonlocal bad
+        rows = slice(first, last)
+        bad += encode_patterns(mask[rows], layout.group, full_index, rest_index, fields[rows])
+
+    split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
     if bad:
         raise ValueError(f"{bad} groups of {layout.group} do not keep {layout.group_kept} weights")
     return pack_codes(torch.from_numpy(fields), layout.pattern_bits)
@@ -297,7 +300,7 @@ class _Starts:
         self.flat = flat
 
     def __getitem__(self, position: int) -> int:
-        return int(count_true(self.flat[:position]))
+        return int(np.count_nonzero(self.flat[:position].view(np.bool_)))
 
 
 def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
@@ -315,16 +318,20 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
         fields = unpack_codes(tensors["patterns"], count, layout.pattern_bits, torch.uint16)
         rest = layout.columns % layout.group
         kept = torch.empty(layout.shape, dtype=torch.bool)
-        bad = decode_patterns(
-            fields.numpy().reshape(layout.rows, -1),
-            layout.group,
-            _patterns(layout.group, layout.group_kept),
-            _patterns(rest, layout.rest_kept),
-            kept.numpy().view(np.uint8),
-        )
+        index, mask = fields.numpy().reshape(layout.rows, -1), kept.numpy().view(np.uint8)
+        full = _patterns(layout.group, layout.group_kept)
+        short = _patterns(rest, layout.rest_kept)
+        bad = 0
+
+        def work(first: int, last: int) -> None:
+            nonlocal bad
+            rows = slice(first, last)
+            bad += decode_patterns(index[rows], layout.group, full, short, mask[rows])
+
+        split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
         if bad:
             raise ValueError(f"{bad} pattern indices are out of range")
-    found = int(count_true(kept.numpy().view(np.uint8).reshape(-1)))
+    found = int(np.count_nonzero(kept.numpy()))
     if found != layout.num_kept:
         raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
     return kept
