@@ -10,6 +10,8 @@ from sparse_expansion.execution.base import Progress
 
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 0.2
+LEAST_SHARE = 0.02
+"""Of the work, before it says anything about the time that is left."""
 
 
 class ProgressLine:
@@ -49,7 +51,6 @@ class ProgressLine:
         self._last = now
         share = progress.cost_done / progress.cost_total if progress.cost_total else 1.0
         elapsed = now - self._begin
-        left = elapsed * (1 - share) / share if share > 0 else 0.0
         block = (
             f"block {progress.unit.layer + 1}/{self._num_blocks} · "
             if (progress.unit.layer >= 0 and self._title == "expand")
@@ -59,8 +60,9 @@ class ProgressLine:
             f"{self._title} · {block}{progress.unit.stage}",
             f"{100 * share:.0f} %",
             f"{_clock(elapsed)} gone",
-            f"{_clock(left)} left",
         ]
+        if share >= LEAST_SHARE:
+            parts.append(f"{_clock(elapsed * (1 - share) / share)} left")
         if progress.worker != "local":
             parts.append(progress.worker)
         if self._note:

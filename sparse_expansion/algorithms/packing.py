@@ -263,16 +263,17 @@ def _pack_patterns(mask: Array, layout: PackedLayout) -> torch.Tensor:
     fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
     full_index = _index_of(layout.group, layout.group_kept)
     rest_index = _index_of(rest, layout.rest_kept)
-    bad = 0
+    bad: list[int] = []
 
     def work(first: int, last: int) -> None:
-        nonlocal bad
         rows = slice(first, last)
-        bad += encode_patterns(mask[rows], layout.group, full_index, rest_index, fields[rows])
+        bad.append(encode_patterns(mask[rows], layout.group, full_index, rest_index, fields[rows]))
 
     split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
-    if bad:
-        raise ValueError(f"{bad} groups of {layout.group} do not keep {layout.group_kept} weights")
+    if sum(bad):
+        raise ValueError(
+            f"{sum(bad)} groups of {layout.group} do not keep {layout.group_kept} weights"
+        )
     return pack_codes(torch.from_numpy(fields), layout.pattern_bits)
 
 
@@ -321,16 +322,15 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
         index, mask = fields.numpy().reshape(layout.rows, -1), kept.numpy().view(np.uint8)
         full = _patterns(layout.group, layout.group_kept)
         short = _patterns(rest, layout.rest_kept)
-        bad = 0
+        bad: list[int] = []
 
         def work(first: int, last: int) -> None:
-            nonlocal bad
             rows = slice(first, last)
-            bad += decode_patterns(index[rows], layout.group, full, short, mask[rows])
+            bad.append(decode_patterns(index[rows], layout.group, full, short, mask[rows]))
 
         split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
-        if bad:
-            raise ValueError(f"{bad} pattern indices are out of range")
+        if sum(bad):
+            raise ValueError(f"{sum(bad)} pattern indices are out of range")
     found = int(np.count_nonzero(kept.numpy()))
     if found != layout.num_kept:
         raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
