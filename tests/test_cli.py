@@ -53,7 +53,9 @@ def test_flags_reach_the_settings():
     assert (parsed.compression.sparsity.pruned, parsed.compression.sparsity.group) == (2, 4)
 
 
-@pytest.mark.parametrize("command", ["run", "expand", "evaluate", "plan", "analyze", "export", "report"])
+@pytest.mark.parametrize(
+    "command", ["run", "expand", "evaluate", "plan", "analyze", "export", "report"]
+)
 def test_help_has_examples(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
