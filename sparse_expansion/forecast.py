@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import RunConfig
+from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.model.streaming import TOKENS_PER_FORWARD
@@ -33,13 +34,11 @@ from sparse_expansion.plan import (
     group_shape,
     hands_on_sums,
 )
-from sparse_expansion.stages import CHUNK_TOKENS, TRUNK_SHARD_BYTES, Unit
+from sparse_expansion.stages import CHUNK_TOKENS, TRUNK_SHARD_BYTES, Unit, captured_bytes
 
 FLOAT32_BYTES = 4
 OBJECT_STORE_SHARE = 0.3
 """Share of a machine's memory that Ray gives to its object store."""
-VALUE_SHARE = 0.6
-"""Share of the object store that values between units may fill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,6 @@ class _Sizes:
     block_parameters: int
     vocabulary_parameters: int
     intermediate: int
-    heads: int
 
 
 def forecast(
@@ -116,7 +114,7 @@ def forecast(
         "captured_bytes_per_block": sum(unit.cache_bytes for unit in units if unit.layer == 0),
         "config": config.to_dict(),
     }
-    result |= _time(config, units, cluster, sizes, 4 * activation_bytes)
+    result |= _time(config, units, cluster, sizes, captured_bytes(activation_bytes))
     result["verdict"] = _verdict(config, shape, sizes, cluster, result, activation_bytes)
     return result
 
@@ -156,7 +154,6 @@ def _measure(config: RunConfig, model_config: Any) -> tuple[ModelShape, _Sizes, 
         block_parameters=block_parameters,
         vocabulary_parameters=parameters - num_layers * block_parameters,
         intermediate=max(group.width for group in groups),
-        heads=int(model_config.num_attention_heads),
     )
     shape = ModelShape(num_layers, int(model_config.hidden_size), tuple(groups), item)
     return shape, sizes, expert_bytes, routing_bytes
@@ -225,7 +222,7 @@ def worker_memory(
     held = {
         "libraries": 700 << 20,
         "embedding_and_head": sizes.vocabulary_parameters * item,
-        "captured": int(min(captured * share, 4 * activation_bytes)),
+        "captured": int(min(captured * share, captured_bytes(activation_bytes))),
     }
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
@@ -287,7 +284,7 @@ def _value_bytes(units: list[Unit]) -> int:
 
 
 def _time(
-    config: RunConfig, units: list[Unit], cluster: Cluster, sizes: _Sizes, captured_bytes: int
+    config: RunConfig, units: list[Unit], cluster: Cluster, sizes: _Sizes, kept_bytes: int
 ) -> dict[str, Any]:
     handed = {unit.key: unit.output_bytes / max(1, len(unit.outputs)) for unit in units}
 
@@ -310,7 +307,7 @@ def _time(
         seconds=seconds,
         move_seconds=lambda unit: unit.move_cost / cluster.flops_per_second,
         captures_first=config.calibration.calibration_inputs == "dense",
-        captured_bytes=captured_bytes,
+        captured_bytes=kept_bytes,
         value_budget=budget,
     )
     by_stage: Counter[str] = Counter()

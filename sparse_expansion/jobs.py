@@ -228,7 +228,7 @@ def assemble(prepared: Prepared, store: Store) -> None:
     """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
     weight_map: dict[str, str] = {}
     manifest: dict[str, Any] = {}
-    total = 0
+    total = trunk = 0
     for unit in prepared.units:
         if unit.stage not in ("trunk", "router", "experts"):
             continue
@@ -240,6 +240,7 @@ def assemble(prepared: Prepared, store: Store) -> None:
                 weight_map[tensor] = name
                 manifest[tensor] = {"file": name, **described}
                 total += described["bytes"]
+                trunk += described["bytes"] if unit.stage == "trunk" else 0
     store.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in sorted(prepared.shell.folder.iterdir()):
         if path.is_file() and is_companion(path.name):
@@ -259,7 +260,7 @@ def assemble(prepared: Prepared, store: Store) -> None:
         {
             "format_version": FORMAT_VERSION,
             "bytes": total,
-            "bare_bytes": bare_bytes(prepared),
+            "bare_bytes": trunk + bare_bytes(prepared),
             "tensors": manifest,
         },
     )
@@ -271,14 +272,12 @@ def bare_bytes(prepared: Prepared) -> float:
     """The information in the expanded weights: a count to hold the files' size against.
 
     Bits of a mask (one per weight, or ``log2`` of the number of patterns per N:M group), of kept
-    values or codes, and of scales and zero points; what is not expanded as it is in the source.
+    values or codes, of scales and zero points, and of routers.
     """
     config = prepared.config
     shell = prepared.shell
     item = shell.dtype.itemsize
     total = 0.0
-    for name in shell.trunk_names():
-        total += shell.read(name).numel() * item
     for layer in range(shell.num_blocks):
         for group in shell.family.groups:
             for position, linear in enumerate(group.linears):

@@ -100,7 +100,7 @@ class WorkerSpec:
     @property
     def captured_bytes(self) -> int:
         """Captured activations kept at all, in memory and in scratch files."""
-        return 4 * self.activation_bytes
+        return captured_bytes(self.activation_bytes)
 
 
 @dataclass
@@ -572,6 +572,11 @@ def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
 def hidden_file(layer: int, shard: int) -> str:
     """File of one shard's hidden states before a block."""
     return f"run/hidden/layer-{layer:03d}-shard-{shard:03d}.safetensors"
+
+
+def captured_bytes(activation_bytes: int) -> int:
+    """Captured activations that a worker keeps, scratch files included."""
+    return 4 * activation_bytes
 
 
 def keep_freed_memory() -> None:

@@ -25,6 +25,9 @@ from collections import defaultdict
 from sparse_expansion.execution.base import Schedule, unit_order
 from sparse_expansion.stages import Unit
 
+VALUE_SHARE = 0.6
+"""Share of the object store that values between units may fill."""
+
 Order = tuple[float, ...]
 Heap = list[tuple[Order, str]]
 

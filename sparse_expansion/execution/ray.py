@@ -35,7 +35,7 @@ from ray.exceptions import (
 from ray.util.metrics import Counter, Gauge
 
 from sparse_expansion.execution.base import Observer, Progress, Schedule
-from sparse_expansion.execution.dispatch import Dispatcher
+from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.stages import Unit, UnitReport, Worker, WorkerSpec
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 
@@ -301,7 +301,7 @@ class _Run:
             num_workers=executor.num_workers,
             captures_first=calibration.calibration_inputs == "dense",
             captured_bytes=executor.spec.captured_bytes,
-            value_budget=0.6 * store,
+            value_budget=VALUE_SHARE * store,
         )
         for handle in executor._handles.values():
             handle.busy = False
