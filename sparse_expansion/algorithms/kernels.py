@@ -50,67 +50,131 @@ def split(
         done.result()
 
 
-@_jit
-def compact(values: Array, mask: Array, out: Array) -> None:
-    """Values where the mask is 1, in order; ``out`` has exactly that many."""
-    last = out.size - 1
-    position = 0
-    for i in range(values.size):
-        if position > last:
-            break
-        # Written always, kept only where the mask says so: no branch to mispredict.
-        out[position] = values[i]
-        position += mask[i]
+BITS = np.arange(256, dtype=np.uint8)[:, None] >> np.arange(8, dtype=np.uint8) & 1
+"""The bits of every byte, the lowest first."""
+ONES = BITS.sum(axis=1, dtype=np.int64)
+"""How many bits of every byte are set."""
+BEFORE = (np.cumsum(BITS, axis=1, dtype=np.uint8) - BITS).astype(np.uint8)
+"""Bits set below every bit of a byte."""
+PLACES = np.argsort(1 - BITS, axis=1, kind="stable").astype(np.uint8)
+"""Where a byte's set bits are, in order (then where the others are)."""
 
 
 @_jit
-def scatter(values: Array, mask: Array, out: Array) -> None:
-    """``values`` in order to where the mask is 1, zero elsewhere; ``values`` is not empty."""
-    last = values.size - 1
+def count_ones(stream: Array) -> int:
+    """Bits set in a stream of bytes."""
+    found = 0
+    for byte in stream:
+        found += ONES[byte]
+    return found
+
+
+@_jit
+def compact(values: Array, stream: Array, out: Array) -> None:
+    """Values whose bit in the stream is set, in order; ``out`` has exactly that many."""
     position = 0
+    whole = values.size // 8
+    for i in range(whole):
+        byte = stream[i]
+        if position + 8 <= out.size:
+            # All eight are written, the set ones first; the next byte overwrites the others.
+            for j in range(8):
+                out[position + j] = values[8 * i + PLACES[byte, j]]
+        else:
+            for j in range(ONES[byte]):
+                out[position + j] = values[8 * i + PLACES[byte, j]]
+        position += ONES[byte]
+    for j in range(values.size - 8 * whole):
+        if stream[whole] >> j & 1:
+            out[position] = values[8 * whole + j]
+            position += 1
+
+
+@_jit
+def scatter(values: Array, stream: Array, out: Array) -> None:
+    """``values`` in order to where the stream's bits are set, zero elsewhere."""
+    position = 0
+    whole = out.size // 8
     zero = values[0] & 0
-    for i in range(mask.size):
-        value = values[min(position, last)]
-        out[i] = value if mask[i] else zero
-        position += mask[i]
+    for i in range(whole):
+        byte = stream[i]
+        if position + 8 <= values.size:
+            # Eight loads that do not wait for one another, and no branch to mispredict.
+            for j in range(8):
+                value = values[position + BEFORE[byte, j]]
+                out[8 * i + j] = value if byte >> j & 1 else zero
+        else:
+            for j in range(8):
+                if byte >> j & 1:
+                    out[8 * i + j] = values[position + BEFORE[byte, j]]
+                else:
+                    out[8 * i + j] = zero
+        position += ONES[byte]
+    for i in range(8 * whole, out.size):
+        out[i] = zero
+        if stream[whole] >> (i - 8 * whole) & 1:
+            out[i] = values[position]
+            position += 1
 
 
 @_jit
 def dequantize(
-    codes: Array, mask: Array, scale: Array, zero_point: Array, group_size: int, out: Array
+    codes: Array, stream: Array, scale: Array, zero_point: Array, group_size: int, out: Array
 ) -> None:
-    """``scale * (code - zero_point)`` in float32 where the mask is 1, zero elsewhere.
+    """``scale * (code - zero_point)`` in float32 where the stream's bits are set, zero elsewhere.
 
-    ``mask`` and ``out`` are ``[rows, columns]``; ``codes`` are the kept ones, in order.
+    ``out`` is ``[rows, columns]``; ``codes`` are the kept ones, in order.
     """
-    last = codes.size - 1
     position = 0
+    columns = out.shape[1]
     for row in range(out.shape[0]):
-        for first in range(0, out.shape[1], group_size):
-            group = first // group_size
-            s = scale[row, group]
-            z = zero_point[row, group]
-            for column in range(first, min(first + group_size, out.shape[1])):
-                keep = mask[row, column]
-                value = s * (np.float32(codes[min(position, last)]) - z)
-                out[row, column] = value if keep else np.float32(0)
-                position += keep
+        for first in range(0, columns, group_size):
+            s = scale[row, first // group_size]
+            z = zero_point[row, first // group_size]
+            column = first
+            end = min(first + group_size, columns)
+            while column < end:
+                place = row * columns + column
+                byte = stream[place >> 3]
+                low = place & 7
+                count = min(8 - low, end - column)
+                if count == 8 and position + 8 <= codes.size:
+                    for j in range(8):
+                        value = s * (np.float32(codes[position + BEFORE[byte, j]]) - z)
+                        out[row, column + j] = value if byte >> j & 1 else np.float32(0)
+                    position += ONES[byte]
+                else:
+                    for j in range(count):
+                        if byte >> (low + j) & 1:
+                            out[row, column + j] = s * (np.float32(codes[position]) - z)
+                            position += 1
+                        else:
+                            out[row, column + j] = np.float32(0)
+                column += count
 
 
 @_jit
 def encode_patterns(
-    mask: Array, group: int, index_of: Array, index_of_rest: Array, fields: Array
+    stream: Array, columns: int, group: int, index_of: Array, index_of_rest: Array, fields: Array
 ) -> int:
-    """Index of every group's pattern of ones; returns how many groups have no index (65535)."""
+    """Index of every group's pattern of ones; returns how many groups have no index (65535).
+
+    ``fields`` is ``[rows, groups]``; the stream has ``columns`` bits per row.
+    """
     bad = 0
-    columns = mask.shape[1]
-    for row in range(mask.shape[0]):
+    buffer = np.uint64(0)
+    filled = 0
+    position = 0
+    for row in range(fields.shape[0]):
         for number in range(fields.shape[1]):
-            first = number * group
-            size = min(group, columns - first)
-            pattern = 0
-            for j in range(size):
-                pattern |= int(mask[row, first + j]) << j
+            size = min(group, columns - number * group)
+            while filled < size:
+                buffer |= np.uint64(stream[position]) << np.uint64(filled)
+                position += 1
+                filled += 8
+            pattern = buffer & ((np.uint64(1) << np.uint64(size)) - np.uint64(1))
+            buffer >>= np.uint64(size)
+            filled -= size
             field = index_of[pattern] if size == group else index_of_rest[pattern]
             bad += field == 65535
             fields[row, number] = field
@@ -119,23 +183,30 @@ def encode_patterns(
 
 @_jit
 def decode_patterns(
-    fields: Array, group: int, patterns: Array, patterns_of_rest: Array, mask: Array
+    fields: Array, columns: int, group: int, patterns: Array, patterns_of_rest: Array, out: Array
 ) -> int:
     """Inverse of ``encode_patterns``; returns how many fields are out of range."""
     bad = 0
-    columns = mask.shape[1]
-    for row in range(mask.shape[0]):
+    buffer = np.uint64(0)
+    filled = 0
+    position = 0
+    for row in range(fields.shape[0]):
         for number in range(fields.shape[1]):
-            first = number * group
-            size = min(group, columns - first)
+            size = min(group, columns - number * group)
             table = patterns if size == group else patterns_of_rest
             field = fields[row, number]
             if field >= table.size:
                 bad += 1
                 field = 0
-            pattern = table[field]
-            for j in range(size):
-                mask[row, first + j] = (pattern >> j) & 1
+            buffer |= np.uint64(table[field]) << np.uint64(filled)
+            filled += size
+            while filled >= 8:
+                out[position] = buffer & np.uint64(255)
+                position += 1
+                buffer >>= np.uint64(8)
+                filled -= 8
+    if filled:
+        out[position] = buffer & np.uint64(255)
     return bad
 
 

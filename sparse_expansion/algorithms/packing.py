@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from sparse_expansion.algorithms.kernels import (
     MIN_SLICE,
     Array,
     compact,
+    count_ones,
     decode_patterns,
     dequantize,
     encode_patterns,
@@ -147,8 +149,15 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Bool tensor -> uint8 stream of ``ceil(numel / 8)`` bytes."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+    """Bool tensor -> uint8 stream of ``ceil(numel / 8)`` bytes; unused bits are zero."""
+    flat = np.ascontiguousarray(mask.cpu().numpy()).reshape(-1)
+    out = np.empty(packed_bytes(len(flat), 1), dtype=np.uint8)
+
+    def work(first: int, last: int) -> None:
+        out[first // 8 : packed_bytes(last, 1)] = np.packbits(flat[first:last], bitorder="little")
+
+    split(len(flat), 8, work)
+    return torch.from_numpy(out)
 
 
 def unpack_mask(stream: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -240,12 +249,11 @@ def pack_expert(
         ValueError: the mask does not fit the layout.
     """
     tensors: dict[str, torch.Tensor] = {}
-    mask = np.ascontiguousarray(kept_OD.cpu().numpy()).view(np.uint8)
+    mask = pack_mask(kept_OD)
     if layout.is_sparse:
-        if int(kept_OD.sum()) != layout.num_kept:
-            raise ValueError(f"mask keeps {int(kept_OD.sum())} weights, {layout.num_kept} expected")
+        _check_kept(mask, layout)
         if layout.group is None:
-            tensors["bitmask"] = pack_mask(kept_OD)
+            tensors["bitmask"] = mask
         else:
             tensors["patterns"] = _pack_patterns(mask, layout)
     if layout.bits is None:
@@ -257,51 +265,72 @@ def pack_expert(
     return tensors
 
 
-def _pack_patterns(mask: Array, layout: PackedLayout) -> torch.Tensor:
+def _check_kept(mask: torch.Tensor, layout: PackedLayout) -> None:
+    found = count_ones(mask.numpy())
+    if found != layout.num_kept:
+        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
+
+
+def _over_rows(layout: PackedLayout, work: Callable[[slice, slice], None]) -> None:
+    """Call ``work(rows, bytes of the mask)``; eight rows fill whole bytes of any stream."""
+
+    def part(first: int, last: int) -> None:
+        columns = layout.columns
+        work(slice(first, last), slice(first * columns // 8, packed_bytes(last * columns, 1)))
+
+    split(layout.rows, 8, part, least=-(-MIN_SLICE // layout.columns))
+
+
+def _pack_patterns(mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     assert layout.group is not None
-    rest = layout.columns % layout.group
+    group, columns = layout.group, layout.columns
+    rest = columns % group
     fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
-    full_index = _index_of(layout.group, layout.group_kept)
+    full_index = _index_of(group, layout.group_kept)
     rest_index = _index_of(rest, layout.rest_kept)
+    stream = mask.numpy()
     bad: list[int] = []
 
-    def work(first: int, last: int) -> None:
-        rows = slice(first, last)
-        bad.append(encode_patterns(mask[rows], layout.group, full_index, rest_index, fields[rows]))
-
-    split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
-    if sum(bad):
-        raise ValueError(
-            f"{sum(bad)} groups of {layout.group} do not keep {layout.group_kept} weights"
+    def work(rows: slice, part: slice) -> None:
+        bad.append(
+            encode_patterns(stream[part], columns, group, full_index, rest_index, fields[rows])
         )
+
+    _over_rows(layout, work)
+    if sum(bad):
+        raise ValueError(f"{sum(bad)} groups of {group} do not keep {layout.group_kept} weights")
     return pack_codes(torch.from_numpy(fields), layout.pattern_bits)
 
 
-def _compact(tensor: torch.Tensor, mask: Array, layout: PackedLayout) -> torch.Tensor:
+def _compact(tensor: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     if not layout.is_sparse:
         return tensor.reshape(-1)
-    source = tensor.view(_UNSIGNED[tensor.element_size()]).numpy().reshape(-1)
-    flat = mask.reshape(-1)
+    unsigned = _UNSIGNED[tensor.element_size()]
+    source = tensor.view(unsigned).numpy().reshape(-1)
     out = torch.empty(layout.num_kept, dtype=tensor.dtype)
-    target = out.view(_UNSIGNED[tensor.element_size()]).numpy()
-    starts = _Starts(flat)
+    target = out.view(unsigned).numpy()
+    stream = mask.numpy()
+    starts = _Starts(stream, layout.num_kept)
 
     def work(first: int, last: int) -> None:
-        begin, end = starts[first], starts[last]
-        compact(source[first:last], flat[first:last], target[begin:end])
+        part = stream[first // 8 : packed_bytes(last, 1)]
+        compact(source[first:last], part, target[starts[first] : starts[last]])
 
-    split(len(flat), 1, work)
+    split(len(source), 8, work)
     return out
 
 
 class _Starts:
-    """Kept weights before a position, counted once per position asked for."""
+    """Kept weights before a position."""
 
-    def __init__(self, flat: Array) -> None:
-        self.flat = flat
+    def __init__(self, stream: Array, total: int) -> None:
+        self.stream = stream
+        self.total = total
 
     def __getitem__(self, position: int) -> int:
-        return int(np.count_nonzero(self.flat[:position].view(np.bool_)))
+        if position >= 8 * len(self.stream) - 7:
+            return self.total
+        return int(count_ones(self.stream[: position // 8]))
 
 
 def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
@@ -312,29 +341,40 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
     """
     if not layout.is_sparse:
         return torch.ones(layout.shape, dtype=torch.bool)
+    return unpack_mask(_bitmask(tensors, layout), layout.shape)
+
+
+def _bitmask(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+    """Which weights are kept, as a stream of bits; see ``unpack_kept``."""
     if layout.group is None:
-        kept = unpack_mask(tensors["bitmask"], layout.shape)
+        mask = tensors["bitmask"].cpu()
+        _check_length(mask, packed_bytes(layout.rows * layout.columns, 1))
     else:
-        count = layout.rows * layout.groups_per_row
-        fields = unpack_codes(tensors["patterns"], count, layout.pattern_bits, torch.uint16)
-        rest = layout.columns % layout.group
-        kept = torch.empty(layout.shape, dtype=torch.bool)
-        index, mask = fields.numpy().reshape(layout.rows, -1), kept.numpy().view(np.uint8)
-        full = _patterns(layout.group, layout.group_kept)
-        short = _patterns(rest, layout.rest_kept)
-        bad: list[int] = []
+        mask = _unpack_patterns(tensors["patterns"], layout)
+    if layout.rows * layout.columns % 8 and int(mask[-1]) >> layout.rows * layout.columns % 8:
+        raise ValueError("bits after the last weight of the mask are set")
+    _check_kept(mask, layout)
+    return mask
 
-        def work(first: int, last: int) -> None:
-            rows = slice(first, last)
-            bad.append(decode_patterns(index[rows], layout.group, full, short, mask[rows]))
 
-        split(layout.rows, 1, work, least=-(-MIN_SLICE // layout.columns))
-        if sum(bad):
-            raise ValueError(f"{sum(bad)} pattern indices are out of range")
-    found = int(np.count_nonzero(kept.numpy()))
-    if found != layout.num_kept:
-        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
-    return kept
+def _unpack_patterns(patterns: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    assert layout.group is not None
+    group, columns = layout.group, layout.columns
+    rest = columns % group
+    count = layout.rows * layout.groups_per_row
+    fields = unpack_codes(patterns, count, layout.pattern_bits, torch.uint16)
+    index = fields.numpy().reshape(layout.rows, -1)
+    full, short = _patterns(group, layout.group_kept), _patterns(rest, layout.rest_kept)
+    stream = np.zeros(packed_bytes(layout.rows * columns, 1), dtype=np.uint8)
+    bad: list[int] = []
+
+    def work(rows: slice, part: slice) -> None:
+        bad.append(decode_patterns(index[rows], columns, group, full, short, stream[part]))
+
+    _over_rows(layout, work)
+    if sum(bad):
+        raise ValueError(f"{sum(bad)} pattern indices are out of range")
+    return torch.from_numpy(stream)
 
 
 def unpack_expert(
@@ -357,62 +397,63 @@ def unpack_expert(
     Raises:
         ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
-    kept = unpack_kept(tensors, layout)
+    on_cpu = torch.device(device).type == "cpu"
     if grid is None:
         values = tensors["values"]
         if values.numel() != layout.num_kept:
             raise ValueError(f"{values.numel()} values, {layout.num_kept} expected")
         if not layout.is_sparse:
             return values.to(device=device, dtype=dtype).reshape(layout.shape).clone()
-        if torch.device(device).type != "cpu":
-            dense = torch.zeros(layout.shape, dtype=dtype, device=device)
-            return dense.masked_scatter_(kept.to(device), values.to(device=device, dtype=dtype))
-        return _scatter(values.to(dtype), kept)
+        if on_cpu:
+            return _scatter(values.to(dtype), _bitmask(tensors, layout), layout)
+        kept = unpack_kept(tensors, layout).to(device)
+        dense = torch.zeros(layout.shape, dtype=dtype, device=device)
+        return dense.masked_scatter_(kept, values.to(device=device, dtype=dtype))
     codes = unpack_codes(tensors["codes"], layout.num_kept, grid.bits)
-    if torch.device(device).type != "cpu":
-        return _dequantize_on_device(codes, kept, grid, device).to(dtype)
-    return _dequantize(codes, kept, grid).to(dtype)
+    if not on_cpu:
+        return _dequantize_on_device(codes, unpack_kept(tensors, layout), grid, device).to(dtype)
+    if not layout.is_sparse:
+        mask = torch.full((packed_bytes(layout.num_kept, 1),), 255, dtype=torch.uint8)
+    else:
+        mask = _bitmask(tensors, layout)
+    return _dequantize(codes, mask, grid, layout).to(dtype)
 
 
-def _scatter(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros(kept.shape, dtype=values.dtype)
+def _scatter(values: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     if not values.numel():
-        return out
+        return torch.zeros(layout.shape, dtype=values.dtype)
+    out = torch.empty(layout.shape, dtype=values.dtype)
     unsigned = _UNSIGNED[values.element_size()]
     source = values.contiguous().view(unsigned).numpy()
     target = out.view(unsigned).numpy().reshape(-1)
-    flat = kept.numpy().view(np.uint8).reshape(-1)
-    starts = _Starts(flat)
+    stream = mask.numpy()
+    starts = _Starts(stream, layout.num_kept)
 
     def work(first: int, last: int) -> None:
-        begin = starts[first]
-        if begin < len(source):
-            scatter(source[begin:], flat[first:last], target[first:last])
+        # The first value is read even where none is kept.
+        begin = min(starts[first], len(source) - 1)
+        scatter(source[begin:], stream[first // 8 : packed_bytes(last, 1)], target[first:last])
 
-    split(len(flat), 1, work)
+    split(len(target), 8, work)
     return out
 
 
-def _dequantize(codes: torch.Tensor, kept: torch.Tensor, grid: AffineGrid) -> torch.Tensor:
-    out = torch.zeros(kept.shape, dtype=torch.float32)
-    if not codes.numel():
-        return out
-    source, target = codes.numpy(), out.numpy()
-    mask = kept.numpy().view(np.uint8)
+def _dequantize(
+    codes: torch.Tensor, mask: torch.Tensor, grid: AffineGrid, layout: PackedLayout
+) -> torch.Tensor:
+    out = torch.empty(layout.shape, dtype=torch.float32)
+    source, target, stream = codes.numpy(), out.numpy(), mask.numpy()
     scale = grid.scale_OG.float().cpu().contiguous().numpy()
     zero = grid.zero_point_OG.float().cpu().contiguous().numpy()
-    columns = kept.shape[1]
-    starts = _Starts(mask.reshape(-1))
+    starts = _Starts(stream, layout.num_kept)
 
-    def work(first: int, last: int) -> None:
-        rows = slice(first // columns, last // columns)
-        begin = starts[first]
-        if begin < len(source):
-            dequantize(
-                source[begin:], mask[rows], scale[rows], zero[rows], grid.group_size, target[rows]
-            )
+    def work(rows: slice, part: slice) -> None:
+        begin = starts[8 * part.start]
+        dequantize(
+            source[begin:], stream[part], scale[rows], zero[rows], grid.group_size, target[rows]
+        )
 
-    split(mask.size, columns, work)
+    _over_rows(layout, work)
     return out
 
 

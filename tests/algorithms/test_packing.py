@@ -156,3 +156,10 @@ def test_what_does_not_fit_is_refused():
     streams = {"patterns": torch.tensor([0], dtype=torch.uint8), "values": torch.ones(3)}
     with pytest.raises(ValueError, match="3 values, 4 expected"):
         packing.unpack_expert(streams, layout=n_m, grid=None, dtype=torch.float32)
+
+
+def test_bits_after_the_last_weight_are_refused():
+    wanted = layout((1, 4), "0.5")
+    streams = {"bitmask": torch.tensor([0b10011], dtype=torch.uint8), "values": torch.ones(2)}
+    with pytest.raises(ValueError, match="bits after the last weight"):
+        packing.unpack_expert(streams, layout=wanted, grid=None, dtype=torch.float32)
