@@ -3,15 +3,17 @@
 Rules, in order:
 
 1. A unit whose affinity (a captured block's shard) is cached by a live worker goes to that worker.
-2. Free workers pull the other ready units: first those that hand values on (others wait for
-   them, the budget of rule 4 bounds them), then earlier blocks, earlier stages, the largest. With
-   ``dense`` calibration, captures come before all, since every other block waits for them, but at
-   most ``window`` blocks beyond the first unfinished one, so that captured activations stay
-   bounded.
+2. Free workers pull the other ready units: earlier blocks, earlier stages, the largest first.
+   While fewer than two units per worker are ready that hand nothing on, those that do come before
+   (others wait for them); beyond that they would only fill memory. With ``dense`` calibration and
+   several workers, captures come before all, since every other block waits for them, but at most
+   ``window`` blocks beyond the first unfinished one: as many as keep the workers busy, and fit.
 3. A worker with nothing to do takes over a whole affinity of a busy worker, if the work queued
    there is more than making the cache again.
 4. Values handed on are bounded: a unit that would exceed ``value_budget`` bytes waits, unless
-   nothing runs and nothing else can start.
+   nothing runs and nothing else can start. What the next consumer (an expert unit) still waits
+   for has the whole budget; what later ones wait for leaves room for it, or values that no one
+   can use yet would fill the memory. Units that take in as much as they hand on never wait.
 
 Every decision looks at the heads of a few heaps; nothing here grows with the number of waiting
 units or of idle workers.
@@ -46,6 +48,58 @@ class _Queue:
         return self.valued if unit.output_bytes else self.plain
 
 
+class _Feeding:
+    """Which units make values for which consumer, and which consumer is the next to be fed.
+
+    A consumer hands nothing on: values end there. A unit that feeds several belongs to the first.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        units = schedule.units
+        consumers = sorted(
+            (unit for unit in units.values() if unit.inputs and not unit.output_bytes),
+            key=unit_order,
+        )
+        self.place: dict[str, int] = {}
+        """Unit -> position of the consumer that it feeds."""
+        self.feeders: list[list[str]] = []
+        for position, consumer in enumerate(consumers):
+            found: list[str] = []
+            pending = [source for source, _ in consumer.inputs]
+            while pending:
+                key = pending.pop()
+                if key not in self.place:
+                    self.place[key] = position
+                    found.append(key)
+                    pending += [source for source, _ in units[key].inputs]
+            self.feeders.append(found)
+        self.most_bytes = max(
+            (sum(units[key].output_bytes for key in keys) for keys in self.feeders), default=0
+        )
+        self._next = 0
+        self._left = list(self.feeders[0]) if self.feeders else []
+
+    def is_ready(self, key: str) -> None:
+        """A unit has become ready; where its values were lost, an earlier consumer is the next."""
+        position = self.place.get(key, self._next)
+        if position < self._next:
+            self._next = position
+            self._left = list(self.feeders[position])
+
+    def is_next(self, unit: Unit) -> bool:
+        """Whether the unit feeds the first consumer whose values are not all made."""
+        while self._next < len(self.feeders):
+            while self._left and self._left[-1] in self.schedule.done:
+                self._left.pop()
+            if self._left:
+                break
+            self._next += 1
+            if self._next < len(self.feeders):
+                self._left = list(self.feeders[self._next])
+        return self.place.get(unit.key, 0) <= self._next
+
+
 class Dispatcher:
     """Assigns a schedule's ready units to workers."""
 
@@ -68,15 +122,18 @@ class Dispatcher:
             value_budget: bytes of values that may wait between units.
         """
         self.schedule = schedule
-        self.captures_first = captures_first
+        self.captures_first = captures_first and num_workers > 1
+        self.num_workers = num_workers
         block_bytes: dict[int, int] = defaultdict(int)
         for unit in schedule.units.values():
             block_bytes[unit.layer] += unit.cache_bytes
         largest = max(block_bytes.values(), default=0)
-        # As many blocks as fit the workers' caches; two at least, or nothing would overlap.
-        self.window = max(2.0, captured_bytes * num_workers // largest if largest else float("inf"))
+        fitting = captured_bytes * num_workers // largest if largest else float("inf")
+        # Two at least, or nothing would overlap.
+        self.window = max(2.0, min(num_workers + 1.0, fitting))
         self.value_budget = value_budget
         self.value_bytes = 0
+        self._feeding = _Feeding(schedule)
         self.owner: dict[str, str] = {}
         self.workers: set[str] = set()
         self._held: dict[str, int] = {}
@@ -98,11 +155,13 @@ class Dispatcher:
                 self._enqueue(key)
         self._owned.pop(worker, None)
 
-    def _order(self, unit: Unit) -> Order:
+    def _urgency(self, unit: Unit) -> Order:
+        """What comes first among the heads of the heaps."""
         layer, rank, cost, _ = unit_order(unit)
         if self.captures_first and unit.stage == "capture":
             return (0, layer, rank, cost)
-        return (1 if unit.output_bytes else 2, layer, rank, cost)
+        is_starving = len(self._shared.plain) < 2 * self.num_workers
+        return (1 if unit.output_bytes and is_starving else 2, layer, rank, cost)
 
     def _enqueue(self, key: str) -> None:
         if key not in self.schedule.ready:
@@ -113,7 +172,7 @@ class Dispatcher:
             queue = self._owned[self.owner[unit.affinity]]
             self._queued_of[unit.affinity].add(key)
             self._theft_is_useless = False
-        heapq.heappush(queue.heap_of(unit), (self._order(unit), key))
+        heapq.heappush(queue.heap_of(unit), (unit_order(unit)[:3], key))
 
     def _peek(self, heap: Heap, worker: str | None) -> Unit | None:
         """The first unit of a heap, if it may start now; stale entries are dropped."""
@@ -132,7 +191,14 @@ class Dispatcher:
     def _may_start(self, unit: Unit) -> bool:
         if unit.stage == "capture" and unit.layer >= self.schedule.first_open_layer + self.window:
             return False
-        return not unit.output_bytes or self.value_bytes + unit.output_bytes <= self.value_budget
+        if not unit.output_bytes:
+            return True
+        if 0 < unit.output_bytes <= sum(self._held.get(key, 0) for key, _ in unit.inputs):
+            return True
+        budget = self.value_budget
+        if not self._feeding.is_next(unit):
+            budget -= self._feeding.most_bytes
+        return self.value_bytes + unit.output_bytes <= budget
 
     def _heads(self, queue: _Queue, worker: str | None) -> list[Unit]:
         heads = (self._peek(heap, worker) for heap in (queue.captures, queue.valued, queue.plain))
@@ -142,6 +208,7 @@ class Dispatcher:
         """The unit that this free worker should start, or None; it is then to be started."""
         fresh, self.schedule.became_ready = self.schedule.became_ready, []
         for key in fresh:
+            self._feeding.is_ready(key)
             self._enqueue(key)
         # On equal terms its own work first: only this worker has the cache for it.
         shared = self._heads(self._shared, None)
@@ -149,7 +216,7 @@ class Dispatcher:
         if not candidates and self._steal(worker):
             candidates = self._heads(self._owned[worker], worker)
         if candidates:
-            unit = min(candidates, key=self._order)
+            unit = min(candidates, key=self._urgency)
         elif self.schedule.ready and not self.schedule.running:
             # The budget is less than one block needs: the only way on is over it.
             unit = min((self.schedule.units[key] for key in self.schedule.ready), key=unit_order)

@@ -1,5 +1,7 @@
 """The schedule and the dispatcher, without Ray: order, losses, bounds, a simulated cluster."""
 
+import itertools
+
 import pytest
 
 from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
@@ -117,6 +119,40 @@ def test_values_between_units_are_bounded():
     assert bounded.peak_value_bytes <= budget
 
 
+def test_one_worker_keeps_to_one_block():
+    """Running ahead would only fill memory: nobody else waits for the next block."""
+    all_units = units("dense", layers=8)
+    found = run(all_units, 1, captures_first=True)
+    layers = [unit.layer for _, unit in found.starts if unit.layer >= 0]
+    for first, later in itertools.pairwise(layers):
+        assert later >= first - 1
+    block = sum(unit.output_bytes for unit in all_units if unit.layer == 0)
+    assert found.peak_value_bytes <= 1.5 * block
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_captures_run_ahead_as_far_as_workers_need(workers):
+    ahead, done = 0, set()
+    for _, unit in run(units("dense", layers=16), workers, captures_first=True).starts:
+        if unit.stage == "capture":
+            ahead = max(ahead, unit.layer - len(done))
+        if unit.stage == "experts" and unit.layer > 0:
+            done.add(unit.layer - 1)
+    assert 0 < ahead <= workers + 2
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_a_small_budget_is_kept_and_costs_little(workers):
+    """Half-made values of many consumers must not take the room of the one that is next."""
+    all_units = units("dense", layers=4, shards=16, clusters=64)
+    first = next(unit for unit in all_units if unit.key.startswith("layer-000/down/experts-000"))
+    needed = 16 * next(u for u in all_units if u.key == first.inputs[1][0]).output_bytes
+    free = run(all_units, workers, captures_first=True)
+    tight = run(all_units, workers, captures_first=True, value_budget=2.0 * needed)
+    assert tight.peak_value_bytes <= 2.0 * needed < free.peak_value_bytes
+    assert tight.makespan < 1.25 * free.makespan
+
+
 def test_a_value_larger_than_the_budget_does_not_stop_the_run():
     all_units = units("dense", shards=8, clusters=32)
     block = sum(unit.output_bytes for unit in all_units if unit.layer == 0)
@@ -148,14 +184,16 @@ def test_decisions_do_not_slow_down_with_waiting_units_and_idle_workers(monkeypa
 def test_dense_captures_do_not_run_far_ahead():
     all_units = units("dense", layers=30, shards=2)
     block = sum(unit.cache_bytes for unit in all_units if unit.layer == 0)
-    found = run(all_units, 2, captures_first=True, captured_bytes=4 * block)
+    found = run(all_units, 8, captures_first=True, captured_bytes=block)
     position = {unit.key: i for i, (_, unit) in enumerate(found.starts)}
     for layer in range(8, 30):
         first = min(position[u.key] for u in all_units if u.layer == layer)
         before = [u for u in all_units if u.layer == layer - 8 and u.stage == "gather"]
         assert all(position[u.key] < first for u in before)
     assert any(  # but ahead they do run
-        position[u.key] < position["layer-000/up/router"] for u in all_units if u.layer == 4
+        position[u.key] < position["layer-000/down/experts-006-007"]
+        for u in all_units
+        if u.layer == 4
     )
 
 
