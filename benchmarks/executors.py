@@ -3,8 +3,8 @@
     python benchmarks/executors.py MODEL_FOLDER TEXT_FOLDER
 
 Every command is run as a user would run it, in turns, so that a slow minute of the machine falls
-on all of them. Reported: medians of the whole command's wall clock and of its `expand` stage.
-The folders that come out are compared byte by byte where the number of threads is the same.
+on all of them. Reported: the medians of the ratios of the whole commands' wall clocks. The folders
+that come out must be equal byte by byte.
 """
 
 from __future__ import annotations
@@ -39,48 +39,63 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
+def run_once(command: str, where: list[str], flags: str) -> dict:
+    """Run the command as a user would; its metrics, seconds and the digest of its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "sparse_expansion.cli", command, "--json", *where]
+        start = time.perf_counter()
+        out = subprocess.run(
+            [*line, "--output", folder, *flags.split()],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        seconds = time.perf_counter() - start
+        metrics = json.loads(out)
+        return {
+            "command_seconds": seconds,
+            "expand_seconds": metrics["seconds"]["expand"],
+            "digest": digest(Path(folder)),
+            **{
+                name: metrics[name]
+                for name in metrics
+                if name.startswith(("perplexity", "peak", "checkpoint", "dense_checkpoint"))
+            },
+        }
+
+
 def main() -> None:
-    """Print a table and one JSON object."""
+    """Print a JSON line per run, and the medians of the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("dataset")
-    parser.add_argument("--flags", default="--dataset-size 16 --seqlen 512 --num_clusters 4")
-    parser.add_argument("--calibration-inputs", default="dense")
+    parser.add_argument(
+        "--flags",
+        action="append",
+        help="of all commands; given several times, each is run with all executors",
+    )
+    parser.add_argument("--command", choices=("run", "expand"), default="expand")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--pair", type=int, choices=(0, 1), help="only this comparison")
     args = parser.parse_args()
     pairs = SAME if args.pair is None else [SAME[args.pair]]
-    variants = {name: VARIANTS[name] for pair in pairs for name in pair}
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    expand: dict[str, list[float]] = {name: [] for name in variants}
-    digests: dict[str, set[str]] = {name: set() for name in variants}
+    settings = args.flags or ["--dataset-size 16 --seqlen 512 --num_clusters 4"]
+    where = ["--model", args.model, "--dataset", args.dataset]
+    ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for _ in range(args.repeat):
-        for name, flags in variants.items():
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "sparse_expansion.cli", "expand", "--json"]
-                command += ["--model", args.model, "--dataset", args.dataset, "--output", folder]
-                command += ["--calibration-inputs", args.calibration_inputs]
-                command += [*args.flags.split(), *flags.split()]
-                start = time.perf_counter()
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                wall[name].append(time.perf_counter() - start)
-                expand[name].append(json.loads(out)["seconds"]["expand"])
-                digests[name].add(digest(Path(folder)))
-    print(f"{'':<28} {'command s':>10} {'expand s':>10}")
-    for name in variants:
-        print(
-            f"{name:<28} {statistics.median(wall[name]):>10.1f} "
-            f"{statistics.median(expand[name]):>10.1f}"
-        )
-    ratios = {}
-    for first, second in pairs:
-        assert digests[first] == digests[second] and len(digests[first]) == 1, (first, second)
-        ratios[f"{second} / {first}"] = {
-            "command": statistics.median(wall[second]) / statistics.median(wall[first]),
-            "expand": statistics.median(expand[second]) / statistics.median(expand[first]),
-        }
-        print(f"{second} / {first}: {ratios[f'{second} / {first}']['command']:.3f} of the command")
-    print(json.dumps({"command_seconds": wall, "expand_seconds": expand, "ratios": ratios}))
+        for flags in settings:
+            found = {}
+            for name in dict.fromkeys(name for pair in pairs for name in pair):
+                found[name] = run_once(args.command, where, f"{flags} {VARIANTS[name]}")
+                print(json.dumps({"flags": flags, "variant": name, **found[name]}), flush=True)
+            for first, second in pairs:
+                assert found[first]["digest"] == found[second]["digest"], (first, second)
+                ratios[first, second].append(
+                    found[second]["command_seconds"] / found[first]["command_seconds"]
+                )
+    for (first, second), values in ratios.items():
+        each = ", ".join(f"{value:.3f}" for value in values)
+        print(f"{second} / {first}: median {statistics.median(values):.3f} of {each}")
 
 
 if __name__ == "__main__":

@@ -35,12 +35,14 @@ def median_seconds(work: Callable[[], object]) -> float:
 def mask_of(layout: PackedLayout) -> torch.Tensor:
     """Random kept weights that fit the layout."""
     if layout.group is None:
-        kept = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
+        kept = torch.zeros(layout.rows * layout.columns, dtype=torch.bool)
         kept[torch.randperm(kept.numel())[: layout.num_kept]] = True
         return kept.reshape(layout.shape)
     grouped = torch.rand(layout.shape).reshape(layout.rows, -1, layout.group)
     chosen = grouped.argsort(dim=2)[:, :, : layout.group_kept]
-    return torch.zeros(grouped.shape, dtype=torch.bool).scatter_(2, chosen, True).reshape(ROWS, -1)
+    return (
+        torch.zeros(grouped.shape, dtype=torch.bool).scatter_(2, chosen, True).reshape(layout.shape)
+    )
 
 
 def main() -> None:

@@ -13,13 +13,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MIN_SLICE = 1 << 16
 TILE_ROWS = 64
+LANES = 16
+"""Float32 values of a vector in the matvec kernels."""
 _jit: Any = numba.njit(nogil=True, cache=True)
 
 
@@ -433,3 +439,211 @@ def sweep_block(
                 loss += np.float64(e[j, r]) * np.float64(e[j, r])
             losses[k, row + r] += loss
         number += count
+
+
+@functools.cache
+def can_spread() -> bool:
+    """Whether this CPU loads packed values into masked lanes (AVX-512 with VBMI2)."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return bool(features.get("avx512f") and features.get("avx512vbmi2"))
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _splat(element: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+def _data(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any) -> Any:
+    """Pointer to an array's first element."""
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _load(builder: ir.IRBuilder, base: Any, position: Any, kind: ir.Type) -> Any:
+    """A vector (or wider integer) from an array of smaller elements, however aligned."""
+    place = builder.bitcast(builder.gep(base, [position]), ir.PointerType(kind))
+    return builder.load(place, align=1)
+
+
+def _sum_of_products(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> None:
+    """``total += a b``, lane by lane."""
+    vector = _vector(_F32)
+    fma = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    builder.store(builder.call(fma, [a, b, builder.load(total)]), total)
+
+
+def _across_lanes(builder: ir.IRBuilder, total: Any) -> Any:
+    add = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(_F32, [_F32, _vector(_F32)]),
+        f"llvm.vector.reduce.fadd.v{LANES}f32",
+    )
+    zero = ir.Constant(_F32, -0.0)
+    return builder.call(add, [zero, builder.load(total)], fastmath=("reassoc",))
+
+
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
+
+
+def _to_float32(builder: ir.IRBuilder, vector: Any, element: ir.Type) -> Any:
+    """Lanes as float32: of bfloat16 (its bits are a float32's upper half) or of small integers."""
+    if element == _I16:
+        wide = builder.zext(vector, _vector(_I32))
+        return builder.bitcast(builder.shl(wide, _splat(_I32, 16)), _vector(_F32))
+    if element == _I8:
+        return builder.uitofp(vector, _vector(_F32))
+    return vector
+
+
+@intrinsic
+def _kept_dot(
+    _typing: Any, stream: Any, byte: Any, values: Any, first: Any, x: Any, at: Any, n: Any
+) -> Any:
+    """Over ``16 n`` columns: the dot product of x with the kept values, and the sum of x there.
+
+    Vectors of x are read from position ``at``, bits from byte ``byte``, values from ``first`` on;
+    a vector of values is spread to the lanes whose bit is set as it is loaded.
+    """
+    signature = types.containers.UniTuple(types.float32, 2)(stream, byte, values, first, x, at, n)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        bits_at = _data(context, builder, kinds[0], arguments[0])
+        values_at = _data(context, builder, kinds[2], arguments[2])
+        x_at = _data(context, builder, kinds[4], arguments[4])
+        element = context.get_data_type(kinds[2].dtype)
+        mask_type = _vector(ir.IntType(1))
+        spread = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_vector(element), [values_at.type, mask_type, _vector(element)]),
+            f"llvm.masked.expandload.v{LANES}{'f32' if element == _F32 else element}",
+        )
+        count = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16"
+        )
+        dot = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
+        here = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
+        position = cgutils.alloca_once_value(builder, arguments[3])
+        with cgutils.for_range(builder, arguments[6]) as loop:
+            place = builder.add(arguments[1], builder.mul(loop.index, _I64(2)))
+            bits = _load(builder, bits_at, place, _I16)
+            mask = builder.bitcast(bits, mask_type)
+            start = builder.load(position)
+            kept = builder.call(spread, [builder.gep(values_at, [start]), mask, _splat(element, 0)])
+            column = builder.add(arguments[5], builder.mul(loop.index, _I64(LANES)))
+            part = _load(builder, x_at, column, _vector(_F32))
+            _sum_of_products(builder, dot, _to_float32(builder, kept, element), part)
+            if element == _I8:
+                seen = builder.select(mask, part, _splat(_F32, 0.0))
+                builder.store(builder.fadd(builder.load(here), seen), here)
+            step = builder.zext(builder.call(count, [bits]), _I64)
+            builder.store(builder.add(start, step), position)
+        both = [_across_lanes(builder, dot), _across_lanes(builder, here)]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return signature, codegen
+
+
+@intrinsic
+def _nibble_dot(_typing: Any, stream: Any, byte: Any, even: Any, odd: Any, at: Any, n: Any) -> Any:
+    """Dot product of ``32 n`` codes of 4 bits with x, whose even and odd entries come apart."""
+    signature = types.float32(stream, byte, even, odd, at, n)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        stream_at, even_at, odd_at = (
+            _data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 3)
+        )
+        total = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
+        with cgutils.for_range(builder, arguments[5]) as loop:
+            offset = builder.mul(loop.index, _I64(LANES))
+            codes = _load(builder, stream_at, builder.add(arguments[1], offset), _vector(_I8))
+            low = builder.and_(codes, _splat(_I8, 15))
+            high = builder.lshr(codes, _splat(_I8, 4))
+            for nibble, x_at in ((low, even_at), (high, odd_at)):
+                part = _load(builder, x_at, builder.add(arguments[4], offset), _vector(_F32))
+                _sum_of_products(builder, total, builder.uitofp(nibble, _vector(_F32)), part)
+        return _across_lanes(builder, total)
+
+    return signature, codegen
+
+
+@_jit
+def kept_matvec(
+    stream: Array, values: Array, starts: Array, x: Array, out: Array, first: int, last: int
+) -> None:
+    """``out = W x`` for rows ``first .. last`` of packed kept values.
+
+    Args:
+        stream: bits of the kept weights.
+        values: float32, or uint16 that hold bfloat16.
+        starts: ``[rows]``, kept values before each row.
+        x: float32 ``[D]``, D a multiple of 16.
+        out: float32 ``[rows]``.
+        first: of the rows.
+        last: after the rows.
+    """
+    width = x.size
+    for row in range(first, last):
+        out[row] = _kept_dot(stream, row * width // 8, values, starts[row], x, 0, width // LANES)[0]
+
+
+@_jit
+def kept_code_matvec(
+    stream: Array,
+    codes: Array,
+    starts: Array,
+    scale: Array,
+    zero_point: Array,
+    group_size: int,
+    x: Array,
+    out: Array,
+    first: int,
+    last: int,
+) -> None:
+    """The same for codes of a grid: ``sum s (sum c x - z sum x)`` over groups of columns.
+
+    ``starts`` is ``[rows, groups]``; the group size is a multiple of 16, like D.
+    """
+    width = x.size
+    for row in range(first, last):
+        total = np.float32(0)
+        for group in range(scale.shape[1]):
+            at = group * group_size
+            count = min(group_size, width - at) // LANES
+            dot, here = _kept_dot(
+                stream, (row * width + at) // 8, codes, starts[row, group], x, at, count
+            )
+            total += scale[row, group] * (dot - zero_point[row, group] * here)
+        out[row] = total
+
+
+@_jit
+def nibble_matvec(
+    stream: Array,
+    scale: Array,
+    zero_point: Array,
+    group_size: int,
+    even: Array,
+    odd: Array,
+    sums: Array,
+    out: Array,
+    first: int,
+    last: int,
+) -> None:
+    """``out = W x`` for dense codes of 4 bits.
+
+    ``sums`` are the sums of x over each group; group size and D are multiples of 32.
+    """
+    half = even.size
+    for row in range(first, last):
+        total = np.float32(0)
+        for group in range(scale.shape[1]):
+            at = group * group_size // 2
+            count = min(group_size // 2, half - at) // LANES
+            dot = _nibble_dot(stream, row * half + at, even, odd, at, count)
+            total += scale[row, group] * (dot - zero_point[row, group] * sums[group])
+        out[row] = total

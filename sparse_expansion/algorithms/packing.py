@@ -341,11 +341,11 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
     """
     if not layout.is_sparse:
         return torch.ones(layout.shape, dtype=torch.bool)
-    return unpack_mask(_bitmask(tensors, layout), layout.shape)
+    return unpack_mask(bitmask(tensors, layout), layout.shape)
 
 
-def _bitmask(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
-    """Which weights are kept, as a stream of bits; see ``unpack_kept``."""
+def bitmask(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+    """Which weights are kept, as a stream of bits; raises as ``unpack_kept``."""
     if layout.group is None:
         mask = tensors["bitmask"].cpu()
         _check_length(mask, packed_bytes(layout.rows * layout.columns, 1))
@@ -405,7 +405,7 @@ def unpack_expert(
         if not layout.is_sparse:
             return values.to(device=device, dtype=dtype).reshape(layout.shape).clone()
         if on_cpu:
-            return _scatter(values.to(dtype), _bitmask(tensors, layout), layout)
+            return _scatter(values.to(dtype), bitmask(tensors, layout), layout)
         kept = unpack_kept(tensors, layout).to(device)
         dense = torch.zeros(layout.shape, dtype=dtype, device=device)
         return dense.masked_scatter_(kept, values.to(device=device, dtype=dtype))
@@ -415,7 +415,7 @@ def unpack_expert(
     if not layout.is_sparse:
         mask = torch.full((packed_bytes(layout.num_kept, 1),), 255, dtype=torch.uint8)
     else:
-        mask = _bitmask(tensors, layout)
+        mask = bitmask(tensors, layout)
     return _dequantize(codes, mask, grid, layout).to(dtype)
 
 

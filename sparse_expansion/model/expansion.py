@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.algorithms.clustering import route
+from sparse_expansion.algorithms.matvec import StoredMatrix, takes_stored_form
 from sparse_expansion.algorithms.packing import PackedLayout, unpack_expert
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
@@ -31,38 +32,58 @@ FLOAT32_PARTS = ("router", "grid")
 
 
 class ExpertCache:
-    """Dense copies of recently used experts, the least recent dropped beyond ``max_bytes``."""
+    """Forms of recently used experts, the least recent dropped beyond ``max_bytes``.
+
+    A form is the dense weight, which serves any number of tokens, or what a product of the stored
+    streams with one token needs beside them.
+    """
 
     def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._weights: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+        self._forms: OrderedDict[tuple[int, int, type], tuple[Any, int]] = OrderedDict()
 
-    def get(self, linear: ExpandedLinear, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    def dense(self, linear: ExpandedLinear, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Dense weight of one expert, unpacked on a miss."""
-        key = (id(linear), expert)
-        weight = self._weights.get(key)
+        key = (id(linear), expert, torch.Tensor)
+        weight: torch.Tensor | None = self._find(key)
         if weight is not None and weight.dtype == dtype and weight.device == linear.device:
-            self._weights.move_to_end(key)
             return weight
-        self._drop(key)
         weight = linear.unpack(expert, dtype)
-        size = weight.numel() * weight.element_size()
-        if self.max_bytes is not None:
-            while self._weights and self.num_bytes + size > self.max_bytes:
-                self._drop(next(iter(self._weights)))
-        self._weights[key] = weight
-        self.num_bytes += size
+        self._keep(key, weight, weight.numel() * weight.element_size())
         return weight
 
-    def _drop(self, key: tuple[int, int]) -> None:
-        weight = self._weights.pop(key, None)
-        if weight is not None:
-            self.num_bytes -= weight.numel() * weight.element_size()
+    def stored(self, linear: ExpandedLinear, expert: int) -> StoredMatrix:
+        """The expert's streams, ready to be multiplied by one token."""
+        key = (id(linear), expert, StoredMatrix)
+        matrix: StoredMatrix | None = self._find(key)
+        # The model may have been moved or loaded anew since.
+        if matrix is None or not matrix.is_of(linear.tensors(expert)):
+            matrix = linear.stored(expert)
+            self._keep(key, matrix, matrix.num_bytes)
+        return matrix
+
+    def _find(self, key: tuple[int, int, type]) -> Any:
+        if key not in self._forms:
+            return None
+        self._forms.move_to_end(key)
+        return self._forms[key][0]
+
+    def _keep(self, key: tuple[int, int, type], form: Any, size: int) -> None:
+        self._drop(key)
+        if self.max_bytes is not None:
+            while self._forms and self.num_bytes + size > self.max_bytes:
+                self._drop(next(iter(self._forms)))
+        self._forms[key] = (form, size)
+        self.num_bytes += size
+
+    def _drop(self, key: tuple[int, int, type]) -> None:
+        _, size = self._forms.pop(key, (None, 0))
+        self.num_bytes -= size
 
     def clear(self) -> None:
         """Forget everything."""
-        self._weights.clear()
+        self._forms.clear()
         self.num_bytes = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
@@ -198,28 +219,51 @@ class ExpandedLinear(nn.Module):
         """The router that this linear shares with its group."""
         return self._shared[0]
 
-    def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dense weight ``[O, D]`` of one expert."""
+    def tensors(self, expert: int) -> dict[str, torch.Tensor]:
+        """One expert's streams by name."""
         packed = self.experts[expert]
         assert isinstance(packed, PackedExpert)
+        return packed.tensors()
+
+    def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dense weight ``[O, D]`` of one expert."""
         return unpack_expert(
-            packed.tensors(),
+            self.tensors(expert),
             layout=self.layout,
             grid=None if self.grid is None else self.grid.grid(),
             dtype=dtype,
             device=self.device,
         )
 
+    def stored(self, expert: int) -> StoredMatrix:
+        """One expert's streams for products with single tokens."""
+        grid = None if self.grid is None else self.grid.grid()
+        return StoredMatrix.of(self.tensors(expert), self.layout, grid)
+
+    def _takes_stored_form(self) -> bool:
+        grid = None if self.grid is None else self.grid.grid()
+        stored = self.experts[0].get_parameter("codes" if grid is not None else "values")
+        return takes_stored_form(self.layout, grid, stored.dtype, stored.device)
+
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """``X [..., D]`` -> ``[..., O]``: one matmul per expert that has tokens."""
+        """``X [..., D]`` -> ``[..., O]``: one matmul per expert that has tokens.
+
+        On a CPU a single token is multiplied with the stored streams: fewer bytes than the dense
+        weight, and nothing to unpack.
+        """
         routing = self.group_router(X)
         X_TD = X.reshape(-1, X.shape[-1])
+        if X_TD.shape[0] == 1 and self._takes_stored_form():
+            matrix = self.cache.stored(self, routing.counts.index(1))
+            out = matrix.matvec(X_TD[0])
+            out = out if self.bias is None else out + self.bias
+            return out.reshape(*X.shape[:-1], self.out_features)
         sorted_TD = X_TD[routing.order_T]
         parts = []
         start = 0
         for expert, count in enumerate(routing.counts):
             if count:
-                weight = self.cache.get(self, expert, X.dtype)
+                weight = self.cache.dense(self, expert, X.dtype)
                 tokens = sorted_TD[start : start + count]
                 parts.append(nn.functional.linear(tokens, weight, self.bias))
                 start += count

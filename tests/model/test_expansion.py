@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_expansion
+from sparse_expansion.algorithms import matvec
 from sparse_expansion.algorithms.clustering import route
+from sparse_expansion.algorithms.kernels import can_spread
 from sparse_expansion.cli import main
 from sparse_expansion.model import expansion
 from sparse_expansion.model.expansion import ExpandedLinear, SparseExpansionConfig
@@ -161,6 +163,28 @@ def test_cache_of_dense_experts_is_bounded(expanded):
     with torch.no_grad():
         model(torch.randint(1, 500, (4, 64)))
     assert model.expert_cache.num_bytes > 2 * one
+
+
+@pytest.mark.skipif(not can_spread(), reason="this CPU has no AVX-512 VBMI2")
+def test_a_single_token_is_multiplied_with_the_stored_streams(expanded, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        dense = model(token).logits
+        assert model.expert_cache.num_bytes >= 64 * 256 * 4
+        model.expert_cache.clear()
+        monkeypatch.setattr(matvec, "MIN_WEIGHTS", 1)
+        stored = model(token).logits
+    assert 0 < model.expert_cache.num_bytes < 64 * 256 * 4
+    torch.testing.assert_close(stored, dense, rtol=1e-4, atol=1e-4)
+    # Moved or loaded anew: what was made of the old tensors is not used again.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        for linear in (m for m in model.modules() if isinstance(m, ExpandedLinear)):
+            for one in linear.experts:
+                one.values.zero_()
+        assert not torch.equal(model(token).logits, stored)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""One token through one expert, on a CPU, straight from the expert's stored streams.
+
+A product with one vector is bound by the bytes of the matrix, and the stored bytes are fewer than
+the dense ones: nothing is unpacked, and nothing dense is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_expansion.algorithms.kernels import (
+    LANES,
+    ONES,
+    Array,
+    can_spread,
+    kept_code_matvec,
+    kept_matvec,
+    nibble_matvec,
+    split,
+)
+from sparse_expansion.algorithms.packing import PackedLayout, bitmask, unpack_codes
+from sparse_expansion.algorithms.quantization import AffineGrid
+
+MIN_WEIGHTS = 1 << 18
+"""Smaller experts are faster as dense weights from a cache."""
+_AS_STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+def takes_stored_form(
+    layout: PackedLayout, grid: AffineGrid | None, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether ``StoredMatrix`` can multiply by such an expert, and is the faster way."""
+    if device.type != "cpu" or layout.rows * layout.columns < MIN_WEIGHTS:
+        return False
+    if not layout.is_sparse:
+        if grid is None or grid.bits != 4:
+            return False
+        sizes = (layout.columns, grid.group_size)
+        return all(size % (2 * LANES) == 0 for size in sizes)
+    if not can_spread() or layout.columns % LANES:
+        return False
+    if grid is None:
+        return dtype in _AS_STORED
+    return grid.group_size % LANES == 0
+
+
+@dataclass
+class StoredMatrix:
+    """What a product needs of an expert: its streams, and where rows begin in them."""
+
+    layout: PackedLayout
+    grid: AffineGrid | None
+    stream: Array
+    """Bits of kept weights, or all codes of 4 bits where none is dropped."""
+    values: Array
+    """Kept values or codes; empty where none is dropped."""
+    starts: Array
+    """Kept values before every row, with a grid before every group of every row."""
+    num_bytes: int
+    """Held in addition to the expert's own tensors."""
+    places: tuple[int, ...]
+    """Addresses of the expert's streams, to tell whether they are still the same."""
+
+    @classmethod
+    def of(
+        cls, tensors: dict[str, torch.Tensor], layout: PackedLayout, grid: AffineGrid | None
+    ) -> StoredMatrix:
+        """Of an expert's named streams; see ``takes_stored_form``.
+
+        Raises:
+            ValueError: a stream does not fit the layout.
+        """
+        if grid is not None:
+            grid = AffineGrid(
+                grid.scale_OG.float().contiguous(),
+                grid.zero_point_OG.float().contiguous(),
+                grid.bits,
+                grid.group_size,
+            )
+        if not layout.is_sparse:
+            empty = np.empty(0, np.int64)
+            return cls(layout, grid, tensors["codes"].numpy(), empty, empty, 0, _places(tensors))
+        mask = bitmask(tensors, layout)
+        held = 0 if layout.group is None else mask.numel()
+        size = layout.columns if grid is None else grid.group_size
+        starts = _starts(mask.numpy(), layout, size)
+        if grid is None:
+            stored = tensors["values"].detach()
+            values = (stored.view(torch.uint16) if stored.element_size() == 2 else stored).numpy()
+        else:
+            values = unpack_codes(tensors["codes"], layout.num_kept, grid.bits).numpy()
+            held += values.nbytes
+        held += starts.nbytes
+        return cls(layout, grid, mask.numpy(), values, starts, held, _places(tensors))
+
+    def is_of(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether these are the streams that it was made of."""
+        return self.places == _places(tensors)
+
+    def matvec(self, x_D: torch.Tensor) -> torch.Tensor:
+        """``W x`` (float32 sums) in the dtype of ``x_D``."""
+        x = x_D.detach().float().contiguous().numpy()
+        out = torch.empty(self.layout.rows)
+        target = out.numpy()
+        grid = self.grid
+        if grid is None:
+
+            def work(first: int, last: int) -> None:
+                kept_matvec(
+                    self.stream, self.values, self.starts.reshape(-1), x, target, first, last
+                )
+        else:
+            scale, zero = grid.scale_OG.numpy(), grid.zero_point_OG.numpy()
+            size = grid.group_size
+            if self.layout.is_sparse:
+
+                def work(first: int, last: int) -> None:
+                    kept_code_matvec(
+                        self.stream,
+                        self.values,
+                        self.starts,
+                        scale,
+                        zero,
+                        size,
+                        x,
+                        target,
+                        first,
+                        last,
+                    )
+            else:
+                even, odd = x[0::2].copy(), x[1::2].copy()
+                sums = np.add.reduceat(x, np.arange(0, len(x), size), dtype=np.float32)
+
+                def work(first: int, last: int) -> None:
+                    nibble_matvec(
+                        self.stream, scale, zero, size, even, odd, sums, target, first, last
+                    )
+
+        split(self.layout.rows, 1, work, least=-(-MIN_WEIGHTS // self.layout.columns))
+        return out.to(x_D.dtype)
+
+
+def _places(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors.values())
+
+
+def _starts(stream: Array, layout: PackedLayout, size: int) -> Array:
+    """Kept weights before every ``size`` columns of every row, ``[rows, groups]``."""
+    groups = -(-layout.columns // size)
+    counts = np.zeros((layout.rows, groups), dtype=np.int64)
+    width = layout.columns // 8
+    ones = np.zeros(layout.rows * width + 1, dtype=np.int64)
+    np.cumsum(ONES[stream], out=ones[1:])
+    for group in range(groups):
+        counts[:, group] = ones[np.arange(layout.rows) * width + group * size // 8]
+    return counts
