@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -34,12 +35,12 @@ EXIT_TERMINATED = 143
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 failed at work, 2 bad input, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        args = build_parser().parse_args(
-            normalise_flags(sys.argv[1:] if arguments is None else arguments)
-        )
+        args = build_parser().parse_args(normalise_flags(given))
     except SystemExit as stop:
         return int(stop.code or 0)
+    args.line = shlex.join(["sparse-expansion", *given])
     _quieten(args.verbose)
     _end_cleanly_on_sigterm()
     try:
@@ -212,7 +213,8 @@ def _run(args: argparse.Namespace) -> int:
     from sparse_expansion import jobs
     from sparse_expansion.model.streaming import load_config
     from sparse_expansion.progress import ProgressLine
-    from sparse_expansion.store import METRICS_FILE, Store
+    from sparse_expansion.report import model_card
+    from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, Store
 
     line = ProgressLine()
     line.say(f"model {source.location}")
@@ -236,23 +238,30 @@ def _run(args: argparse.Namespace) -> int:
             output = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparse-expansion-"))
         store = Store(output)
         jobs.claim(store, prepared, resume=args.resume)
+        store.write_json(COMMAND_FILE, {"command": args.line})
         where = output if "://" in output else str(Path(output).expanduser().resolve())
         measured = jobs.Measurements()
         executor = _executor(args, store=where, source=source, config=config)
         try:
+            if args.profile:
+                line.say("measuring the ceilings of a worker")
+                jobs.measure_ceilings(executor, measured)
             line.start("expand", prepared.shell.num_blocks)
             jobs.expand(prepared, windows, store, executor, line.update, measured)
             metrics = jobs.expansion_metrics(prepared, store, args.executor)
+            metrics["command"] = args.line
             if evaluating:
                 for kind in ("dense", "expanded"):
+                    prefix = "dense_" if kind == "dense" else ""
                     line.start(f"evaluate {kind}", prepared.shell.num_blocks)
                     nll, _ = jobs.evaluate(
                         kind,
                         tokens,
-                        prepared.shell.num_blocks,
+                        prepared.shell,
                         executor,
                         line.update,
                         measured,
+                        model_bytes=metrics[f"{prefix}checkpoint_bytes"],
                         **_evaluation_split(args, executor),
                     )
                     line.say(f"{kind} perplexity {nll.perplexity:.3f}")
@@ -260,6 +269,8 @@ def _run(args: argparse.Namespace) -> int:
                     metrics["num_eval_tokens"] = nll.num_tokens
             metrics = jobs.finish_metrics(metrics, measured)
             store.write_json(METRICS_FILE, metrics)
+            card = model_card(metrics, source.location, is_hub_id=source.kind == "hub")
+            store.write_bytes("README.md", card.encode())
         finally:
             executor.close()
             line.close()
@@ -304,14 +315,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     executor = _executor(args, store=str(folder), source=source, config=RunConfig(dtype=args.dtype))
     measured = jobs.Measurements()
     try:
+        if args.profile:
+            line.say("measuring the ceilings of a worker")
+            jobs.measure_ceilings(executor, measured)
         line.start("evaluate", shell.num_blocks)
         nll, per_window = jobs.evaluate(
             "dense",
             tokens,
-            shell.num_blocks,
+            shell,
             executor,
             line.update,
             measured,
+            model_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             **_evaluation_split(args, executor),
         )
     finally:
@@ -328,6 +343,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         "seconds": measured.seconds["evaluate_dense"],
         "peak_memory_bytes": measured.peak_memory_bytes,
     }
+    profile = measured.profile()
+    if profile is not None:
+        result["profile"] = profile
     if args.json:
         print(json.dumps(result, indent=1, sort_keys=True))
     else:
@@ -375,13 +393,98 @@ def _run_store(folder: str) -> Any:
 def _analyze(args: argparse.Namespace) -> int:
     from sparse_expansion.report import expert_rows, expert_summary, write_table
 
+    check_execution(args)
+    if args.table and not args.table.endswith(".parquet"):
+        raise ValueError(f"--table {args.table} must end in .parquet")
+    if args.dataset is not None:
+        return _analyze_neurons(args)
+    if args.one_cluster is not None or args.dense is not None:
+        raise ValueError("--one-cluster and --dense need --dataset: the text to run on")
     rows = expert_rows(_run_store(args.folder))
     if args.table:
-        write_table(rows, args.table)
+        write_table({name: [row[name] for row in rows] for name in rows[0]}, args.table)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         print(expert_summary(rows))
+    return 0
+
+
+def _analyze_neurons(args: argparse.Namespace) -> int:
+    if args.windows < 1:
+        raise ValueError(f"--windows {args.windows} must be at least 1")
+    from sparse_expansion.data.corpora import check_dataset, load_corpus
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+
+    check_dataset(args.dataset)
+    source = resolve_name(args.folder)
+    _silence_transformers(args.verbose)
+    from sparse_expansion import analysis, jobs
+    from sparse_expansion.config import CalibrationConfig
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.progress import ProgressLine
+    from sparse_expansion.report import neurons_table, write_table
+    from sparse_expansion.store import RUN_FILE, Store
+
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    shell = ModelShell(folder, dtype=args.dtype)
+    models = {}
+    if shell.expansion is not None:
+        models[analysis.EXPANDED] = folder
+        dense = args.dense
+        if dense is None:
+            dense = _run_store(str(folder)).read_json(RUN_FILE)["model"]
+        source = resolve_name(dense)
+        shell = ModelShell(
+            fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision),
+            dtype=args.dtype,
+        )
+    if args.one_cluster is not None:
+        models[analysis.ONE_CLUSTER] = _run_store(args.one_cluster).local_path().resolve()
+    for name, other in models.items():
+        expansion = ModelShell(other).expansion
+        if expansion is None:
+            raise ValueError(f"{other} is not an expanded model ({name})")
+    seqlen = _seqlen(args, shell.config)
+    windows = jobs.evaluation_tokens(
+        load_corpus(args.dataset, cache_dir=args.cache_dir),
+        jobs.encoder(jobs.load_tokenizer(shell.folder)),
+        seqlen=seqlen,
+        max_windows=args.windows,
+        vocabulary=int(shell.config.vocab_size),
+    )
+    calibration = CalibrationConfig(
+        dataset=args.dataset,
+        dataset_size=len(windows),
+        seqlen=seqlen,
+        seed=args.seed,
+        calibration_inputs="dense",
+        data_shards=1,
+    )
+    config = RunConfig(calibration=calibration, dtype=args.dtype)
+    line = ProgressLine()
+    measured = jobs.Measurements()
+    with contextlib.ExitStack() as stack:
+        where = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch)
+        )
+        executor = _executor(args, store=where, source=source, config=config)
+        try:
+            line.start("analyze", shell.num_blocks)
+            table = analysis.describe_neurons(
+                shell, windows, models, config, Store(where), executor, line.update, measured
+            )
+        finally:
+            executor.close()
+            line.close()
+    if args.table:
+        write_table(table.columns, args.table)
+    summary, correlations = table.summary(), table.correlations()
+    if args.json:
+        result = {"tokens": table.num_tokens, "linears": summary, "correlations": correlations}
+        print(json.dumps(result, indent=1))
+    else:
+        print(neurons_table(summary, correlations, table.num_tokens))
     return 0
 
 
@@ -402,7 +505,15 @@ def _export(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
 
-    result, text = run_report(_run_store(args.folder))
+    store = _run_store(args.folder)
+    if args.html is not None:
+        from sparse_expansion.page import report_page
+
+        page = report_page(store, price_per_hour=args.price)
+        path = Path(args.html)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    result, text = run_report(store)
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
     return 0
 

@@ -50,6 +50,10 @@ _PLAN_EXAMPLES = """examples:
 _ANALYZE_EXAMPLES = """examples:
   sparse-expansion analyze ./expanded
   sparse-expansion analyze ./expanded --table experts.parquet
+  # every neuron: distance to a normal, mapping difficulty, error against one cluster's
+  sparse-expansion analyze ./expanded --dataset ./wikitext2 --seqlen 512 --windows 16 \\
+      --one-cluster ./sparse-gpt --table neurons.parquet
+  sparse-expansion analyze ./SmolLM2-135M --dataset pydoc --seqlen 512 --windows 8
 """
 _EXPORT_EXAMPLES = """examples:
   sparse-expansion export ./sparse-gpt --output ./plain
@@ -57,6 +61,7 @@ _EXPORT_EXAMPLES = """examples:
 """
 _REPORT_EXAMPLES = """examples:
   sparse-expansion report ./expanded
+  sparse-expansion report ./expanded --html report.html --price 1.2
   sparse-expansion report ./expanded --json
 """
 
@@ -120,7 +125,10 @@ def build_parser() -> argparse.ArgumentParser:
         "plan", "Say what a run will do and need, from the model's config alone.", _PLAN_EXAMPLES
     )
     analyze = command(
-        "analyze", "Per-expert facts of a run: tokens, error, damping.", _ANALYZE_EXAMPLES
+        "analyze",
+        "Per-expert facts of a run (tokens, error, damping), or with --dataset what every neuron "
+        "of a dense or expanded model does on a text.",
+        _ANALYZE_EXAMPLES,
     )
     export = command(
         "export", "Write a one-expert model as a folder for other tools.", _EXPORT_EXAMPLES
@@ -167,6 +175,12 @@ def build_parser() -> argparse.ArgumentParser:
     for sub in (analyze, export, report):
         sub.add_argument("folder", metavar="DIR", help="a run's --output folder")
     analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
+    _add_neurons(analyze)
+    _add_execution(analyze)
+    report.add_argument("--html", metavar="FILE.html", help="also write it as one HTML page")
+    report.add_argument(
+        "--price", type=float, metavar="PER_HOUR", help="price of a worker, to state a cost"
+    )
     for sub in (run, expand, evaluate, plan, analyze, export, report):
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
@@ -221,6 +235,21 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
     group.add_argument("--experts-per-unit", type=int, default=4, help="experts per unit and file")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+
+
+def _add_neurons(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("neurons")
+    group.add_argument("-d", "--dataset", metavar="DATA", help="text to run on, as for `run`")
+    group.add_argument("--windows", type=int, default=8, metavar="N", help="default 8")
+    group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per window")
+    group.add_argument("--one-cluster", metavar="DIR", help="a plain sparse model to compare with")
+    group.add_argument(
+        "--dense", metavar="MODEL", help="the dense model (default: what the run was made of)"
+    )
+    group.add_argument("--model-revision", metavar="REV", help="hub revision")
+    group.add_argument("-cd", "--cache-dir", metavar="DIR", help="downloads and conversions")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+    group.add_argument("--seed", type=int, default=0, help="of random pairs; default 0")
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -347,6 +376,11 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--object-store-memory", metavar="SIZE", help="object store of a Ray started here"
+    )
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="also measure what a worker's device can do, and give every stage's share of it",
     )
     group.add_argument(
         "--eval-pipeline",

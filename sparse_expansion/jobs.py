@@ -30,6 +30,7 @@ from sparse_expansion.plan import (
     evaluation_units,
     expansion_units,
     group_shape,
+    mlp_flops_per_token,
     needed_units,
 )
 from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
@@ -38,21 +39,61 @@ from sparse_expansion.types import NllSum
 
 
 @dataclass
+class StageWork:
+    """What one stage's units came to, summed over units and workers."""
+
+    units: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    """Estimated, see ``Unit.cost``."""
+    traffic_bytes: float = 0.0
+    """Estimated, see ``Unit.traffic_bytes``."""
+
+
+@dataclass
 class Measurements:
     """Collected over a run."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Wall-clock seconds by step of the run."""
-    unit_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Worker seconds by stage, summed over units and workers."""
+    stages: dict[str, StageWork] = field(default_factory=lambda: defaultdict(StageWork))
     peak_memory_bytes: int = 0
     """Largest resident memory of any worker."""
+    ceilings: dict[str, float] | None = None
+    """What a worker's device can do, where that was measured."""
 
     def add(self, reports: Iterable[UnitReport], units: dict[str, Unit]) -> None:
         """Account for finished units."""
         for report in reports:
-            self.unit_seconds[units[report.key].stage] += report.seconds
+            unit = units[report.key]
+            work = self.stages[unit.stage]
+            work.units += 1
+            work.seconds += report.seconds
+            work.flops += unit.cost
+            work.traffic_bytes += unit.traffic_bytes
             self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
+
+    def profile(self) -> dict[str, Any] | None:
+        """Every stage's work, and its shares of the ceilings, where those were measured."""
+        if self.ceilings is None:
+            return None
+        flops = self.ceilings["matmul_flops_per_second"]
+        copies = self.ceilings["copy_bytes_per_second"]
+        stages = {
+            name: {
+                **asdict(work),
+                "matmul_share": work.flops / (flops * work.seconds),
+                "copy_share": work.traffic_bytes / (copies * work.seconds),
+            }
+            for name, work in sorted(self.stages.items())
+        }
+        return {"ceilings": self.ceilings, "stages": stages}
+
+
+def measure_ceilings(executor: Executor, measured: Measurements) -> None:
+    """Have a worker find out what its device can do; takes a few seconds."""
+    unit = Unit(key="ceilings", stage="ceilings")
+    measured.ceilings = executor.run([unit], lambda progress: None)[unit.key].stats
 
 
 def model_shape(shell: ModelShell) -> ModelShape:
@@ -311,26 +352,42 @@ def is_companion(name: str) -> bool:
 def evaluate(
     model: str,
     windows: torch.Tensor,
-    num_layers: int,
+    shell: ModelShell,
     executor: Executor,
     observer: Observer,
     measured: Measurements,
     *,
     num_shards: int = 1,
     num_ranges: int = 1,
+    model_bytes: float = 0.0,
 ) -> tuple[NllSum, list[NllSum]]:
     """Perplexity of ``dense`` (the source) or ``expanded`` (the store's folder).
+
+    Args:
+        model: which of the two.
+        windows: ``[N, L]``.
+        shell: of either, for its shape.
+        executor: does the units.
+        observer: is told of every finished unit.
+        measured: is added to.
+        num_shards: shards of the windows.
+        num_ranges: ranges of blocks.
+        model_bytes: of its weight files, for a profile.
 
     Returns:
         The sum over all windows, and each window's.
     """
     start = time.perf_counter()
+    shape = model_shape(shell)
+    head = 2.0 * shape.hidden_size * int(shell.config.vocab_size)
     units = evaluation_units(
         model,
         windows.tolist(),
-        num_layers=num_layers,
+        num_layers=shape.num_layers,
         num_shards=num_shards,
         num_ranges=num_ranges,
+        flops_per_token=shape.num_layers * shape.block_flops(windows.shape[1]) + head,
+        model_bytes=model_bytes,
     )
     reports = executor.run(units, observer)
     measured.add(reports.values(), {unit.key: unit for unit in units})
@@ -402,6 +459,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "calibration_inputs": prepared.config.calibration.calibration_inputs,
         "executor": executor,
         "num_experts": experts,
+        "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
         "starved_experts": starved,
         "raised_damping": raised,
         "checkpoint_bytes": checkpoint_bytes(store),
@@ -411,10 +469,12 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
 
 def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str, Any]:
     """Add times and memory."""
+    profile = measured.profile()
     return {
         **metrics,
+        **({} if profile is None else {"profile": profile}),
         "seconds": dict(measured.seconds),
-        "unit_seconds": dict(measured.unit_seconds),
+        "unit_seconds": {name: work.seconds for name, work in measured.stages.items()},
         "peak_memory_bytes": max(measured.peak_memory_bytes, peak_memory_bytes()),
     }
 

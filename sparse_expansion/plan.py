@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
+from sparse_expansion.algorithms.packing import PackedLayout
 from sparse_expansion.config import RunConfig
 from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.stages import Unit, range_name
@@ -30,6 +32,12 @@ GROUP_BYTES = 8 << 30
 """All shards together hand on at most this much at a time, or one range of experts."""
 REDUCE_FAN_IN = 8
 """Hessian sums that are added up at a time."""
+SUBSPACE_ITERATIONS = 15.0
+"""Of a PCA, as seen on SmolLM2's layers."""
+SORT_FLOPS = 200.0
+"""What sorting and describing one output costs, in products' time."""
+LLOYD_ITERATIONS = 20.0
+"""Of a KMeans restart, as seen on SmolLM2's layers."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,16 @@ class ModelShape:
     groups: tuple[GroupShape, ...]
     item_bytes: int = 4
     """Bytes of one activation."""
+
+    @property
+    def block_weights(self) -> int:
+        """Of a block: its MLP, and attention's four projections (fewer with shared heads)."""
+        mlp = sum(group.width * group.rows for group in self.groups)
+        return mlp + 4 * self.hidden_size**2
+
+    def block_flops(self, seqlen: int) -> float:
+        """Of one token through a block: its products, and attention's scores and sums."""
+        return 2.0 * (self.block_weights + self.hidden_size * seqlen)
 
 
 def group_shape(block: nn.Module, group: LinearGroup) -> GroupShape:
@@ -103,16 +121,58 @@ def gathered_ranges(
 
 
 def router_flops(config: RunConfig, width: int, tokens: float) -> float:
-    """Operations to fit a router on ``tokens`` tokens: Gram matrix, PCA, KMeans."""
+    """Operations to fit a router on ``tokens`` tokens: Gram matrix (half of it), PCA, KMeans."""
     routing = config.routing
     features = routing.num_components(width)
     pca = 0.0
     if routing.pca_reduction_factor is not None:
-        # Tridiagonal form (4/3 D^3) and the wanted vectors back (2 D^2 P).
-        pca = 4 / 3 * width**3 + 2.0 * width**2 * features
-    iterations = 20.0
-    kmeans = 2.0 * tokens * features * routing.num_clusters * routing.restarts * iterations
-    return 2.0 * tokens * width * (width + features) + pca + kmeans
+        if takes_subspace_iteration(width, features):
+            pca = SUBSPACE_ITERATIONS * 2.0 * width**2 * (features + OVERSAMPLING)
+        else:
+            # Tridiagonal form (4/3 D^3) and the wanted vectors back (2 D^2 P).
+            pca = 4 / 3 * width**3 + 2.0 * width**2 * features
+    kmeans = 2.0 * tokens * features * routing.num_clusters * routing.restarts * LLOYD_ITERATIONS
+    return tokens * width * (width + 2.0 * features) + pca + kmeans
+
+
+def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float]:
+    """Operations of all MLP linears on one token: dense, kept weights alone, and routers."""
+    found = {"dense": 0.0, "experts": 0.0, "router": 0.0}
+    for group in shape.groups:
+        features = config.routing.num_components(group.width)
+        kept = PackedLayout.of(group.rows, group.width, config.compression).num_kept
+        found["dense"] += 2.0 * shape.num_layers * group.rows * group.width
+        found["experts"] += 2.0 * shape.num_layers * kept
+        if config.routing.num_clusters > 1:
+            projection = config.routing.pca_reduction_factor is not None
+            found["router"] += (
+                2.0
+                * shape.num_layers
+                * features
+                * (config.routing.num_clusters + (group.width if projection else 0))
+            )
+    return found
+
+
+def experts_flops(group: GroupShape, block_size: int, tokens: float) -> float:
+    """Operations of one expert: Hessian (half of it), factor, sweep, and its error.
+
+    A factorization and a triangular inverse take ``D^3``; pushing errors to later blocks
+    ``O D^2``, inside blocks ``O D block_size``.
+    """
+    width, rows = float(group.width), float(group.rows)
+    sweep = rows * width * (width + block_size)
+    return tokens * width**2 + width**3 + sweep
+
+
+def packed_bytes(config: RunConfig, group: GroupShape, item_bytes: int) -> int:
+    """Stored bytes of one expert of all linears of a group."""
+    return PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item_bytes)
+
+
+def expert_bytes(config: RunConfig, group: GroupShape) -> int:
+    """Bytes that making one expert reads and writes at least: Hessian, factor, weights."""
+    return 4 * (2 * group.width**2 + 2 * group.rows * group.width) + packed_bytes(config, group, 4)
 
 
 def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
@@ -124,6 +184,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     tokens = calibration.dataset_size * calibration.seqlen
     shard_tokens = tokens / len(shards)
     fit_tokens = min(tokens, config.routing.fit_tokens)
+    item = shape.item_bytes
+    hidden_bytes = int(shard_tokens * shape.hidden_size * item)
     units = [Unit(key="trunk", stage="trunk", is_persistent=True, layer=-1, cost=1.0)]
     units += [
         Unit(
@@ -132,13 +194,12 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
             params={"shard": s},
             is_persistent=True,
             cost=shard_tokens * shape.hidden_size,
+            traffic_bytes=2 * hidden_bytes,
         )
         for s in shards
     ]
     widths = sum(group.width for group in shape.groups)
-    mlp = sum(group.width * group.rows for group in shape.groups)
-    # Attention's projections are four hidden x hidden products at most, its scores two more.
-    block_flops = 2.0 * (mlp + 4 * shape.hidden_size**2 + shape.hidden_size * calibration.seqlen)
+    block_flops = shape.block_flops(calibration.seqlen)
     for i in range(shape.num_layers):
         where = f"layer-{i:03d}"
         affinity = [f"{where}/shard-{s:03d}" for s in shards]
@@ -160,8 +221,11 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     layer=i,
                     rank=0,
                     cost=shard_tokens * block_flops,
-                    cache_bytes=int(shard_tokens * widths * shape.item_bytes),
-                    output_bytes=int(fit_tokens / len(shards) * widths * shape.item_bytes),
+                    cache_bytes=int(shard_tokens * widths * item),
+                    output_bytes=int(fit_tokens / len(shards) * widths * item),
+                    traffic_bytes=item * shape.block_weights
+                    + 2 * hidden_bytes
+                    + int(shard_tokens * widths * item),
                 )
             )
         for g, group in enumerate(shape.groups):
@@ -182,13 +246,14 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     layer=i,
                     rank=1,
                     output_bytes=4 * group.width**2,
+                    traffic_bytes=int(fit_tokens * group.width * item) + 4 * group.width**2,
                     cost=router_flops(config, group.width, fit_tokens),
                 )
             )
             expected = shard_tokens / config.routing.num_clusters
-            summed = hands_on_sums(config, group.width, shape.item_bytes)
-            moved = gathered_bytes(config, group.width, shape.item_bytes)
-            hessian = 2.0 * expected * group.width**2
+            summed = hands_on_sums(config, group.width, item)
+            moved = gathered_bytes(config, group.width, item)
+            hessian = expected * group.width**2
             source: dict[tuple[int, int], str] = {}
             for part in gathered_ranges(ranges, moved, len(shards)):
                 first, last = part[0][0], part[-1][1]
@@ -219,6 +284,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                             ),
                             move_cost=shard_tokens * block_flops,
                             output_bytes=count * moved,
+                            traffic_bytes=int(shard_tokens * group.width * item) + count * moved,
                         )
                     )
             for experts in ranges:
@@ -240,6 +306,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                                 rank=3,
                                 cost=float(len(taken) * count * group.width**2),
                                 output_bytes=count * moved,
+                                traffic_bytes=(len(taken) + 1) * count * moved,
                             )
                         )
                         merged.append((key, "inputs"))
@@ -256,11 +323,12 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         # Before further gathering: experts consume what fills memory.
                         rank=2,
                         cost=count
-                        * (
-                            group.width**3
-                            + 4.0 * group.rows * group.width**2
-                            + (0.0 if summed else hessian * len(shards))
+                        * experts_flops(
+                            group,
+                            config.compression.block_size,
+                            0.0 if summed else expected * len(shards),
                         ),
+                        traffic_bytes=count * (len(parts) * moved + expert_bytes(config, group)),
                     )
                 )
         if compressed and i + 1 < shape.num_layers:
@@ -280,8 +348,78 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         layer=i,
                         rank=5,
                         cost=shard_tokens * block_flops,
+                        traffic_bytes=2 * hidden_bytes
+                        + config.routing.num_clusters
+                        * sum(packed_bytes(config, group, item) for group in shape.groups),
                     )
                 )
+    return units
+
+
+def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str]) -> list[Unit]:
+    """Units that describe every neuron on the dense model's own activations, in one pass.
+
+    All windows are one shard: a neuron's distribution needs all of its outputs at once.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard).
+        shape: of the dense model.
+        models: names and folders of expanded models to compare with.
+    """
+    tokens = config.calibration.dataset_size * config.calibration.seqlen
+    hidden_bytes = tokens * shape.hidden_size * shape.item_bytes
+    widths = sum(group.width for group in shape.groups)
+    flops = tokens * shape.block_flops(config.calibration.seqlen)
+    units = [
+        Unit(
+            key="embed/shard-000",
+            stage="embed",
+            params={"shard": 0},
+            is_persistent=True,
+            cost=float(tokens * shape.hidden_size),
+            traffic_bytes=2 * hidden_bytes,
+        )
+    ]
+    for i in range(shape.num_layers):
+        where = f"layer-{i:03d}"
+        capture = f"{where}/capture/shard-000"
+        units.append(
+            Unit(
+                key=capture,
+                stage="capture",
+                params={"layer": i, "shard": 0},
+                after=("embed/shard-000" if i == 0 else f"layer-{i - 1:03d}/capture/shard-000",),
+                is_persistent=i + 1 < shape.num_layers,
+                affinity=f"{where}/shard-000",
+                layer=i,
+                cost=flops,
+                cache_bytes=tokens * widths * shape.item_bytes,
+                traffic_bytes=shape.item_bytes * shape.block_weights + 2 * hidden_bytes,
+            )
+        )
+        for g, group in enumerate(shape.groups):
+            outputs = tokens * group.rows
+            units.append(
+                Unit(
+                    key=f"{where}/{group.name}/neurons",
+                    stage="neurons",
+                    params={
+                        "layer": i,
+                        "group": group.name,
+                        "models": models,
+                        "seed": config.calibration.seed + i * len(shape.groups) + g,
+                    },
+                    after=(capture,),
+                    is_persistent=True,
+                    affinity=f"{where}/shard-000",
+                    layer=i,
+                    rank=1,
+                    # A product, and sorting, for every model.
+                    cost=outputs * (2.0 * group.width + SORT_FLOPS) * (1 + len(models)),
+                    move_cost=flops,
+                    traffic_bytes=8 * outputs * (1 + len(models)),
+                )
+            )
     return units
 
 
@@ -292,7 +430,8 @@ def evaluation_units(
     num_layers: int,
     num_shards: int = 1,
     num_ranges: int = 1,
-    cost_per_token: float = 1.0,
+    flops_per_token: float = 1.0,
+    model_bytes: float = 0.0,
 ) -> list[Unit]:
     """Units that score windows: shards of windows, each through ranges of blocks in turn.
 
@@ -326,7 +465,8 @@ def evaluation_units(
                     affinity=f"evaluate-{model}/blocks-{r:03d}" if num_ranges > 1 else None,
                     layer=s,
                     rank=r,
-                    cost=cost_per_token * sum(map(len, part)) / num_ranges,
+                    cost=flops_per_token * sum(map(len, part)) / num_ranges,
+                    traffic_bytes=int(model_bytes / num_ranges),
                 )
             )
     return units
@@ -351,7 +491,7 @@ def needed_units(units: Iterable[Unit], is_committed: Callable[[Unit], bool]) ->
     goals = [
         unit
         for unit in by_key.values()
-        if unit.stage in ("trunk", "router", "experts") or unit.key not in consumed
+        if unit.stage in ("trunk", "router", "experts", "neurons") or unit.key not in consumed
     ]
     needed: set[str] = set()
     stack = [unit.key for unit in goals if not done(unit)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion.store import METRICS_FILE, RUN_FILE, Store
+from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, RUN_FILE, Store
 
 _EXPERT_STAGE = "experts-"
 
@@ -63,6 +63,11 @@ def run_table(metrics: dict[str, Any], output: str | None) -> str:
     )
     if "num_eval_tokens" in metrics:
         lines.append(f"evaluated on {metrics['num_eval_tokens']} tokens")
+    flops = metrics["mlp_flops_per_token"]
+    lines.append(
+        f"per token the MLPs take {flops['experts'] / flops['dense']:.1%} of the dense operations, "
+        f"routers {flops['router'] / flops['dense']:.1%} more"
+    )
     starved = metrics["starved_experts"]
     if starved:
         lines.append(
@@ -75,7 +80,110 @@ def run_table(metrics: dict[str, Any], output: str | None) -> str:
     lines.append(f"{seconds}  peak memory {size(metrics['peak_memory_bytes'])}")
     if output is not None:
         lines.append(f"saved in {output}")
+    if "profile" in metrics:
+        lines += ["", profile_table(metrics["profile"])]
     return "\n".join(lines)
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    """Every stage's work, as shares of what the worker's device can do."""
+    ceilings = profile["ceilings"]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "units", "seconds", "TFLOP", "GB", "of matmul", "of copy")
+    ]
+    rows += [
+        (
+            name,
+            str(work["units"]),
+            f"{work['seconds']:.1f}",
+            f"{work['flops'] / 1e12:.3f}",
+            f"{work['traffic_bytes'] / 1e9:.2f}",
+            f"{work['matmul_share']:.0%}",
+            f"{work['copy_share']:.0%}",
+        )
+        for name, work in profile["stages"].items()
+    ]
+    return (
+        f"{table(rows, header=True)}\n\nOperations and bytes are estimates; the ceilings were "
+        f"measured on a worker: {ceilings['matmul_flops_per_second'] / 1e12:.3f} TFLOP/s, copies "
+        f"{ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+
+
+def model_card(metrics: dict[str, Any], source: str, *, is_hub_id: bool) -> str:
+    """``README.md`` of a checkpoint folder, in the hub's form: metadata, then what it is.
+
+    Args:
+        metrics: of a finished run or expansion.
+        source: hub id or path of the dense model.
+        is_hub_id: whether it is the former, and may be linked.
+    """
+    config = metrics["config"]
+    quantized = config["compression"]["bits"] is not None
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if is_hub_id:
+        head += [f"base_model: {source}", "base_model_relation: quantized"]
+    head += ["tags:", "- sparse-expansion", "- pruned", *(["- quantized"] if quantized else [])]
+    name = source.rstrip("/").rpartition("/")[2]
+    calibration = config["calibration"]
+    rows = [
+        ("experts per linear", str(config["routing"]["num_clusters"])),
+        ("weights", describe_compression(config["compression"])),
+        (
+            "calibrated on",
+            f"{calibration['dataset_size']} x {calibration['seqlen']} tokens of "
+            f"{Path(calibration['dataset']).name}, {calibration['calibration_inputs']} inputs",
+        ),
+        (
+            "weight files",
+            f"{size(metrics['checkpoint_bytes'])} (dense "
+            f"{size(metrics['dense_checkpoint_bytes'])})",
+        ),
+    ]
+    if "perplexity_dense" in metrics:
+        rows.append(
+            (
+                "perplexity per token",
+                f"{metrics['perplexity_expanded']:.3f} (dense {metrics['perplexity_dense']:.3f}), "
+                f"on {metrics['num_eval_tokens']} tokens",
+            )
+        )
+    rows.append(
+        (
+            "experts with too few tokens of their own",
+            f"{metrics['starved_experts']} of {metrics['num_experts']} (made for their whole "
+            "group's inputs)",
+        )
+    )
+    facts = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return (
+        "\n".join([*head, "---"])
+        + f"""
+
+# {name}, expanded
+
+Every linear layer of the MLPs is a router and a set of sparse experts, of which a token takes one
+([Sparse Expansion](https://arxiv.org/abs/2405.15756)).
+
+| | |
+|---|---|
+{facts}
+
+```python
+import sparse_expansion  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+Made by
+
+```
+{metrics["command"]}
+```
+"""
+    )
 
 
 def describe_compression(compression: dict[str, Any]) -> str:
@@ -93,7 +201,7 @@ def describe_compression(compression: dict[str, Any]) -> str:
 def evaluation_table(result: dict[str, Any]) -> str:
     """The result of ``evaluate``."""
     kind = "expanded" if result["is_expanded"] else "dense"
-    return table(
+    text = table(
         [
             ("model", f"{result['model']} ({kind})"),
             ("perplexity (per token)", f"{result['perplexity']:.3f}"),
@@ -102,6 +210,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
             ("seconds", f"{result['seconds']:.1f}"),
         ]
     )
+    return f"{text}\n\n{profile_table(result['profile'])}" if "profile" in result else text
 
 
 def plan_table(result: dict[str, Any]) -> str:
@@ -181,12 +290,14 @@ def expert_rows(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def expert_summary(rows: list[dict[str, Any]]) -> str:
-    """Per linear: token shares of the clusters, and the token-weighted error."""
+def summary_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Per linear: token shares of the clusters, and the token-weighted error; with a header."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["layer"], row["linear"]].append(row)
-    lines = [("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")]
+    lines: list[tuple[str, ...]] = [
+        ("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")
+    ]
     for (layer, linear), found in groups.items():
         tokens = [row["tokens"] for row in found]
         total = max(1, sum(tokens))
@@ -202,22 +313,43 @@ def expert_summary(rows: list[dict[str, Any]]) -> str:
                 f"{max(row['damping_fraction'] for row in found):g}",
             )
         )
-    return table(lines, header=True)
+    return lines
 
 
-def write_table(rows: list[dict[str, Any]], path: str) -> None:
-    """The rows as a Parquet file.
+def expert_summary(rows: list[dict[str, Any]]) -> str:
+    """``summary_rows`` as a table."""
+    return table(summary_rows(rows), header=True)
 
-    Raises:
-        ValueError: the name does not end in .parquet.
-    """
+
+def neurons_table(
+    summary: list[dict[str, Any]], correlations: dict[str, float], num_tokens: int
+) -> str:
+    """Medians by linear, and what the distance to the normal goes with."""
+    names = [name for name in summary[0] if name not in ("layer", "linear", "neurons")]
+    rows: list[tuple[str, ...]] = [("layer, linear", "neurons", *names)]
+    rows += [
+        (
+            f"{row['layer']:>3} {row['linear']}",
+            str(row["neurons"]),
+            *(f"{row[name]:.4g}" for name in names),
+        )
+        for row in summary
+    ]
+    lines = [table(rows, header=True), "", f"medians over neurons, on {num_tokens} tokens"]
+    lines += [
+        f"rank correlation of wasserstein with {name}: {value:+.3f}"
+        for name, value in correlations.items()
+    ]
+    return "\n".join(lines)
+
+
+def write_table(columns: dict[str, list[Any]], path: str) -> None:
+    """The columns as a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
-    if not path.endswith(".parquet"):
-        raise ValueError(f"--table {path} must end in .parquet")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 def run_report(store: Store) -> tuple[dict[str, Any], str]:
@@ -236,6 +368,8 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
         "is_finished": store.exists(METRICS_FILE),
         "finished_units": len(records),
     }
+    if store.exists(COMMAND_FILE):
+        result["command"] = store.read_json(COMMAND_FILE)["command"]
     config = identity["config"]
     lines = [
         f"model     {identity['model']}",
@@ -243,6 +377,8 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
         f"{describe_compression(config['compression'])}, "
         f"{config['calibration']['calibration_inputs']} inputs",
     ]
+    if "command" in result:
+        lines.append(f"command   {result['command']}")
     if result["is_finished"]:
         result["metrics"] = store.read_json(METRICS_FILE)
         lines += ["", run_table(result["metrics"], store.root)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import resource
+import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_expansion.algorithms import neurons
 from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
 from sparse_expansion.algorithms.hessian import (
     check_finite,
@@ -35,7 +37,7 @@ from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
 from sparse_expansion.algorithms.sweep import compress_linears
 from sparse_expansion.config import RunConfig
 from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
-from sparse_expansion.model.expansion import ExpertCache, expand_block
+from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
@@ -80,6 +82,8 @@ class Unit:
     """Estimated bytes of the values it hands on."""
     cache_bytes: int = 0
     """Estimated bytes that its worker keeps for units of the same affinity."""
+    traffic_bytes: int = 0
+    """Estimated bytes of weights, activations, sums and files that it has to read and write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +172,31 @@ class Worker:
         """Free the captured activations of earlier blocks: nothing reads them any more."""
         for key in [key for key in self._captured if key[0] < layer]:
             self._drop_captured(*key)
+
+    def stage_ceilings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What this worker's device can do: float32 products, and copies."""
+        side, floats = 2048, 64 << 20
+        A, B = (torch.randn(side, side, device=self.device) for _ in range(2))
+        source = torch.ones(floats, device=self.device)
+        target = torch.empty_like(source)
+        return {
+            "matmul_flops_per_second": 2 * side**3 / self._median_seconds(lambda: A @ B),
+            "copy_bytes_per_second": 2
+            * source.element_size()
+            * floats
+            / self._median_seconds(lambda: target.copy_(source)),
+        }, {}
+
+    def _median_seconds(self, work: Callable[[], object]) -> float:
+        """Of five, after one to warm up."""
+        found = []
+        for _ in range(6):
+            start = time.perf_counter()
+            work()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found[1:])
 
     # -- calibration ---------------------------------------------------------------------------
 
@@ -403,6 +432,47 @@ class Worker:
             nll += window_nll(logits, windows[part].to(logits.device))
         return {"nll": [(part.total, part.num_tokens) for part in nll]}, {}
 
+    # -- analysis ------------------------------------------------------------------------------
+
+    def stage_neurons(
+        self, *, layer: int, group: str, models: dict[str, str], seed: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Describe every neuron of a group; writes a table of tensors, one row per neuron.
+
+        Args:
+            layer: of the block.
+            group: of the linears.
+            models: names and folders of expanded models, whose outputs on the same inputs are
+                compared with the dense ones.
+            seed: of the pairs for the mapping difficulty.
+        """
+        X_TD = self._inputs(layer, 0)[group].to(self.device)
+        dense = self._shell().load_block(layer)
+        others = {
+            name: self._shell_of(Path(folder)).load_block(layer) for name, folder in models.items()
+        }
+        linears = self._group(group).linears
+        labels: dict[str, torch.Tensor] = {}
+        for name, block in others.items():
+            first = block.get_submodule(linears[0])
+            assert isinstance(first, ExpandedLinear)
+            router = first.group_router.router()
+            labels[name] = torch.cat([route(part, router) for part in X_TD.split(CHUNK_TOKENS)])
+        tensors: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for linear in linears:
+                Y_TO = dense.get_submodule(linear)(X_TD)
+                columns = neurons.describe(X_TD, Y_TO, seed=seed)
+                for name, block in others.items():
+                    found = neurons.compare(Y_TO, block.get_submodule(linear)(X_TD), labels[name])
+                    columns |= {f"{key}.{name}": value for key, value in found.items()}
+                tensors |= {f"{linear}.{key}": value.cpu() for key, value in columns.items()}
+        for folder in models.values():
+            self._shell_of(Path(folder)).cache.clear()
+        file = neurons_file(layer, group)
+        files = {file: self.store.write_tensors(file, tensors)}
+        return {"files": files, "tokens": X_TD.shape[0]}, {}
+
     # -- pieces --------------------------------------------------------------------------------
 
     def expanded_block(self, layer: int, experts: list[tuple[int, int]]) -> nn.Module:
@@ -442,6 +512,13 @@ class Worker:
                 folder = self.store.fetch_folder(self.spec.scratch)
             self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
         return self._shells[model]
+
+    def _shell_of(self, folder: Path) -> ModelShell:
+        """The shell of a model other than the source and the store's."""
+        key = str(folder)
+        if key not in self._shells:
+            self._shells[key] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
+        return self._shells[key]
 
     def _group(self, name: str) -> LinearGroup:
         for group in self._shell().family.groups:
@@ -567,6 +644,11 @@ def range_name(experts: tuple[int, int]) -> str:
 def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
     """File of a range of a group's experts."""
     return f"experts-{layer:03d}-{group}-{range_name(experts)}.safetensors"
+
+
+def neurons_file(layer: int, group: str) -> str:
+    """File of what is known of a group's neurons."""
+    return f"neurons-{layer:03d}-{group}.safetensors"
 
 
 def hidden_file(layer: int, shard: int) -> str:

@@ -28,6 +28,7 @@ from sparse_expansion.model.manifest import tensor_record
 RUN_FILE = "run/run.json"
 UNITS = "run/units"
 METRICS_FILE = "metrics.json"
+COMMAND_FILE = "run/command.json"
 
 
 class Store:

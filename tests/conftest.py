@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# GPU kernels run in Triton's interpreter; it is chosen when they are imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ray reads these when it is imported. Token authentication is on, as on the shipped cluster; the
 # token is the tests' own, so that nothing is read from or written to the user's home.
 os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,6 +1,7 @@
 """The command line: spelling, results, errors."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
-from sparse_expansion.config import RunConfig
+from sparse_expansion.config import CompressionConfig, RunConfig
 from sparse_expansion.flags import build_parser, normalise_flags, parse_size, run_config
+from sparse_expansion.report import model_card
+from tests.tiny import digests
 
 SMALL = (
     "--num_clusters 2 --dataset-size 4 --seqlen 32 --PCA_reduction_factor 4 --block-size 16 "
@@ -162,6 +165,38 @@ def test_analyze_and_report(finished, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
     assert main(["report", str(finished), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["is_finished"] is True
+
+
+def test_model_card(finished, neox_folder, text_folder):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((finished / "README.md").read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["sparse-expansion", "pruned"]
+    assert card.data.base_model is None
+    assert f"{metrics['perplexity_expanded']:.3f}" in card.text
+    again = shlex.split(card.text.rpartition("Made by\n\n```\n")[2].partition("\n")[0])
+    assert again[:4] == ["sparse-expansion", "run", "--model", str(neox_folder)]
+    assert metrics["command"] == shlex.join(again)
+    # The same command, somewhere else, makes the same bytes.
+    again[again.index("--output") + 1] = str(finished.parent / "again")
+    assert main(again[1:]) == 0
+    assert digests(finished.parent / "again") == digests(finished)
+
+
+def test_model_card_of_a_hub_model_links_it():
+    from huggingface_hub import ModelCard
+
+    config = RunConfig(compression=CompressionConfig(bits=4)).to_dict()
+    numbers = dict.fromkeys(
+        ("checkpoint_bytes", "dense_checkpoint_bytes", "starved_experts", "num_experts"), 1
+    )
+    metrics = {"config": config, "command": "sparse-expansion expand", **numbers}
+    card = ModelCard(model_card(metrics, "EleutherAI/pythia-70m", is_hub_id=True))
+    assert card.data.base_model == "EleutherAI/pythia-70m"
+    assert card.data.tags[-1] == "quantized"
+    assert "# pythia-70m, expanded" in card.text and "perplexity" not in card.text
 
 
 def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp_path):

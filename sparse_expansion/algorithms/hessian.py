@@ -32,13 +32,13 @@ def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
     """
     X = X_TD.float()
     sum_DD = X.new_empty(X.shape[1], X.shape[1])
-    _gram(X, sum_DD)
+    gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
     return HessianSum(sum_DD, X.shape[0])
 
 
-def _gram(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
-    """``X^T X`` by halves of the columns: the lower left block is the upper right's mirror.
+def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
+    """Write ``X^T X``, by halves of the columns: the lower left block is the upper right's mirror.
 
     A little more than half of the products of a full multiplication.
     """
@@ -48,8 +48,8 @@ def _gram(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
         return
     half = width // 2
     left, right = X_TD[:, :half], X_TD[:, half:]
-    _gram(left, out_DD[:half, :half])
-    _gram(right, out_DD[half:, half:])
+    gram_into(left, out_DD[:half, :half])
+    gram_into(right, out_DD[half:, half:])
     out_DD[:half, half:] = left.T @ right
     out_DD[half:, :half] = out_DD[:half, half:].T
 

@@ -8,8 +8,9 @@ Packed values are moved as unsigned integers of their size, which is the same fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -237,6 +238,13 @@ def pack_fields(fields: Array, bits: int, out: Array) -> None:
 @_jit
 def unpack_fields(stream: Array, bits: int, out: Array) -> None:
     """Inverse of ``pack_fields``."""
+    if bits == 4:
+        for i in range(out.size // 2):
+            out[2 * i] = stream[i] & np.uint8(15)
+            out[2 * i + 1] = stream[i] >> np.uint8(4)
+        if out.size % 2:
+            out[out.size - 1] = stream[out.size // 2] & np.uint8(15)
+        return
     buffer = np.uint64(0)
     filled = 0
     position = 0
@@ -499,53 +507,157 @@ def _to_float32(builder: ir.IRBuilder, vector: Any, element: ir.Type) -> Any:
     return vector
 
 
+def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, mask: Any, others: Any) -> Any:
+    """The values from ``start`` on, in order, in the lanes of the mask; ``others`` in the others.
+
+    Sixteen are loaded and then spread, which some CPUs do several times faster than both at once;
+    near the end only those are loaded that there are.
+    """
+    vector = others.type
+    element = vector.element
+    name = f"v{LANES}{'f32' if element == _F32 else element}"
+    in_register = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [vector, vector, mask.type]),
+        f"llvm.x86.avx512.mask.expand.{name}",
+    )
+    at_load = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [base.type, mask.type, vector]),
+        f"llvm.masked.expandload.{name}",
+    )
+    kept = cgutils.alloca_once(builder, vector)
+    has_room = builder.icmp_signed("<=", builder.add(start, _I64(LANES)), size)
+    with builder.if_else(has_room) as (whole, rest):
+        with whole:
+            loaded = _load(builder, base, start, vector)
+            builder.store(builder.call(in_register, [loaded, others, mask]), kept)
+        with rest:
+            place = builder.gep(base, [start])
+            builder.store(builder.call(at_load, [place, mask, others]), kept)
+    return builder.load(kept)
+
+
+@contextlib.contextmanager
+def _chunks(
+    context: Any, builder: ir.IRBuilder, kinds: Any, arguments: Any, others: Any, count: Any
+) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """A loop over ``count`` times 16 places; the body is what the caller emits inside.
+
+    The first four arguments are the stream of bits, the byte to begin with, the kept values, and
+    the first of them. Yields the chunk's number, its mask, its values spread to their lanes, and a
+    pointer to the position after the last value taken.
+    """
+    bits_at = _data(context, builder, kinds[0], arguments[0])
+    values = context.make_array(kinds[2])(context, builder, arguments[2])
+    ones = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16"
+    )
+    position = cgutils.alloca_once_value(builder, arguments[3])
+    with cgutils.for_range(builder, count) as loop:
+        place = builder.add(arguments[1], builder.mul(loop.index, _I64(2)))
+        bits = _load(builder, bits_at, place, _I16)
+        mask = builder.bitcast(bits, _vector(ir.IntType(1)))
+        start = builder.load(position)
+        spread = _spread(builder, values.data, start, values.nitems, mask, others)
+        yield loop.index, mask, spread, position
+        step = builder.zext(builder.call(ones, [bits]), _I64)
+        builder.store(builder.add(start, step), position)
+
+
 @intrinsic
 def _kept_dot(
     _typing: Any, stream: Any, byte: Any, values: Any, first: Any, x: Any, at: Any, n: Any
 ) -> Any:
     """Over ``16 n`` columns: the dot product of x with the kept values, and the sum of x there.
 
-    Vectors of x are read from position ``at``, bits from byte ``byte``, values from ``first`` on;
-    a vector of values is spread to the lanes whose bit is set as it is loaded.
+    Vectors of x are read from position ``at``, bits from byte ``byte``, values from ``first`` on.
+    The sum is of use, and made, for codes only.
     """
     signature = types.containers.UniTuple(types.float32, 2)(stream, byte, values, first, x, at, n)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        bits_at = _data(context, builder, kinds[0], arguments[0])
-        values_at = _data(context, builder, kinds[2], arguments[2])
-        x_at = _data(context, builder, kinds[4], arguments[4])
-        element = context.get_data_type(kinds[2].dtype)
-        mask_type = _vector(ir.IntType(1))
-        spread = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(_vector(element), [values_at.type, mask_type, _vector(element)]),
-            f"llvm.masked.expandload.v{LANES}{'f32' if element == _F32 else element}",
-        )
-        count = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16"
-        )
+        x_at = _data(context, builder, signature.args[4], arguments[4])
+        element = context.get_data_type(signature.args[2].dtype)
         dot = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
         here = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
-        position = cgutils.alloca_once_value(builder, arguments[3])
-        with cgutils.for_range(builder, arguments[6]) as loop:
-            place = builder.add(arguments[1], builder.mul(loop.index, _I64(2)))
-            bits = _load(builder, bits_at, place, _I16)
-            mask = builder.bitcast(bits, mask_type)
-            start = builder.load(position)
-            kept = builder.call(spread, [builder.gep(values_at, [start]), mask, _splat(element, 0)])
-            column = builder.add(arguments[5], builder.mul(loop.index, _I64(LANES)))
+        zeros = _splat(element, 0)
+        with _chunks(context, builder, signature.args, arguments, zeros, arguments[6]) as chunk:
+            number, mask, kept, _ = chunk
+            column = builder.add(arguments[5], builder.mul(number, _I64(LANES)))
             part = _load(builder, x_at, column, _vector(_F32))
             _sum_of_products(builder, dot, _to_float32(builder, kept, element), part)
             if element == _I8:
                 seen = builder.select(mask, part, _splat(_F32, 0.0))
                 builder.store(builder.fadd(builder.load(here), seen), here)
-            step = builder.zext(builder.call(count, [bits]), _I64)
-            builder.store(builder.add(start, step), position)
         both = [_across_lanes(builder, dot), _across_lanes(builder, here)]
         return context.make_tuple(builder, signature.return_type, both)
 
     return signature, codegen
+
+
+@intrinsic
+def _spread_to(
+    _typing: Any,
+    stream: Any,
+    byte: Any,
+    values: Any,
+    first: Any,
+    other: Any,
+    out: Any,
+    at: Any,
+    n: Any,
+) -> Any:
+    """Write ``16 n`` places of ``out``: kept values in order, ``other`` where the bit is not set.
+
+    Returns the position after the last value taken.
+    """
+    signature = types.int64(stream, byte, values, first, values.dtype, out, at, n)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out_at = _data(context, builder, signature.args[5], arguments[5])
+        vector = _vector(context.get_data_type(signature.args[2].dtype))
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[4], _I32(0))
+        lanes = ir.Constant(_vector(_I32), [0] * LANES)
+        others = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
+        with _chunks(context, builder, signature.args, arguments, others, arguments[7]) as chunk:
+            number, _, spread, position = chunk
+            column = builder.add(arguments[6], builder.mul(number, _I64(LANES)))
+            target = builder.bitcast(builder.gep(out_at, [column]), ir.PointerType(vector))
+            builder.store(spread, target, align=1)
+        return builder.load(position)
+
+    return signature, codegen
+
+
+@_jit
+def scatter_vectors(values: Array, stream: Array, out: Array) -> None:
+    """``scatter`` by vectors; ``out`` has a multiple of 16 places."""
+    _spread_to(stream, 0, values, 0, values[0] & 0, out, 0, out.size // LANES)
+
+
+@_jit
+def dequantize_vectors(
+    codes: Array, stream: Array, scale: Array, zero_point: Array, group_size: int, out: Array
+) -> None:
+    """``dequantize`` by vectors; whole zero points of 0 to 255, columns and groups multiples of 16.
+
+    A dropped weight takes the zero point for its code, which is worth exactly zero.
+    """
+    rows, columns = out.shape
+    spread = np.empty(columns, np.uint8)
+    position = 0
+    for row in range(rows):
+        for first in range(0, columns, group_size):
+            s = scale[row, first // group_size]
+            z = zero_point[row, first // group_size]
+            count = min(group_size, columns - first)
+            place = (row * columns + first) // 8
+            position = _spread_to(
+                stream, place, codes, position, np.uint8(z), spread, first, count // LANES
+            )
+            for column in range(first, first + count):
+                out[row, column] = s * (np.float32(spread[column]) - z)
 
 
 @intrinsic

@@ -13,6 +13,7 @@ import torch
 
 from sparse_expansion.algorithms.kernels import (
     LANES,
+    MIN_SLICE,
     ONES,
     Array,
     can_spread,
@@ -24,8 +25,8 @@ from sparse_expansion.algorithms.kernels import (
 from sparse_expansion.algorithms.packing import PackedLayout, bitmask, unpack_codes
 from sparse_expansion.algorithms.quantization import AffineGrid
 
-MIN_WEIGHTS = 1 << 18
-"""Smaller experts are faster as dense weights from a cache."""
+MIN_WEIGHTS = 1 << 21
+"""Smaller experts are as fast as dense weights from a cache."""
 _AS_STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
@@ -139,7 +140,7 @@ class StoredMatrix:
                         self.stream, scale, zero, size, even, odd, sums, target, first, last
                     )
 
-        split(self.layout.rows, 1, work, least=-(-MIN_WEIGHTS // self.layout.columns))
+        split(self.layout.rows, 1, work, least=-(-MIN_SLICE // self.layout.columns))
         return out.to(x_D.dtype)
 
 

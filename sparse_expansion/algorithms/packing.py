@@ -18,15 +18,19 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms.kernels import (
+    LANES,
     MIN_SLICE,
     Array,
+    can_spread,
     compact,
     count_ones,
     decode_patterns,
     dequantize,
+    dequantize_vectors,
     encode_patterns,
     pack_fields,
     scatter,
+    scatter_vectors,
     split,
     unpack_fields,
 )
@@ -35,6 +39,8 @@ from sparse_expansion.algorithms.quantization import dequantize as dequantize_te
 from sparse_expansion.config import CompressionConfig, RoutingConfig
 
 MAX_PATTERN_GROUP = 16
+TILE_WEIGHTS = 1 << 15
+"""Weights that are dequantized at a time: few enough that PyTorch uses one thread for them."""
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
@@ -416,7 +422,7 @@ def unpack_expert(
         mask = torch.full((packed_bytes(layout.num_kept, 1),), 255, dtype=torch.uint8)
     else:
         mask = bitmask(tensors, layout)
-    return _dequantize(codes, mask, grid, layout).to(dtype)
+    return _dequantize(codes, mask, grid, layout, dtype)
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
@@ -428,30 +434,55 @@ def _scatter(values: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> 
     target = out.view(unsigned).numpy().reshape(-1)
     stream = mask.numpy()
     starts = _Starts(stream, layout.num_kept)
+    fill = scatter_vectors if can_spread() and len(target) % LANES == 0 else scatter
 
     def work(first: int, last: int) -> None:
         # The first value is read even where none is kept.
         begin = min(starts[first], len(source) - 1)
-        scatter(source[begin:], stream[first // 8 : packed_bytes(last, 1)], target[first:last])
+        fill(source[begin:], stream[first // 8 : packed_bytes(last, 1)], target[first:last])
 
-    split(len(target), 8, work)
+    split(len(target), LANES, work)
     return out
 
 
 def _dequantize(
-    codes: torch.Tensor, mask: torch.Tensor, grid: AffineGrid, layout: PackedLayout
+    codes: torch.Tensor,
+    mask: torch.Tensor,
+    grid: AffineGrid,
+    layout: PackedLayout,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    out = torch.empty(layout.shape, dtype=torch.float32)
-    source, target, stream = codes.numpy(), out.numpy(), mask.numpy()
+    out = torch.empty(layout.shape, dtype=dtype)
+    source, stream = codes.numpy(), mask.numpy()
     scale = grid.scale_OG.float().cpu().contiguous().numpy()
     zero = grid.zero_point_OG.float().cpu().contiguous().numpy()
     starts = _Starts(stream, layout.num_kept)
+    by_vectors = (
+        can_spread()
+        and layout.columns % LANES == 0
+        and grid.group_size % LANES == 0
+        and bool(((zero >= 0) & (zero <= 255) & (zero == np.rint(zero))).all())
+    )
+    fill = dequantize_vectors if by_vectors else dequantize
+    few = max(8, TILE_WEIGHTS // layout.columns // 8 * 8)
 
     def work(rows: slice, part: slice) -> None:
         begin = starts[8 * part.start]
-        dequantize(
-            source[begin:], stream[part], scale[rows], zero[rows], grid.group_size, target[rows]
-        )
+        # A few rows at a time: float32 in a cache, before they are rounded to the dtype.
+        for first in range(rows.start, rows.stop, few):
+            last = min(first + few, rows.stop)
+            bits = stream[first * layout.columns // 8 : packed_bytes(last * layout.columns, 1)]
+            tile = torch.empty(last - first, layout.columns)
+            fill(
+                source[begin:],
+                bits,
+                scale[first:last],
+                zero[first:last],
+                grid.group_size,
+                tile.numpy(),
+            )
+            out[first:last] = tile
+            begin += int(count_ones(bits))
 
     _over_rows(layout, work)
     return out

@@ -7,6 +7,7 @@ on any device and holds weights transposed, ``[K, D, O]``, so that a column is c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms import kernels
-from sparse_expansion.algorithms.hessian import inverse_cholesky_factor
+from sparse_expansion.algorithms.hessian import gram_into, inverse_cholesky_factor
 from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured_mask
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
@@ -52,6 +53,7 @@ def sweep(
     grid: AffineGrid | None,
     block_size: int,
     columns_KD: torch.Tensor | None = None,
+    decide: Callable[..., None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """One pass over the columns, in place: mask, round, and push the error onward.
 
@@ -67,6 +69,8 @@ def sweep(
         grid: rounding grid of the dense weight, None to prune only.
         block_size: columns per block; the last block may be shorter.
         columns_KD: original index of every (reordered) column, None when in order.
+        decide: what decides a block's columns; by default Triton's kernel on a GPU that has
+            Triton, else ``decide_columns``.
 
     Returns:
         The mask of kept weights ``[K, D, O]`` (bool), the codes (uint8, or None), and each
@@ -79,6 +83,7 @@ def sweep(
         return kept, None, W_KDO.new_zeros(num_experts)
     loss_K = W_KDO.new_zeros(num_experts, dtype=torch.float64)
     n_m = pattern.group is not None
+    decide = decide or (_triton_decide() if W_KDO.is_cuda else None) or decide_columns
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         count = stop - start
@@ -89,37 +94,86 @@ def sweep(
         mask = torch.zeros_like(W1, dtype=torch.bool)
         if not n_m:
             mask = unstructured_mask(saliency(W1, diagonal_KB), pattern.num_pruned(count * rows))
+        scale_KBO = zero_KBO = None
         if grid is not None:
             columns = torch.arange(start, stop, device=W_KDO.device).expand(num_experts, -1)
             if columns_KD is not None:
                 columns = columns_KD[:, start:stop]
             scale_KBO, zero_KBO = grid.columns(columns)
-        for j in range(count):
-            if n_m and pattern.group and pattern.pruned is not None and j % pattern.group == 0:
-                end = min(j + pattern.group, count)
-                mask[:, j:end] = n_m_mask(
-                    saliency(W1[:, j:end], diagonal_KB[:, j:end]),
-                    (end - j) * pattern.pruned // pattern.group,
-                )
-            w_KO = W1[:, j]
-            if grid is None:
-                q_KO = w_KO.masked_fill(mask[:, j], 0)
-            else:
-                assert codes is not None
-                code = quantize(w_KO, scale_KBO[:, j], zero_KBO[:, j], grid.max_code)
-                codes[:, start + j] = code.to(torch.uint8)
-                q_KO = dequantize(code, scale_KBO[:, j], zero_KBO[:, j])
-                q_KO = q_KO.masked_fill(mask[:, j], 0)
-            error = (w_KO - q_KO) / diagonal_KB[:, j, None]
-            if j + 1 < count:
-                W1[:, j + 1 :].sub_(U1[:, j, j + 1 :, None] * error[:, None])
-            errors[:, j] = error
-            W1[:, j] = q_KO
+        decide(
+            W1,
+            U1,
+            mask,
+            errors,
+            group=pattern.group or 0,
+            pruned=pattern.pruned or 0,
+            scale_KBO=scale_KBO,
+            zero_point_KBO=zero_KBO,
+            codes_KBO=None if codes is None else codes[:, start:stop],
+            max_code=0 if grid is None else grid.max_code,
+        )
         kept[:, start:stop] = ~mask
         loss_K += errors.square().sum(dim=(1, 2), dtype=torch.float64)
         if stop < width:
             W_KDO[:, stop:].baddbmm_(U_KDD[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
     return kept, codes, loss_K
+
+
+def decide_columns(
+    W_KBO: torch.Tensor,
+    U_KBB: torch.Tensor,
+    mask_KBO: torch.Tensor,
+    errors_KBO: torch.Tensor,
+    *,
+    group: int,
+    pruned: int,
+    scale_KBO: torch.Tensor | None,
+    zero_point_KBO: torch.Tensor | None,
+    codes_KBO: torch.Tensor | None,
+    max_code: int,
+) -> None:
+    """Decide a block's columns in place, by PyTorch's own operations.
+
+    Args:
+        W_KBO: float32, a view of the block's columns.
+        U_KBB: float32, the factor's diagonal block.
+        mask_KBO: bool, True where pruned; filled here for N:M.
+        errors_KBO: float32; written.
+        group: M of N:M, 0 when the mask is given.
+        pruned: N of N:M.
+        scale_KBO: of the grid, by column and row, or None.
+        zero_point_KBO: as ``scale_KBO``.
+        codes_KBO: uint8, or None; written.
+        max_code: largest code.
+    """
+    count = W_KBO.shape[1]
+    diagonal_KB = U_KBB.diagonal(dim1=1, dim2=2)
+    for j in range(count):
+        if group and j % group == 0:
+            end = min(j + group, count)
+            mask_KBO[:, j:end] = n_m_mask(
+                saliency(W_KBO[:, j:end], diagonal_KB[:, j:end]), (end - j) * pruned // group
+            )
+        w_KO = q_KO = W_KBO[:, j]
+        if codes_KBO is not None and scale_KBO is not None and zero_point_KBO is not None:
+            code = quantize(w_KO, scale_KBO[:, j], zero_point_KBO[:, j], max_code)
+            codes_KBO[:, j] = code.to(torch.uint8)
+            q_KO = dequantize(code, scale_KBO[:, j], zero_point_KBO[:, j])
+        q_KO = q_KO.masked_fill(mask_KBO[:, j], 0)
+        error = (w_KO - q_KO) / diagonal_KB[:, j, None]
+        if j + 1 < count:
+            W_KBO[:, j + 1 :].sub_(U_KBB[:, j, j + 1 :, None] * error[:, None])
+        errors_KBO[:, j] = error
+        W_KBO[:, j] = q_KO
+
+
+def _triton_decide() -> Callable[..., None] | None:
+    """Triton's kernel, where Triton is installed."""
+    try:
+        from sparse_expansion.algorithms.triton_kernels import decide
+    except ImportError:
+        return None
+    return decide
 
 
 def sweep_compiled(
@@ -311,7 +365,8 @@ def _relative_errors(
     The loss counts the damping as if it were data: ``tr(E H E^T) = loss - damping |E|^2``, without
     the dead columns, which reach no output. ``tr(W H W^T) = <W^T W, H>`` shares one product.
     """
-    gram_DD = W_OD.T @ W_OD
+    gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
+    gram_into(W_OD, gram_DD)
     errors = []
     for k, expert_OD in enumerate(experts_KOD):
         energy = float((gram_DD * H_KDD[k]).sum(dtype=torch.float64))

@@ -21,6 +21,7 @@ from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.algorithms.matvec import StoredMatrix, takes_stored_form
 from sparse_expansion.algorithms.packing import PackedLayout, unpack_expert
 from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.algorithms.semi_structured import for_matmul
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.types import Router
@@ -34,8 +35,8 @@ FLOAT32_PARTS = ("router", "grid")
 class ExpertCache:
     """Forms of recently used experts, the least recent dropped beyond ``max_bytes``.
 
-    A form is the dense weight, which serves any number of tokens, or what a product of the stored
-    streams with one token needs beside them.
+    A form is the unpacked weight, which serves any number of tokens (on a GPU semi-structured where
+    that is faster), or what a product of the stored streams with one token needs beside them.
     """
 
     def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
@@ -44,12 +45,12 @@ class ExpertCache:
         self._forms: OrderedDict[tuple[int, int, type], tuple[Any, int]] = OrderedDict()
 
     def dense(self, linear: ExpandedLinear, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dense weight of one expert, unpacked on a miss."""
+        """Unpacked weight of one expert, made on a miss."""
         key = (id(linear), expert, torch.Tensor)
         weight: torch.Tensor | None = self._find(key)
         if weight is not None and weight.dtype == dtype and weight.device == linear.device:
             return weight
-        weight = linear.unpack(expert, dtype)
+        weight = for_matmul(linear.unpack(expert, dtype), linear.layout)
         self._keep(key, weight, weight.numel() * weight.element_size())
         return weight
 
@@ -95,6 +96,12 @@ class Routing:
     """Tokens of one input, sorted by expert: ``order`` and the count of each expert."""
 
     def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
+        if experts_T.shape[0] == 1:
+            # Nothing to sort: decoding spends its time on calls, not on numbers.
+            self.order_T = torch.zeros_like(experts_T)
+            self.counts = [0] * num_clusters
+            self.counts[int(experts_T)] = 1
+            return
         self.order_T = torch.argsort(experts_T, stable=True)
         self.counts = torch.bincount(experts_T, minlength=num_clusters).tolist()
 
@@ -258,18 +265,15 @@ class ExpandedLinear(nn.Module):
             out = matrix.matvec(X_TD[0])
             out = out if self.bias is None else out + self.bias
             return out.reshape(*X.shape[:-1], self.out_features)
-        sorted_TD = X_TD[routing.order_T]
-        parts = []
-        start = 0
-        for expert, count in enumerate(routing.counts):
-            if count:
-                weight = self.cache.dense(self, expert, X.dtype)
-                tokens = sorted_TD[start : start + count]
-                parts.append(nn.functional.linear(tokens, weight, self.bias))
-                start += count
+        parts = X_TD[routing.order_T].split(routing.counts)
         out = X_TD.new_empty(X_TD.shape[0], self.out_features)
-        if parts:
-            out[routing.order_T] = torch.cat(parts)
+        made = [
+            nn.functional.linear(tokens, self.cache.dense(self, expert, X.dtype), self.bias)
+            for expert, tokens in enumerate(parts)
+            if tokens.shape[0]
+        ]
+        if made:
+            out[routing.order_T] = torch.cat(made)
         return out.reshape(*X.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -74,7 +74,7 @@ PATTERNS = ["0.5", "0.9", "1.0", "0", "2:4", "1:4", "3:4", "4:8", "5:16", "8:16"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sparsity", PATTERNS)
-@pytest.mark.parametrize("shape", [(7, 13), (1, 1), (16, 8), (3, 35)])
+@pytest.mark.parametrize("shape", [(7, 13), (1, 1), (16, 8), (3, 35), (9, 64)])
 def test_experts_come_back_bit_for_bit(shape, sparsity, dtype):
     wanted = layout(shape, sparsity)
     kept = random_mask(wanted)
@@ -86,19 +86,22 @@ def test_experts_come_back_bit_for_bit(shape, sparsity, dtype):
     assert torch.equal(packing.unpack_kept(packed, wanted), kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "size"), [(11, 4), (48, 16), (80, 80)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sparsity", PATTERNS)
-def test_quantized_experts_come_back_bit_for_bit(bits, sparsity):
-    shape = (6, 11)
-    grid = AffineGrid(torch.rand(6, 3) + 0.1, torch.randint(0, 2**bits, (6, 3)).float(), bits, 4)
+def test_quantized_experts_come_back_bit_for_bit(bits, sparsity, columns, size, dtype):
+    shape, groups = (6, columns), -(-columns // size)
+    zero_point = torch.randint(0, 2**bits, (6, groups)).float()
+    grid = AffineGrid(torch.rand(6, groups) + 0.1, zero_point, bits, size)
     codes = torch.randint(0, 2**bits, shape).to(torch.uint8)
     wanted = layout(shape, sparsity, bits)
     kept = random_mask(wanted)
-    scale, zero = grid.columns(torch.arange(11))
+    scale, zero = grid.columns(torch.arange(columns))
     weight = dequantize(codes.float(), scale.T, zero.T).masked_fill(~kept, 0)
-    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
-    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
-    assert torch.equal(back, weight)
+    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
+    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype)
+    assert torch.equal(back, weight.to(dtype))
     assert packed["codes"].numel() == packing.packed_bytes(wanted.num_kept, bits)
     on_device = packing._dequantize_on_device(
         packing.unpack_codes(packed["codes"], wanted.num_kept, bits), kept, grid, "cpu"
@@ -106,10 +109,40 @@ def test_quantized_experts_come_back_bit_for_bit(bits, sparsity):
     assert torch.equal(on_device, weight)
 
 
+def test_zero_points_that_are_no_codes():
+    """As a foreign file may have them; the vectors' way of dropping weights needs codes."""
+    wanted = layout((4, 32), "0.5", 4)
+    kept = random_mask(wanted)
+    codes = torch.randint(0, 16, (4, 32)).to(torch.uint8)
+    grid = AffineGrid(torch.rand(4, 1) + 0.1, torch.tensor([[0.5], [-3.0], [300.0], [7.0]]), 4, 32)
+    weight = dequantize(codes.float(), grid.scale_OG, grid.zero_point_OG).masked_fill(~kept, 0)
+    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
+    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+    assert torch.equal(back, weight)
+
+
+def test_cpus_without_wide_vectors_give_the_same(monkeypatch):
+    for bits in (None, 4):
+        wanted = layout((16, 64), "0.5", bits)
+        kept = random_mask(wanted)
+        codes = torch.randint(0, 16, (16, 64)).to(torch.uint8)
+        grid = None if bits is None else AffineGrid(torch.rand(16, 1), torch.ones(16, 1), 4, 64)
+        weight = torch.randn(16, 64) * kept
+        packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
+        found = []
+        for answer in (False, packing.can_spread()):
+            monkeypatch.setattr(packing, "can_spread", lambda answer=answer: answer)
+            found.append(
+                packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+            )
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("columns", [1032, 1040])
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
 @pytest.mark.parametrize("bits", [None, 4, 3])
-def test_any_number_of_threads_gives_the_same(sparsity, bits):
-    shape = (512, 1032)
+def test_any_number_of_threads_gives_the_same(sparsity, bits, columns):
+    shape = (512, columns)
     wanted = layout(shape, sparsity, bits, block_size=128)
     kept = random_mask(wanted)
     codes = torch.randint(0, 8, shape).to(torch.uint8)

@@ -101,7 +101,13 @@ def test_evaluation_equals_the_local_one(
 
     def perplexity(model, executor, **split):
         nll, windows = jobs.evaluate(
-            model, tokens, 3, executor, lambda progress: None, run.measured, **split
+            model,
+            tokens,
+            run.prepared.shell,
+            executor,
+            lambda progress: None,
+            run.measured,
+            **split,
         )
         assert len(windows) == 7 and nll.num_tokens == 7 * 47
         return nll.perplexity

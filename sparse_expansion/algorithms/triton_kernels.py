@@ -1,0 +1,163 @@
+"""The sweep's inner columns on a GPU in one launch: the only home of Triton.
+
+PyTorch's operations would be launched some thousand times for a block of 128 columns. Here a tile
+of rows stays in registers while its columns are decided one after another.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TILE_VALUES = 4096
+"""Weights of a tile: three such arrays are in the registers of 128 threads."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def decide_block(  # type: ignore[no-untyped-def]
+    W,
+    U,
+    mask,
+    scale,
+    zero_point,
+    codes,
+    errors,
+    W_expert,
+    U_expert,
+    U_row,
+    mask_expert,
+    grid_expert,
+    codes_expert,
+    errors_expert,
+    rows,
+    columns,
+    max_code,
+    GROUP: tl.constexpr,
+    PRUNED: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile of rows of one expert; arrays are ``[columns, rows]``, experts ``*_expert`` apart."""
+    expert = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    place = column[:, None] * rows + row[None, :]
+    inside = (column[:, None] < columns) & (row[None, :] < rows)
+    W += expert * W_expert
+    U += expert * U_expert
+    mask += expert * mask_expert
+    errors += expert * errors_expert
+    w = tl.load(W + place, mask=inside, other=0.0)
+    keep = tl.load(mask + place, mask=inside, other=1) == 0
+    diagonal = tl.load(U + column * (U_row + 1), mask=column < columns, other=1.0)
+    e = tl.zeros((BLOCK, ROWS), tl.float32)
+    for j in range(0, columns):
+        if GROUP > 0:
+            if j % GROUP == 0:
+                ratio = w / diagonal[:, None]
+                end = tl.minimum(j + GROUP, columns)
+                candidate = (column >= j) & (column < end)
+                saliency = tl.where(candidate[:, None], ratio * ratio, float("inf"))
+                for number in tl.static_range(PRUNED):
+                    if number < (end - j) * PRUNED // GROUP:
+                        smallest = tl.argmin(saliency, axis=0)
+                        hit = column[:, None] == smallest[None, :]
+                        keep = keep & (hit == 0)
+                        saliency = tl.where(hit, float("inf"), saliency)
+        here = column[:, None] == j
+        # One term of each sum is not zero: this reads column j.
+        w_j = tl.sum(tl.where(here, w, 0.0), axis=0)
+        keep_j = tl.sum(tl.where(here & keep, 1, 0), axis=0) != 0
+        q = w_j
+        if IS_QUANTIZED:
+            at = expert * grid_expert + j * rows + row
+            s = tl.load(scale + at, mask=row < rows, other=1.0)
+            z = tl.load(zero_point + at, mask=row < rows, other=0.0)
+            # Half to even, as PyTorch rounds.
+            ratio_j = w_j / s
+            low = tl.floor(ratio_j)
+            rest = ratio_j - low
+            odd = low - 2.0 * tl.floor(low * 0.5)
+            up = tl.where(rest > 0.5, 1.0, tl.where(rest == 0.5, odd, 0.0))
+            code = tl.minimum(tl.maximum(low + up + z, 0.0), max_code)
+            tl.store(
+                codes + expert * codes_expert + j * rows + row, code.to(tl.uint8), mask=row < rows
+            )
+            q = s * (code - z)
+        q = tl.where(keep_j, q, 0.0)
+        error = (w_j - q) / tl.load(U + j * (U_row + 1))
+        factor = tl.load(U + j * U_row + column, mask=(column > j) & (column < columns), other=0.0)
+        w = tl.where(here, q[None, :], w - factor[:, None] * error[None, :])
+        e = tl.where(here, error[None, :], e)
+    tl.store(W + place, w, mask=inside)
+    tl.store(errors + place, e, mask=inside)
+    tl.store(mask + place, (keep == 0).to(tl.int8), mask=inside)
+
+
+def decide(
+    W_KBO: torch.Tensor,
+    U_KBB: torch.Tensor,
+    mask_KBO: torch.Tensor,
+    errors_KBO: torch.Tensor,
+    *,
+    group: int,
+    pruned: int,
+    scale_KBO: torch.Tensor | None,
+    zero_point_KBO: torch.Tensor | None,
+    codes_KBO: torch.Tensor | None,
+    max_code: int,
+) -> None:
+    """Decide a block's columns in place; see ``sweep``.
+
+    Args:
+        W_KBO: float32, a view of the block's columns; each is contiguous.
+        U_KBB: float32, the factor's diagonal block, a view.
+        mask_KBO: bool, contiguous, True where pruned; filled here for N:M.
+        errors_KBO: float32, contiguous; written.
+        group: M of N:M, 0 when the mask is given.
+        pruned: N of N:M.
+        scale_KBO: of the grid, by column and row, or None.
+        zero_point_KBO: as ``scale_KBO``.
+        codes_KBO: uint8, a view like ``W_KBO``, or None; written.
+        max_code: largest code.
+    """
+    experts, columns, rows = W_KBO.shape
+    block = max(16, triton.next_power_of_2(columns))
+    tile = max(16, TILE_VALUES // block)
+    # What is not used still needs a pointer.
+    unused = errors_KBO.new_empty(1, 1, 1)
+    scale = unused if scale_KBO is None else scale_KBO.contiguous()
+    zero_point = unused if zero_point_KBO is None else zero_point_KBO.contiguous()
+    # Copies, small beside the product that follows, so that the kernel sees plain arrays.
+    W = W_KBO.clone(memory_format=torch.contiguous_format)
+    U = U_KBB.clone(memory_format=torch.contiguous_format)
+    codes = unused if codes_KBO is None else torch.empty_like(W, dtype=torch.uint8)
+    decide_block[(experts, triton.cdiv(rows, tile))](
+        W,
+        U,
+        mask_KBO.view(torch.int8),
+        scale,
+        zero_point,
+        codes,
+        errors_KBO,
+        W.stride(0),
+        U.stride(0),
+        U.stride(1),
+        mask_KBO.stride(0),
+        scale.stride(0),
+        codes.stride(0),
+        errors_KBO.stride(0),
+        rows,
+        columns,
+        float(max_code),
+        GROUP=group,
+        PRUNED=pruned,
+        IS_QUANTIZED=codes_KBO is not None,
+        BLOCK=block,
+        ROWS=tile,
+    )
+    W_KBO.copy_(W)
+    if codes_KBO is not None:
+        codes_KBO.copy_(codes)

@@ -1,0 +1,192 @@
+"""A run folder as one HTML page: no scripts, nothing from the network, readable on a phone."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.report import describe_compression, run_report, size, summary_rows
+from sparse_expansion.store import Store
+
+_PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
+
+
+def report_page(store: Store, *, price_per_hour: float | None = None) -> str:
+    """The page of a finished or unfinished run.
+
+    Args:
+        store: the run's folder.
+        price_per_hour: of one worker, to state a cost.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    result, _ = run_report(store)
+    config = result["config"]
+    metrics = result.get("metrics")
+    rows = result.get("experts", [])
+    name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
+    asked = (
+        f"{config['routing']['num_clusters']} experts per linear, "
+        f"{describe_compression(config['compression'])}, "
+        f"{config['calibration']['calibration_inputs']} inputs"
+    )
+    # Text from files is escaped; the plots are the only markup that is not the template's.
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    source = files("sparse_expansion").joinpath("templates/report.html").read_text("utf-8")
+    return environment.from_string(source).render(
+        name=name,
+        asked=asked,
+        finished=result["is_finished"],
+        finished_units=result["finished_units"],
+        cards=[] if metrics is None else _cards(metrics, price_per_hour),
+        error_plot=_error_plot(rows) if rows else "",
+        worst=_worst(rows) if rows else "",
+        share_plot=_share_plot(rows) if rows else "",
+        clusters=_clusters(rows) if rows else "",
+        stages=[] if metrics is None else _stages(metrics),
+        parts=_parts(store) if store.exists(MANIFEST_NAME) else [],
+        linears=summary_rows(rows) if rows else [],
+        settings=sorted(_flat(config)),
+        command=result.get("command"),
+    )
+
+
+def _cards(metrics: dict[str, Any], price_per_hour: float | None) -> list[dict[str, str]]:
+    cards = []
+    if "perplexity_dense" in metrics:
+        dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
+        cards += [
+            {"value": f"{expanded:.3f}", "label": "perplexity per token, expanded"},
+            {"value": f"{dense:.3f}", "label": "perplexity per token, dense"},
+        ]
+    seconds = sum(metrics["seconds"].values())
+    cards += [
+        {"value": size(metrics["checkpoint_bytes"]), "label": "weight files"},
+        {"value": size(metrics["dense_checkpoint_bytes"]), "label": "dense weight files"},
+        {"value": f"{seconds / 60:.1f} min", "label": "wall clock"},
+        {"value": size(metrics["peak_memory_bytes"]), "label": "peak memory of a worker"},
+    ]
+    if price_per_hour is not None:
+        hours = sum(metrics["unit_seconds"].values()) / 3600
+        cards.append({"value": f"{hours * price_per_hour:.2f}", "label": "cost of worker time"})
+    return cards
+
+
+def _stages(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    if "profile" not in metrics:
+        found = sorted(metrics["unit_seconds"].items(), key=lambda item: -item[1])
+        return [("stage", "seconds"), *((name, f"{seconds:.1f}") for name, seconds in found)]
+    rows: list[tuple[str, ...]] = [("stage", "units", "seconds", "of matmul", "of copy")]
+    for name, work in metrics["profile"]["stages"].items():
+        shares = (f"{work['matmul_share']:.0%}", f"{work['copy_share']:.0%}")
+        rows.append((name, str(work["units"]), f"{work['seconds']:.1f}", *shares))
+    return rows
+
+
+def _parts(store: Store) -> list[tuple[str, str]]:
+    found: dict[str, int] = defaultdict(int)
+    for tensor in store.read_json(MANIFEST_NAME)["tensors"].values():
+        found[tensor["file"].partition("-")[0]] += tensor["bytes"]
+    return [(label, size(found[part])) for part, label in _PARTS.items() if part in found]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            rows += _flat(item, f"{prefix}{key}.")
+        elif item is not None:
+            rows.append((prefix + key, str(item)))
+    return rows
+
+
+def _by_linear(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["linear"]][row["layer"]].append(row)
+    return found
+
+
+def _error(experts: list[dict[str, Any]]) -> float:
+    total = max(1, sum(row["tokens"] for row in experts))
+    return float(sum(row["relative_error"] * row["tokens"] for row in experts) / total)
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    linear, layer, error = max(
+        (
+            (linear, layer, _error(experts))
+            for linear, layers in _by_linear(rows).items()
+            for layer, experts in layers.items()
+        ),
+        key=lambda item: item[2],
+    )
+    return f"Most of it in {linear} of block {layer}: {error:.1%}."
+
+
+def _clusters(rows: list[dict[str, Any]]) -> str:
+    starved = sum(row["is_starved"] for row in rows)
+    raised = sum(row["damping_attempts"] > 1 for row in rows)
+    return (
+        f"Share of the calibration tokens in the largest and the smallest cluster of every linear. "
+        f"{starved} of {len(rows)} experts had too few tokens and use their whole group's Hessian; "
+        f"{raised} needed more than the asked damping."
+    )
+
+
+def _error_plot(rows: list[dict[str, Any]]) -> str:
+    figure, axes = _figure("block", "lost output energy")
+    for linear, layers in _by_linear(rows).items():
+        order = sorted(layers)
+        axes.plot(order, [_error(layers[i]) for i in order], marker="o", ms=3, label=linear)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _share_plot(rows: list[dict[str, Any]]) -> str:
+    figure, axes = _figure("block", "share of tokens")
+    for number, (linear, layers) in enumerate(_by_linear(rows).items()):
+        order = sorted(layers)
+        shares = []
+        for layer in order:
+            tokens = [row["tokens"] for row in layers[layer]]
+            shares.append((max(tokens) / max(1, sum(tokens)), min(tokens) / max(1, sum(tokens))))
+        color = f"C{number}"
+        axes.plot(order, [large for large, _ in shares], color=color, label=linear)
+        axes.plot(order, [small for _, small in shares], color=color, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, title="largest (line), smallest (dots)")
+    return _svg(figure)
+
+
+def _figure(x: str, y: str) -> tuple[Any, Any]:
+    # No display and no global state: figures are made by themselves, not through pyplot.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an SVG element, without the XML header; the same bytes every time."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sparse-expansion", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

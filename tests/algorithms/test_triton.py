@@ -1,0 +1,98 @@
+"""The GPU's kernel: its results in Triton's interpreter, and that it compiles for GPUs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_expansion.algorithms import sweep as sweeps
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.config import SparsityPattern
+
+triton_kernels = pytest.importorskip("sparse_expansion.algorithms.triton_kernels")
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sparse_expansion.algorithms.triton_kernels import decide_block
+
+pointers = {"W": "*fp32", "U": "*fp32", "mask": "*i8", "scale": "*fp32", "zero_point": "*fp32"}
+numbers = ["W_expert", "U_expert", "U_row", "mask_expert", "grid_expert", "codes_expert"]
+numbers += ["errors_expert", "rows", "columns"]
+for group, pruned, quantized in ((0, 0, False), (0, 0, True), (4, 2, False), (16, 8, True)):
+    constants = {"GROUP": group, "PRUNED": pruned, "IS_QUANTIZED": quantized}
+    constants |= {"BLOCK": 128, "ROWS": 32}
+    signature = pointers | {"codes": "*u8" if quantized else "*fp32", "errors": "*fp32"}
+    signature |= dict.fromkeys(numbers, "i32") | {"max_code": "fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    order = {name: signature[name] for name in decide_block.arg_names}
+    source = ASTSource(fn=decide_block, signature=order, constexprs=constants)
+    for capability in (80, 90):
+        kernel = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert len(kernel.asm["cubin"]) > 1000
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4])
+@pytest.mark.parametrize("sparsity", ["0.5", "0", "2:4", "1:4", "5:8"])
+@pytest.mark.parametrize("shape", [(1, 24, 7), (2, 40, 70)])
+def test_the_kernel_decides_as_pytorch_does(shape, sparsity, bits):
+    experts, width, rows = shape
+    pattern = SparsityPattern.parse(sparsity)
+    X = torch.randn(experts, 3 * width, width)
+    H = X.transpose(1, 2) @ X
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    W = torch.randn(experts, width, rows)
+    grid = None
+    if bits is not None:
+        zero = torch.randint(0, 2**bits, (rows, -(-width // 8))).float()
+        grid = AffineGrid(torch.rand(zero.shape) * 0.3 + 0.1, zero, bits, 8)
+    results = []
+    for decide in (sweeps.decide_columns, triton_kernels.decide):
+        weight = W.clone()
+        kept, codes, loss = sweeps.sweep(
+            weight, U, pattern=pattern, grid=grid, block_size=16, decide=decide
+        )
+        results.append((weight, kept, codes, loss))
+    (weight, kept, codes, loss), (weight_2, kept_2, codes_2, loss_2) = results
+    assert torch.equal(kept, kept_2)
+    torch.testing.assert_close(weight_2, weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_2, loss, rtol=1e-4, atol=1e-6)
+    if codes is not None:
+        assert torch.equal(codes, codes_2)
+
+
+def test_rounding_is_half_to_even():
+    """On ties a code goes to the even neighbour, as in ``torch.round``."""
+    rows = 8
+    W = torch.tensor([[[0.5, 1.5, 2.5, 3.5, -0.5, 0.4999, 6.5, 7.5]]])
+    codes = torch.zeros(1, 1, rows, dtype=torch.uint8)
+    triton_kernels.decide(
+        W.clone(),
+        torch.ones(1, 1, 1),
+        torch.zeros(1, 1, rows, dtype=torch.bool),
+        torch.empty(1, 1, rows),
+        group=0,
+        pruned=0,
+        scale_KBO=torch.ones(1, 1, rows),
+        zero_point_KBO=torch.full((1, 1, rows), 2.0),
+        codes_KBO=codes,
+        max_code=15,
+    )
+    assert codes.flatten().tolist() == [2, 4, 4, 6, 2, 2, 8, 10]
+
+
+def test_a_gpu_with_triton_takes_the_kernel():
+    assert sweeps._triton_decide() is triton_kernels.decide
+
+
+def test_it_compiles_for_gpus():
+    """Ptxas comes with Triton; the interpreter of the other tests has to be off for this."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

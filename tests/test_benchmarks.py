@@ -1,0 +1,53 @@
+"""The baseline that speed is measured against does the same work, and the benchmark runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import baseline
+from sparse_expansion.algorithms.hessian import hessian_sum
+from sparse_expansion.algorithms.sweep import compress_experts
+from sparse_expansion.config import CompressionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_baseline_prunes_as_we_do():
+    torch.manual_seed(0)
+    mixing = torch.randn(160, 160) / 12 + torch.eye(160)
+    W, X = torch.randn(40, 160), torch.randn(600, 160) @ mixing
+    sums = baseline.Hessians(160, 1)
+    for index, part in enumerate(X.split(200)):
+        sums.add(lambda rows: torch.zeros(len(rows), dtype=torch.int64), index, part)
+    torch.testing.assert_close(sums.H[0], 2 / 600 * X.T @ X, rtol=1e-4, atol=1e-4)
+    theirs = baseline.prune(W, sums.H[0], 0.5)
+    ours = compress_experts(W, hessian_sum(X).sum_DD[None], CompressionConfig(), None)
+    same = (theirs != 0) == ours.kept_KOD[0]
+    assert float(same.float().mean()) > 0.995
+    np.testing.assert_allclose(theirs[same], ours.weight_KOD[0][same], rtol=0.05, atol=0.02)
+
+
+def test_the_baselines_experts_route_each_token():
+    experts = [torch.eye(3), 2 * torch.eye(3)]
+    linear = baseline.RoutedLinear(lambda X: (X[:, 0] > 0).long(), experts, torch.ones(3))
+    X = torch.tensor([[[1.0, 2.0, 3.0], [-1.0, 2.0, 3.0]]])
+    assert linear(X).tolist() == [[[3.0, 5.0, 7.0], [0.0, 3.0, 4.0]]]
+
+
+def test_the_benchmark_runs(llama_folder, text_folder):
+    flags = "--layers 1 --windows 4 --seqlen 32 --clusters 2 --threads 1".split()
+    line = [sys.executable, "-m", "benchmarks.baseline", str(llama_folder), str(text_folder)]
+    done = subprocess.run([*line, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["baseline_seconds"] > 0 and result["expand_seconds"] > 0
+    assert set(result["unavoidable_seconds"]) == {
+        "passes",
+        "hessians",
+        "factorizations",
+        "error products",
+    }
