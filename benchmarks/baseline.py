@@ -22,7 +22,6 @@ import argparse
 import functools
 import json
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.packing import median_seconds
 from benchmarks.synthetic import command
 from sparse_expansion.algorithms.clustering import fit_kmeans
 from sparse_expansion.config import RoutingConfig
@@ -197,17 +197,6 @@ def baseline(shell: ModelShell, windows: torch.Tensor, clusters: int, sparsity: 
     return time.perf_counter() - start
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Median of three, after one to warm up."""
-    work()
-    found = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
 def unavoidable(shell: ModelShell, windows: torch.Tensor, clusters: int) -> dict[str, float]:
     """Seconds for all blocks of the work that any implementation has to do."""
     block = shell.load_block(0)
@@ -219,7 +208,7 @@ def unavoidable(shell: ModelShell, windows: torch.Tensor, clusters: int) -> dict
             for part in batches:
                 shell.call(0, windows[part]).run(block, hidden[part])
 
-    found = {"passes": 2 * seconds_of(one_pass)}
+    found = {"passes": 2 * median_seconds(one_pass)}
     tokens = windows.numel()
     for group in shell.family.groups:
         for name, value in group_work(group, block, tokens, clusters).items():
@@ -244,13 +233,13 @@ def group_work(
             errors.matmul(rest[:, start + BLOCK :])
 
     return {
-        "hessians": clusters * seconds_of(lambda: X.T @ X),
+        "hessians": clusters * median_seconds(lambda: X.T @ X),
         "factorizations": clusters
         * (
-            seconds_of(lambda: torch.linalg.cholesky(A))
-            + seconds_of(lambda: torch.linalg.solve_triangular(L, eye, upper=False))
+            median_seconds(lambda: torch.linalg.cholesky(A))
+            + median_seconds(lambda: torch.linalg.solve_triangular(L, eye, upper=False))
         ),
-        "error products": clusters * seconds_of(pushes),
+        "error products": clusters * median_seconds(pushes),
     }
 
 

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
-from sparse_expansion.jobs import Measurements, model_shape
+from sparse_expansion.jobs import model_shape
 from sparse_expansion.model.families import Family
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plan import analysis_units
@@ -63,7 +63,6 @@ def describe_neurons(
     store: Store,
     executor: Executor,
     observer: Observer,
-    measured: Measurements,
 ) -> NeuronTable:
     """One pass over the dense model; every group of linears is a unit.
 
@@ -75,13 +74,10 @@ def describe_neurons(
         store: for hidden states and tables; shared by all workers.
         executor: does the units.
         observer: is told of every finished unit.
-        measured: is added to.
     """
     store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
     folders = {name: str(folder) for name, folder in models.items()}
-    units = analysis_units(config, model_shape(shell), folders)
-    reports = executor.run(units, observer)
-    measured.add(reports.values(), {unit.key: unit for unit in units})
+    executor.run(analysis_units(config, model_shape(shell), folders), observer)
     store.delete_folder("run/hidden")
     return NeuronTable(_read(store, shell.num_blocks, shell.family), windows.numel())
 

@@ -177,6 +177,15 @@ def _executor(args: argparse.Namespace, **what: Any) -> Any:
     return executor
 
 
+def _measure_ceilings(args: argparse.Namespace, executor: Any, measured: Any, line: Any) -> None:
+    """With ``--profile``, what a worker's device can do."""
+    from sparse_expansion.jobs import measure_ceilings
+
+    if args.profile:
+        line.say("measuring the ceilings of a worker")
+        measure_ceilings(executor, measured)
+
+
 def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, int]:
     """Shards of windows and ranges of blocks, by the workers there are."""
     workers = getattr(executor, "num_workers", 1)
@@ -243,9 +252,7 @@ def _run(args: argparse.Namespace) -> int:
         measured = jobs.Measurements()
         executor = _executor(args, store=where, source=source, config=config)
         try:
-            if args.profile:
-                line.say("measuring the ceilings of a worker")
-                jobs.measure_ceilings(executor, measured)
+            _measure_ceilings(args, executor, measured, line)
             line.start("expand", prepared.shell.num_blocks)
             jobs.expand(prepared, windows, store, executor, line.update, measured)
             metrics = jobs.expansion_metrics(prepared, store, args.executor)
@@ -315,9 +322,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     executor = _executor(args, store=str(folder), source=source, config=RunConfig(dtype=args.dtype))
     measured = jobs.Measurements()
     try:
-        if args.profile:
-            line.say("measuring the ceilings of a worker")
-            jobs.measure_ceilings(executor, measured)
+        _measure_ceilings(args, executor, measured, line)
         line.start("evaluate", shell.num_blocks)
         nll, per_window = jobs.evaluate(
             "dense",
@@ -440,11 +445,10 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
             dtype=args.dtype,
         )
     if args.one_cluster is not None:
-        models[analysis.ONE_CLUSTER] = _run_store(args.one_cluster).local_path().resolve()
-    for name, other in models.items():
-        expansion = ModelShell(other).expansion
-        if expansion is None:
-            raise ValueError(f"{other} is not an expanded model ({name})")
+        other = _run_store(args.one_cluster).local_path().resolve()
+        if ModelShell(other).expansion is None:
+            raise ValueError(f"{other} is not an expanded model (--one-cluster)")
+        models[analysis.ONE_CLUSTER] = other
     seqlen = _seqlen(args, shell.config)
     windows = jobs.evaluation_tokens(
         load_corpus(args.dataset, cache_dir=args.cache_dir),
@@ -463,16 +467,12 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
     )
     config = RunConfig(calibration=calibration, dtype=args.dtype)
     line = ProgressLine()
-    measured = jobs.Measurements()
-    with contextlib.ExitStack() as stack:
-        where = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch)
-        )
+    with tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where:
         executor = _executor(args, store=where, source=source, config=config)
         try:
             line.start("analyze", shell.num_blocks)
             table = analysis.describe_neurons(
-                shell, windows, models, config, Store(where), executor, line.update, measured
+                shell, windows, models, config, Store(where), executor, line.update
             )
         finally:
             executor.close()
@@ -506,14 +506,14 @@ def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
 
     store = _run_store(args.folder)
+    result, text = run_report(store)
     if args.html is not None:
         from sparse_expansion.page import report_page
 
-        page = report_page(store, price_per_hour=args.price)
+        page = report_page(store, result, price_per_hour=args.price)
         path = Path(args.html)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
-    result, text = run_report(store)
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
     return 0
 

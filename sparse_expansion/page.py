@@ -10,26 +10,32 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from sparse_expansion.model.manifest import MANIFEST_NAME
-from sparse_expansion.report import describe_compression, run_report, size, summary_rows
+from sparse_expansion.report import (
+    LinearFacts,
+    describe_compression,
+    linear_facts,
+    size,
+    summary_rows,
+)
 from sparse_expansion.store import Store
 
 _PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
 
 
-def report_page(store: Store, *, price_per_hour: float | None = None) -> str:
+def report_page(
+    store: Store, result: dict[str, Any], *, price_per_hour: float | None = None
+) -> str:
     """The page of a finished or unfinished run.
 
     Args:
         store: the run's folder.
+        result: what ``run_report`` found in it.
         price_per_hour: of one worker, to state a cost.
-
-    Raises:
-        ValueError: the folder holds no run.
     """
-    result, _ = run_report(store)
     config = result["config"]
     metrics = result.get("metrics")
     rows = result.get("experts", [])
+    facts = linear_facts(rows)
     name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
     asked = (
         f"{config['routing']['num_clusters']} experts per linear, "
@@ -45,13 +51,13 @@ def report_page(store: Store, *, price_per_hour: float | None = None) -> str:
         finished=result["is_finished"],
         finished_units=result["finished_units"],
         cards=[] if metrics is None else _cards(metrics, price_per_hour),
-        error_plot=_error_plot(rows) if rows else "",
-        worst=_worst(rows) if rows else "",
-        share_plot=_share_plot(rows) if rows else "",
+        error_plot=_error_plot(facts) if facts else "",
+        worst=_worst(facts) if facts else "",
+        share_plot=_share_plot(facts) if facts else "",
         clusters=_clusters(rows) if rows else "",
         stages=[] if metrics is None else _stages(metrics),
         parts=_parts(store) if store.exists(MANIFEST_NAME) else [],
-        linears=summary_rows(rows) if rows else [],
+        linears=summary_rows(facts) if facts else [],
         settings=sorted(_flat(config)),
         command=result.get("command"),
     )
@@ -106,28 +112,16 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _by_linear(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        found[row["linear"]][row["layer"]].append(row)
+def _by_linear(facts: list[LinearFacts]) -> dict[str, list[LinearFacts]]:
+    found: dict[str, list[LinearFacts]] = defaultdict(list)
+    for one in sorted(facts, key=lambda one: one.layer):
+        found[one.linear].append(one)
     return found
 
 
-def _error(experts: list[dict[str, Any]]) -> float:
-    total = max(1, sum(row["tokens"] for row in experts))
-    return float(sum(row["relative_error"] * row["tokens"] for row in experts) / total)
-
-
-def _worst(rows: list[dict[str, Any]]) -> str:
-    linear, layer, error = max(
-        (
-            (linear, layer, _error(experts))
-            for linear, layers in _by_linear(rows).items()
-            for layer, experts in layers.items()
-        ),
-        key=lambda item: item[2],
-    )
-    return f"Most of it in {linear} of block {layer}: {error:.1%}."
+def _worst(facts: list[LinearFacts]) -> str:
+    worst = max(facts, key=lambda one: one.error)
+    return f"Most of it in {worst.linear} of block {worst.layer}: {worst.error:.1%}."
 
 
 def _clusters(rows: list[dict[str, Any]]) -> str:
@@ -140,30 +134,23 @@ def _clusters(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _error_plot(rows: list[dict[str, Any]]) -> str:
+def _error_plot(facts: list[LinearFacts]) -> str:
     figure, axes = _figure("block", "lost output energy")
-    for linear, layers in _by_linear(rows).items():
-        order = sorted(layers)
-        axes.plot(order, [_error(layers[i]) for i in order], marker="o", ms=3, label=linear)
-    axes.set_ylim(bottom=0)
+    for linear, found in _by_linear(facts).items():
+        layers, errors = [one.layer for one in found], [one.error for one in found]
+        axes.plot(layers, errors, marker="o", ms=3, label=linear)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, axes)
 
 
-def _share_plot(rows: list[dict[str, Any]]) -> str:
+def _share_plot(facts: list[LinearFacts]) -> str:
     figure, axes = _figure("block", "share of tokens")
-    for number, (linear, layers) in enumerate(_by_linear(rows).items()):
-        order = sorted(layers)
-        shares = []
-        for layer in order:
-            tokens = [row["tokens"] for row in layers[layer]]
-            shares.append((max(tokens) / max(1, sum(tokens)), min(tokens) / max(1, sum(tokens))))
-        color = f"C{number}"
-        axes.plot(order, [large for large, _ in shares], color=color, label=linear)
-        axes.plot(order, [small for _, small in shares], color=color, linestyle=":")
-    axes.set_ylim(bottom=0)
+    for number, (linear, found) in enumerate(_by_linear(facts).items()):
+        layers, color = [one.layer for one in found], f"C{number}"
+        axes.plot(layers, [one.largest for one in found], color=color, label=linear)
+        axes.plot(layers, [one.smallest for one in found], color=color, linestyle=":")
     axes.legend(frameon=False, title="largest (line), smallest (dots)")
-    return _svg(figure)
+    return _svg(figure, axes)
 
 
 def _figure(x: str, y: str) -> tuple[Any, Any]:
@@ -181,10 +168,11 @@ def _figure(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, axes: Any) -> str:
     """The figure as an SVG element, without the XML header; the same bytes every time."""
     import matplotlib
 
+    axes.set_ylim(bottom=0)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "sparse-expansion", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -175,6 +175,48 @@ def expert_bytes(config: RunConfig, group: GroupShape) -> int:
     return 4 * (2 * group.width**2 + 2 * group.rows * group.width) + packed_bytes(config, group, 4)
 
 
+def _embed_unit(shape: ModelShape, shard: int, tokens: float) -> Unit:
+    return Unit(
+        key=f"embed/shard-{shard:03d}",
+        stage="embed",
+        params={"shard": shard},
+        is_persistent=True,
+        cost=tokens * shape.hidden_size,
+        traffic_bytes=2 * int(tokens * shape.hidden_size * shape.item_bytes),
+    )
+
+
+def _capture_unit(
+    config: RunConfig,
+    shape: ModelShape,
+    layer: int,
+    shard: int,
+    *,
+    after: str,
+    is_persistent: bool,
+    outputs: tuple[str, ...] = (),
+    output_bytes: int = 0,
+) -> Unit:
+    calibration = config.calibration
+    tokens = calibration.dataset_size * calibration.seqlen / calibration.num_shards
+    hidden_bytes = int(tokens * shape.hidden_size * shape.item_bytes)
+    captured = int(tokens * sum(group.width for group in shape.groups) * shape.item_bytes)
+    return Unit(
+        key=f"layer-{layer:03d}/capture/shard-{shard:03d}",
+        stage="capture",
+        params={"layer": layer, "shard": shard},
+        after=(after,),
+        outputs=outputs,
+        is_persistent=is_persistent,
+        affinity=f"layer-{layer:03d}/shard-{shard:03d}",
+        layer=layer,
+        cost=tokens * shape.block_flops(calibration.seqlen),
+        cache_bytes=captured,
+        output_bytes=output_bytes,
+        traffic_bytes=shape.item_bytes * shape.block_weights + 2 * hidden_bytes + captured,
+    )
+
+
 def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     """All units that make an expanded model."""
     calibration = config.calibration
@@ -187,17 +229,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     item = shape.item_bytes
     hidden_bytes = int(shard_tokens * shape.hidden_size * item)
     units = [Unit(key="trunk", stage="trunk", is_persistent=True, layer=-1, cost=1.0)]
-    units += [
-        Unit(
-            key=f"embed/shard-{s:03d}",
-            stage="embed",
-            params={"shard": s},
-            is_persistent=True,
-            cost=shard_tokens * shape.hidden_size,
-            traffic_bytes=2 * hidden_bytes,
-        )
-        for s in shards
-    ]
+    units += [_embed_unit(shape, s, shard_tokens) for s in shards]
     widths = sum(group.width for group in shape.groups)
     block_flops = shape.block_flops(calibration.seqlen)
     for i in range(shape.num_layers):
@@ -210,22 +242,15 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                 stage = "advance" if compressed else "capture"
                 before = f"layer-{i - 1:03d}/{stage}/shard-{s:03d}"
             units.append(
-                Unit(
-                    key=f"{where}/capture/shard-{s:03d}",
-                    stage="capture",
-                    params={"layer": i, "shard": s},
-                    after=(before,),
-                    outputs=tuple(group.name for group in shape.groups),
+                _capture_unit(
+                    config,
+                    shape,
+                    i,
+                    s,
+                    after=before,
                     is_persistent=not compressed and i + 1 < shape.num_layers,
-                    affinity=affinity[s],
-                    layer=i,
-                    rank=0,
-                    cost=shard_tokens * block_flops,
-                    cache_bytes=int(shard_tokens * widths * item),
+                    outputs=tuple(group.name for group in shape.groups),
                     output_bytes=int(fit_tokens / len(shards) * widths * item),
-                    traffic_bytes=item * shape.block_weights
-                    + 2 * hidden_bytes
-                    + int(shard_tokens * widths * item),
                 )
             )
         for g, group in enumerate(shape.groups):
@@ -367,41 +392,18 @@ def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str])
         models: names and folders of expanded models to compare with.
     """
     tokens = config.calibration.dataset_size * config.calibration.seqlen
-    hidden_bytes = tokens * shape.hidden_size * shape.item_bytes
-    widths = sum(group.width for group in shape.groups)
-    flops = tokens * shape.block_flops(config.calibration.seqlen)
-    units = [
-        Unit(
-            key="embed/shard-000",
-            stage="embed",
-            params={"shard": 0},
-            is_persistent=True,
-            cost=float(tokens * shape.hidden_size),
-            traffic_bytes=2 * hidden_bytes,
-        )
-    ]
+    before = _embed_unit(shape, 0, tokens)
+    units = [before]
     for i in range(shape.num_layers):
-        where = f"layer-{i:03d}"
-        capture = f"{where}/capture/shard-000"
-        units.append(
-            Unit(
-                key=capture,
-                stage="capture",
-                params={"layer": i, "shard": 0},
-                after=("embed/shard-000" if i == 0 else f"layer-{i - 1:03d}/capture/shard-000",),
-                is_persistent=i + 1 < shape.num_layers,
-                affinity=f"{where}/shard-000",
-                layer=i,
-                cost=flops,
-                cache_bytes=tokens * widths * shape.item_bytes,
-                traffic_bytes=shape.item_bytes * shape.block_weights + 2 * hidden_bytes,
-            )
-        )
+        is_persistent = i + 1 < shape.num_layers
+        capture = _capture_unit(config, shape, i, 0, after=before.key, is_persistent=is_persistent)
+        units.append(capture)
+        before = capture
         for g, group in enumerate(shape.groups):
             outputs = tokens * group.rows
             units.append(
                 Unit(
-                    key=f"{where}/{group.name}/neurons",
+                    key=f"layer-{i:03d}/{group.name}/neurons",
                     stage="neurons",
                     params={
                         "layer": i,
@@ -409,14 +411,14 @@ def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str])
                         "models": models,
                         "seed": config.calibration.seed + i * len(shape.groups) + g,
                     },
-                    after=(capture,),
+                    after=(capture.key,),
                     is_persistent=True,
-                    affinity=f"{where}/shard-000",
+                    affinity=capture.affinity,
                     layer=i,
                     rank=1,
                     # A product, and sorting, for every model.
                     cost=outputs * (2.0 * group.width + SORT_FLOPS) * (1 + len(models)),
-                    move_cost=flops,
+                    move_cost=capture.cost,
                     traffic_bytes=8 * outputs * (1 + len(models)),
                 )
             )

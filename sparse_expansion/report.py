@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -290,35 +291,71 @@ def expert_rows(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def summary_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Per linear: token shares of the clusters, and the token-weighted error; with a header."""
+@dataclass(frozen=True)
+class LinearFacts:
+    """What a linear's experts come to."""
+
+    layer: int
+    linear: str
+    num_experts: int
+    largest: float
+    """Share of the calibration tokens in the largest cluster."""
+    smallest: float
+    """Share in the smallest."""
+    starved: int
+    error: float
+    """Lost output energy, weighted by tokens."""
+    damping_fraction: float
+    """The largest."""
+
+
+def linear_facts(rows: list[dict[str, Any]]) -> list[LinearFacts]:
+    """One for every linear of every block, from ``expert_rows``."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["layer"], row["linear"]].append(row)
-    lines: list[tuple[str, ...]] = [
-        ("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")
-    ]
+    facts = []
     for (layer, linear), found in groups.items():
         tokens = [row["tokens"] for row in found]
         total = max(1, sum(tokens))
-        error = sum(row["relative_error"] * row["tokens"] for row in found) / total
-        lines.append(
-            (
-                f"{layer:>3} {linear}",
-                str(len(found)),
-                f"{100 * max(tokens) / total:.1f} %",
-                f"{100 * min(tokens) / total:.2f} %",
-                str(sum(row["is_starved"] for row in found)),
-                f"{error:.4f}",
-                f"{max(row['damping_fraction'] for row in found):g}",
+        facts.append(
+            LinearFacts(
+                layer,
+                linear,
+                len(found),
+                max(tokens) / total,
+                min(tokens) / total,
+                sum(row["is_starved"] for row in found),
+                sum(row["relative_error"] * row["tokens"] for row in found) / total,
+                max(row["damping_fraction"] for row in found),
             )
         )
-    return lines
+    return facts
+
+
+def summary_rows(facts: list[LinearFacts]) -> list[tuple[str, ...]]:
+    """The facts as cells, with a header."""
+    header = ("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")
+    return [
+        header,
+        *(
+            (
+                f"{one.layer:>3} {one.linear}",
+                str(one.num_experts),
+                f"{100 * one.largest:.1f} %",
+                f"{100 * one.smallest:.2f} %",
+                str(one.starved),
+                f"{one.error:.4f}",
+                f"{one.damping_fraction:g}",
+            )
+            for one in facts
+        ),
+    ]
 
 
 def expert_summary(rows: list[dict[str, Any]]) -> str:
-    """``summary_rows`` as a table."""
-    return table(summary_rows(rows), header=True)
+    """Per linear: token shares of the clusters, and the token-weighted error."""
+    return table(summary_rows(linear_facts(rows)), header=True)
 
 
 def neurons_table(

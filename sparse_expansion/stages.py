@@ -448,9 +448,7 @@ class Worker:
         """
         X_TD = self._inputs(layer, 0)[group].to(self.device)
         dense = self._shell().load_block(layer)
-        others = {
-            name: self._shell_of(Path(folder)).load_block(layer) for name, folder in models.items()
-        }
+        others = {name: self._shell(folder).load_block(layer) for name, folder in models.items()}
         linears = self._group(group).linears
         labels: dict[str, torch.Tensor] = {}
         for name, block in others.items():
@@ -468,7 +466,7 @@ class Worker:
                     columns |= {f"{key}.{name}": value for key, value in found.items()}
                 tensors |= {f"{linear}.{key}": value.cpu() for key, value in columns.items()}
         for folder in models.values():
-            self._shell_of(Path(folder)).cache.clear()
+            self._shell(folder).cache.clear()
         file = neurons_file(layer, group)
         files = {file: self.store.write_tensors(file, tensors)}
         return {"files": files, "tokens": X_TD.shape[0]}, {}
@@ -503,22 +501,18 @@ class Worker:
         return block.to(self.device)
 
     def _shell(self, model: str = "dense") -> ModelShell:
+        """Of the source (``dense``), the store's folder (``expanded``), or another folder."""
         if model not in self._shells:
             if model == "dense":
                 folder = fetch_model(
                     self.spec.source, cache_dir=self.spec.cache_dir, revision=self.spec.revision
                 )
-            else:
+            elif model == "expanded":
                 folder = self.store.fetch_folder(self.spec.scratch)
+            else:
+                folder = Path(model)
             self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
         return self._shells[model]
-
-    def _shell_of(self, folder: Path) -> ModelShell:
-        """The shell of a model other than the source and the store's."""
-        key = str(folder)
-        if key not in self._shells:
-            self._shells[key] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
-        return self._shells[key]
 
     def _group(self, name: str) -> LinearGroup:
         for group in self._shell().family.groups:

@@ -10,6 +10,7 @@ import pytest
 
 from sparse_expansion.cli import main
 from sparse_expansion.page import report_page
+from sparse_expansion.report import run_report
 from sparse_expansion.store import RUN_FILE, Store
 from tests.tiny import SMALL_RUN
 
@@ -29,6 +30,10 @@ def folder(tmp_path_factory, llama_folder, text_folder):
     where = ["--model", str(llama_folder), "--dataset", str(text_folder), "--output", str(output)]
     assert main(["run", *where, "--eval-windows", "3", *SMALL_RUN]) == 0
     return output
+
+
+def page_of(store, **options):
+    return report_page(store, run_report(store)[0], **options)
 
 
 def plain(page):
@@ -53,11 +58,11 @@ def test_a_finished_run(folder, tmp_path, capsys):
     ):
         assert wanted in text, wanted
     assert "Unfinished" not in text
-    assert report_page(Store(str(folder)), price_per_hour=3600) == page
+    assert page_of(Store(str(folder)), price_per_hour=3600) == page
 
 
 def test_plots_are_well_formed_and_complete(folder):
-    plots = re.findall(r"<figure>(.*?)</figure>", report_page(Store(str(folder))), re.S)
+    plots = re.findall(r"<figure>(.*?)</figure>", page_of(Store(str(folder))), re.S)
     assert len(plots) == 2
     for plot in plots:
         ElementTree.fromstring(plot)
@@ -71,7 +76,7 @@ def test_an_unfinished_run(folder, tmp_path):
         (half / name).unlink()
     for marker in (half / "run").rglob("*layer-001*"):
         shutil.rmtree(marker) if marker.is_dir() else marker.unlink()
-    page = report_page(Store(str(half)))
+    page = page_of(Store(str(half)))
     assert "Unfinished" in page and "--resume" in page
     assert "What came out" not in page and "Where quality is lost" in page
 
@@ -79,7 +84,7 @@ def test_an_unfinished_run(folder, tmp_path):
 def test_nothing_done_yet(folder, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(folder / RUN_FILE, tmp_path / RUN_FILE)
-    page = report_page(Store(str(tmp_path)))
+    page = page_of(Store(str(tmp_path)))
     assert "0 units are done" in plain(page) and "Settings" in page
 
 
@@ -88,7 +93,7 @@ def test_text_from_files_is_escaped_and_nothing_is_fetched(folder, tmp_path):
     shutil.copytree(folder, evil)
     run = evil / RUN_FILE
     run.write_text(re.sub('"model": "[^"]*"', '"model": "m/<script>alert(1)"', run.read_text()))
-    page = report_page(Store(str(evil)))
+    page = page_of(Store(str(evil)))
     assert "<script" not in page and "&lt;script&gt;" in page
     # Namespaces of SVG are names, not addresses.
     links = set(re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page))
@@ -103,7 +108,7 @@ def test_a_folder_without_a_run(tmp_path, capsys):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_it_without_sideways_scrolling(width, folder, tmp_path):
-    page = html.escape(report_page(Store(str(folder))), quote=True)
+    page = html.escape(page_of(Store(str(folder))), quote=True)
     (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=page))
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking "
     flags += "--no-first-run --disable-sync --window-size=1400,1000 --dump-dom"

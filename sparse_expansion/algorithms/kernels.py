@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 MIN_SLICE = 1 << 16
 TILE_ROWS = 64
 LANES = 16
-"""Float32 values of a vector in the matvec kernels."""
+"""Values that the vector kernels take at a time."""
 _jit: Any = numba.njit(nogil=True, cache=True)
 
 
@@ -161,6 +161,29 @@ def dequantize(
 
 
 @_jit
+def _take(
+    buffer: int, filled: int, wanted: int, stream: Array, position: int
+) -> tuple[int, int, int]:
+    """Read bytes of a stream until the buffer holds at least ``wanted`` bits."""
+    while filled < wanted:
+        buffer |= np.uint64(stream[position]) << np.uint64(filled)
+        position += 1
+        filled += 8
+    return buffer, filled, position
+
+
+@_jit
+def _emit(buffer: int, filled: int, out: Array, position: int) -> tuple[int, int, int]:
+    """Write the buffer's whole bytes to a stream."""
+    while filled >= 8:
+        out[position] = buffer & np.uint64(255)
+        position += 1
+        buffer >>= np.uint64(8)
+        filled -= 8
+    return buffer, filled, position
+
+
+@_jit
 def encode_patterns(
     stream: Array, columns: int, group: int, index_of: Array, index_of_rest: Array, fields: Array
 ) -> int:
@@ -175,10 +198,7 @@ def encode_patterns(
     for row in range(fields.shape[0]):
         for number in range(fields.shape[1]):
             size = min(group, columns - number * group)
-            while filled < size:
-                buffer |= np.uint64(stream[position]) << np.uint64(filled)
-                position += 1
-                filled += 8
+            buffer, filled, position = _take(buffer, filled, size, stream, position)
             pattern = buffer & ((np.uint64(1) << np.uint64(size)) - np.uint64(1))
             buffer >>= np.uint64(size)
             filled -= size
@@ -207,11 +227,7 @@ def decode_patterns(
                 field = 0
             buffer |= np.uint64(table[field]) << np.uint64(filled)
             filled += size
-            while filled >= 8:
-                out[position] = buffer & np.uint64(255)
-                position += 1
-                buffer >>= np.uint64(8)
-                filled -= 8
+            buffer, filled, position = _emit(buffer, filled, out, position)
     if filled:
         out[position] = buffer & np.uint64(255)
     return bad
@@ -226,11 +242,7 @@ def pack_fields(fields: Array, bits: int, out: Array) -> None:
     for i in range(fields.size):
         buffer |= np.uint64(fields[i]) << np.uint64(filled)
         filled += bits
-        while filled >= 8:
-            out[position] = buffer & np.uint64(255)
-            position += 1
-            buffer >>= np.uint64(8)
-            filled -= 8
+        buffer, filled, position = _emit(buffer, filled, out, position)
     if filled:
         out[position] = buffer & np.uint64(255)
 
@@ -250,10 +262,7 @@ def unpack_fields(stream: Array, bits: int, out: Array) -> None:
     position = 0
     wanted = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     for i in range(out.size):
-        while filled < bits:
-            buffer |= np.uint64(stream[position]) << np.uint64(filled)
-            position += 1
-            filled += 8
+        buffer, filled, position = _take(buffer, filled, bits, stream, position)
         out[i] = buffer & wanted
         buffer >>= np.uint64(bits)
         filled -= bits

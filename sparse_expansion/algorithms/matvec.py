@@ -7,6 +7,7 @@ the dense ones: nothing is unpacked, and nothing dense is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -108,38 +109,18 @@ class StoredMatrix:
         target = out.numpy()
         grid = self.grid
         if grid is None:
-
-            def work(first: int, last: int) -> None:
-                kept_matvec(
-                    self.stream, self.values, self.starts.reshape(-1), x, target, first, last
-                )
+            work = partial(kept_matvec, self.stream, self.values, self.starts[:, 0], x, target)
         else:
-            scale, zero = grid.scale_OG.numpy(), grid.zero_point_OG.numpy()
-            size = grid.group_size
+            scale, zero, size = grid.scale_OG.numpy(), grid.zero_point_OG.numpy(), grid.group_size
             if self.layout.is_sparse:
-
-                def work(first: int, last: int) -> None:
-                    kept_code_matvec(
-                        self.stream,
-                        self.values,
-                        self.starts,
-                        scale,
-                        zero,
-                        size,
-                        x,
-                        target,
-                        first,
-                        last,
-                    )
+                stored = (self.stream, self.values, self.starts)
+                work = partial(kept_code_matvec, *stored, scale, zero, size, x, target)
             else:
                 even, odd = x[0::2].copy(), x[1::2].copy()
                 sums = np.add.reduceat(x, np.arange(0, len(x), size), dtype=np.float32)
-
-                def work(first: int, last: int) -> None:
-                    nibble_matvec(
-                        self.stream, scale, zero, size, even, odd, sums, target, first, last
-                    )
-
+                work = partial(
+                    nibble_matvec, self.stream, scale, zero, size, even, odd, sums, target
+                )
         split(self.layout.rows, 1, work, least=-(-MIN_SLICE // self.layout.columns))
         return out.to(x_D.dtype)
 
@@ -150,11 +131,7 @@ def _places(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
 
 def _starts(stream: Array, layout: PackedLayout, size: int) -> Array:
     """Kept weights before every ``size`` columns of every row, ``[rows, groups]``."""
-    groups = -(-layout.columns // size)
-    counts = np.zeros((layout.rows, groups), dtype=np.int64)
     width = layout.columns // 8
     ones = np.zeros(layout.rows * width + 1, dtype=np.int64)
     np.cumsum(ONES[stream], out=ones[1:])
-    for group in range(groups):
-        counts[:, group] = ones[np.arange(layout.rows) * width + group * size // 8]
-    return counts
+    return ones[np.arange(layout.rows)[:, None] * width + np.arange(0, width, size // 8)]

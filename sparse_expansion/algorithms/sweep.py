@@ -45,6 +45,36 @@ class ExpertWeights:
     lost on the expert's calibration tokens."""
 
 
+@dataclass(frozen=True)
+class BlockGrid:
+    """The rounding grid of a block's columns."""
+
+    scale_KBO: torch.Tensor
+    zero_point_KBO: torch.Tensor
+    codes_KBO: torch.Tensor
+    """uint8, a view like the weights; written."""
+    max_code: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of columns, transposed, as the sweep decides it."""
+
+    W_KBO: torch.Tensor
+    """float32, a view; each column is contiguous; overwritten with the result."""
+    U_KBB: torch.Tensor
+    """float32, the factor's diagonal block, a view."""
+    mask_KBO: torch.Tensor
+    """bool, contiguous, True where pruned; filled by who decides for N:M."""
+    errors_KBO: torch.Tensor
+    """float32, contiguous; written."""
+    group: int
+    """M of N:M, 0 when the mask is given."""
+    pruned: int
+    """N of N:M."""
+    grid: BlockGrid | None
+
+
 def sweep(
     W_KDO: torch.Tensor,
     U_KDD: torch.Tensor,
@@ -53,7 +83,7 @@ def sweep(
     grid: AffineGrid | None,
     block_size: int,
     columns_KD: torch.Tensor | None = None,
-    decide: Callable[..., None] | None = None,
+    decide: Callable[[Block], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """One pass over the columns, in place: mask, round, and push the error onward.
 
@@ -94,24 +124,14 @@ def sweep(
         mask = torch.zeros_like(W1, dtype=torch.bool)
         if not n_m:
             mask = unstructured_mask(saliency(W1, diagonal_KB), pattern.num_pruned(count * rows))
-        scale_KBO = zero_KBO = None
+        block_grid = None
         if grid is not None:
+            assert codes is not None
             columns = torch.arange(start, stop, device=W_KDO.device).expand(num_experts, -1)
             if columns_KD is not None:
                 columns = columns_KD[:, start:stop]
-            scale_KBO, zero_KBO = grid.columns(columns)
-        decide(
-            W1,
-            U1,
-            mask,
-            errors,
-            group=pattern.group or 0,
-            pruned=pattern.pruned or 0,
-            scale_KBO=scale_KBO,
-            zero_point_KBO=zero_KBO,
-            codes_KBO=None if codes is None else codes[:, start:stop],
-            max_code=0 if grid is None else grid.max_code,
-        )
+            block_grid = BlockGrid(*grid.columns(columns), codes[:, start:stop], grid.max_code)
+        decide(Block(W1, U1, mask, errors, pattern.group or 0, pattern.pruned or 0, block_grid))
         kept[:, start:stop] = ~mask
         loss_K += errors.square().sum(dim=(1, 2), dtype=torch.float64)
         if stop < width:
@@ -119,55 +139,33 @@ def sweep(
     return kept, codes, loss_K
 
 
-def decide_columns(
-    W_KBO: torch.Tensor,
-    U_KBB: torch.Tensor,
-    mask_KBO: torch.Tensor,
-    errors_KBO: torch.Tensor,
-    *,
-    group: int,
-    pruned: int,
-    scale_KBO: torch.Tensor | None,
-    zero_point_KBO: torch.Tensor | None,
-    codes_KBO: torch.Tensor | None,
-    max_code: int,
-) -> None:
-    """Decide a block's columns in place, by PyTorch's own operations.
-
-    Args:
-        W_KBO: float32, a view of the block's columns.
-        U_KBB: float32, the factor's diagonal block.
-        mask_KBO: bool, True where pruned; filled here for N:M.
-        errors_KBO: float32; written.
-        group: M of N:M, 0 when the mask is given.
-        pruned: N of N:M.
-        scale_KBO: of the grid, by column and row, or None.
-        zero_point_KBO: as ``scale_KBO``.
-        codes_KBO: uint8, or None; written.
-        max_code: largest code.
-    """
+def decide_columns(block: Block) -> None:
+    """Decide a block's columns in place, by PyTorch's own operations."""
+    W_KBO, U_KBB, grid = block.W_KBO, block.U_KBB, block.grid
     count = W_KBO.shape[1]
     diagonal_KB = U_KBB.diagonal(dim1=1, dim2=2)
     for j in range(count):
-        if group and j % group == 0:
-            end = min(j + group, count)
-            mask_KBO[:, j:end] = n_m_mask(
-                saliency(W_KBO[:, j:end], diagonal_KB[:, j:end]), (end - j) * pruned // group
+        if block.group and j % block.group == 0:
+            end = min(j + block.group, count)
+            block.mask_KBO[:, j:end] = n_m_mask(
+                saliency(W_KBO[:, j:end], diagonal_KB[:, j:end]),
+                (end - j) * block.pruned // block.group,
             )
         w_KO = q_KO = W_KBO[:, j]
-        if codes_KBO is not None and scale_KBO is not None and zero_point_KBO is not None:
-            code = quantize(w_KO, scale_KBO[:, j], zero_point_KBO[:, j], max_code)
-            codes_KBO[:, j] = code.to(torch.uint8)
-            q_KO = dequantize(code, scale_KBO[:, j], zero_point_KBO[:, j])
-        q_KO = q_KO.masked_fill(mask_KBO[:, j], 0)
+        if grid is not None:
+            scale_KO, zero_KO = grid.scale_KBO[:, j], grid.zero_point_KBO[:, j]
+            code = quantize(w_KO, scale_KO, zero_KO, grid.max_code)
+            grid.codes_KBO[:, j] = code.to(torch.uint8)
+            q_KO = dequantize(code, scale_KO, zero_KO)
+        q_KO = q_KO.masked_fill(block.mask_KBO[:, j], 0)
         error = (w_KO - q_KO) / diagonal_KB[:, j, None]
         if j + 1 < count:
             W_KBO[:, j + 1 :].sub_(U_KBB[:, j, j + 1 :, None] * error[:, None])
-        errors_KBO[:, j] = error
+        block.errors_KBO[:, j] = error
         W_KBO[:, j] = q_KO
 
 
-def _triton_decide() -> Callable[..., None] | None:
+def _triton_decide() -> Callable[[Block], None] | None:
     """Triton's kernel, where Triton is installed."""
     try:
         from sparse_expansion.algorithms.triton_kernels import decide

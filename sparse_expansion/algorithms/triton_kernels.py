@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_expansion.algorithms.sweep import Block
+
 TILE_VALUES = 4096
 """Weights of a tile: three such arrays are in the registers of 128 threads."""
 
@@ -96,68 +98,44 @@ def decide_block(  # type: ignore[no-untyped-def]
     tl.store(mask + place, (keep == 0).to(tl.int8), mask=inside)
 
 
-def decide(
-    W_KBO: torch.Tensor,
-    U_KBB: torch.Tensor,
-    mask_KBO: torch.Tensor,
-    errors_KBO: torch.Tensor,
-    *,
-    group: int,
-    pruned: int,
-    scale_KBO: torch.Tensor | None,
-    zero_point_KBO: torch.Tensor | None,
-    codes_KBO: torch.Tensor | None,
-    max_code: int,
-) -> None:
-    """Decide a block's columns in place; see ``sweep``.
-
-    Args:
-        W_KBO: float32, a view of the block's columns; each is contiguous.
-        U_KBB: float32, the factor's diagonal block, a view.
-        mask_KBO: bool, contiguous, True where pruned; filled here for N:M.
-        errors_KBO: float32, contiguous; written.
-        group: M of N:M, 0 when the mask is given.
-        pruned: N of N:M.
-        scale_KBO: of the grid, by column and row, or None.
-        zero_point_KBO: as ``scale_KBO``.
-        codes_KBO: uint8, a view like ``W_KBO``, or None; written.
-        max_code: largest code.
-    """
-    experts, columns, rows = W_KBO.shape
-    block = max(16, triton.next_power_of_2(columns))
-    tile = max(16, TILE_VALUES // block)
-    # What is not used still needs a pointer.
-    unused = errors_KBO.new_empty(1, 1, 1)
-    scale = unused if scale_KBO is None else scale_KBO.contiguous()
-    zero_point = unused if zero_point_KBO is None else zero_point_KBO.contiguous()
+def decide(block: Block) -> None:
+    """Decide a block's columns in place."""
+    experts, columns, rows = block.W_KBO.shape
+    padded = max(16, triton.next_power_of_2(columns))
+    tile = max(16, TILE_VALUES // padded)
     # Copies, small beside the product that follows, so that the kernel sees plain arrays.
-    W = W_KBO.clone(memory_format=torch.contiguous_format)
-    U = U_KBB.clone(memory_format=torch.contiguous_format)
-    codes = unused if codes_KBO is None else torch.empty_like(W, dtype=torch.uint8)
+    W = block.W_KBO.clone(memory_format=torch.contiguous_format)
+    U = block.U_KBB.clone(memory_format=torch.contiguous_format)
+    grid = block.grid
+    # What is not used still needs a pointer.
+    scale = zero_point = codes = W.new_empty(1, 1, 1)
+    if grid is not None:
+        scale, zero_point = grid.scale_KBO.contiguous(), grid.zero_point_KBO.contiguous()
+        codes = torch.empty_like(W, dtype=torch.uint8)
     decide_block[(experts, triton.cdiv(rows, tile))](
         W,
         U,
-        mask_KBO.view(torch.int8),
+        block.mask_KBO.view(torch.int8),
         scale,
         zero_point,
         codes,
-        errors_KBO,
+        block.errors_KBO,
         W.stride(0),
         U.stride(0),
         U.stride(1),
-        mask_KBO.stride(0),
+        block.mask_KBO.stride(0),
         scale.stride(0),
         codes.stride(0),
-        errors_KBO.stride(0),
+        block.errors_KBO.stride(0),
         rows,
         columns,
-        float(max_code),
-        GROUP=group,
-        PRUNED=pruned,
-        IS_QUANTIZED=codes_KBO is not None,
-        BLOCK=block,
+        0.0 if grid is None else float(grid.max_code),
+        GROUP=block.group,
+        PRUNED=block.pruned,
+        IS_QUANTIZED=grid is not None,
+        BLOCK=padded,
         ROWS=tile,
     )
-    W_KBO.copy_(W)
-    if codes_KBO is not None:
-        codes_KBO.copy_(codes)
+    block.W_KBO.copy_(W)
+    if grid is not None:
+        grid.codes_KBO.copy_(codes)

@@ -70,18 +70,9 @@ def test_rounding_is_half_to_even():
     rows = 8
     W = torch.tensor([[[0.5, 1.5, 2.5, 3.5, -0.5, 0.4999, 6.5, 7.5]]])
     codes = torch.zeros(1, 1, rows, dtype=torch.uint8)
-    triton_kernels.decide(
-        W.clone(),
-        torch.ones(1, 1, 1),
-        torch.zeros(1, 1, rows, dtype=torch.bool),
-        torch.empty(1, 1, rows),
-        group=0,
-        pruned=0,
-        scale_KBO=torch.ones(1, 1, rows),
-        zero_point_KBO=torch.full((1, 1, rows), 2.0),
-        codes_KBO=codes,
-        max_code=15,
-    )
+    grid = sweeps.BlockGrid(torch.ones(1, 1, rows), torch.full((1, 1, rows), 2.0), codes, 15)
+    mask, errors = torch.zeros(1, 1, rows, dtype=torch.bool), torch.empty(1, 1, rows)
+    triton_kernels.decide(sweeps.Block(W, torch.ones(1, 1, 1), mask, errors, 0, 0, grid))
     assert codes.flatten().tolist() == [2, 4, 4, 6, 2, 2, 8, 10]
 
 

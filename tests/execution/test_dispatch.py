@@ -141,8 +141,8 @@ def test_captures_run_ahead_as_far_as_workers_need(workers):
     assert 0 < ahead <= workers + 2
 
 
-@pytest.mark.parametrize("workers", [2, 4, 8])
-def test_a_small_budget_is_kept_and_costs_little(workers):
+@pytest.mark.parametrize(("workers", "slower"), [(2, 1.25), (4, 1.25), (8, 1.4)])
+def test_a_small_budget_is_kept_and_costs_little(workers, slower):
     """Half-made values of many consumers must not take the room of the one that is next."""
     all_units = units("dense", layers=4, shards=16, clusters=64)
     first = next(unit for unit in all_units if unit.key.startswith("layer-000/down/experts-000"))
@@ -150,7 +150,7 @@ def test_a_small_budget_is_kept_and_costs_little(workers):
     free = run(all_units, workers, captures_first=True)
     tight = run(all_units, workers, captures_first=True, value_budget=2.0 * needed)
     assert tight.peak_value_bytes <= 2.0 * needed < free.peak_value_bytes
-    assert tight.makespan < 1.4 * free.makespan
+    assert tight.makespan < slower * free.makespan
 
 
 def test_a_value_larger_than_the_budget_does_not_stop_the_run():
