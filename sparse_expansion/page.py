@@ -125,11 +125,13 @@ def _worst(facts: list[LinearFacts]) -> str:
 
 
 def _clusters(rows: list[dict[str, Any]]) -> str:
-    starved = sum(row["is_starved"] for row in rows)
-    raised = sum(row["damping_attempts"] > 1 for row in rows)
+    # Linears of a group share their inputs and so their clusters: counted once, as in metrics.json.
+    experts = {(row["layer"], row["group"], row["expert"]): row for row in rows}
+    starved = sum(row["is_starved"] for row in experts.values())
+    raised = sum(row["damping_attempts"] > 1 for row in experts.values())
     return (
         f"Share of the calibration tokens in the largest and the smallest cluster of every linear. "
-        f"{starved} of {len(rows)} experts had too few tokens and use their whole group's Hessian; "
+        f"{starved} of {len(experts)} experts had too few tokens and use their whole group's Hessian; "
         f"{raised} needed more than the asked damping."
     )
 

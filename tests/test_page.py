@@ -52,6 +52,7 @@ def test_a_finished_run(folder, tmp_path, capsys):
         metrics["command"],
         f"{sum(metrics['unit_seconds'].values()):.2f}",
         "Where quality is lost",
+        f"{metrics['starved_experts']} of {metrics['num_experts']} experts",
         "mlp.gate_proj",
         "routing.num_clusters",
         "shared by all experts",
