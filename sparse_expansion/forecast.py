@@ -34,7 +34,13 @@ from sparse_expansion.plan import (
     group_shape,
     hands_on_sums,
 )
-from sparse_expansion.stages import CHUNK_TOKENS, TRUNK_SHARD_BYTES, Unit, captured_bytes
+from sparse_expansion.stages import (
+    CHUNK_TOKENS,
+    FREED_BYTES_KEPT,
+    TRUNK_SHARD_BYTES,
+    Unit,
+    captured_bytes,
+)
 
 FLOAT32_BYTES = 4
 OBJECT_STORE_SHARE = 0.3
@@ -223,6 +229,8 @@ def worker_memory(
         "libraries": 700 << 20,
         "embedding_and_head": sizes.vocabulary_parameters * item,
         "captured": int(min(captured * share, captured_bytes(activation_bytes))),
+        # What one stage frees is kept for the next, which needs it in other sizes.
+        "freed": min(FREED_BYTES_KEPT, max(stages.values())),
     }
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.

@@ -131,8 +131,8 @@ def _clusters(rows: list[dict[str, Any]]) -> str:
     raised = sum(row["damping_attempts"] > 1 for row in experts.values())
     return (
         f"Share of the calibration tokens in the largest and the smallest cluster of every linear. "
-        f"{starved} of {len(experts)} experts had too few tokens and use their whole group's Hessian; "
-        f"{raised} needed more than the asked damping."
+        f"{starved} of {len(experts)} experts had too few tokens and use their whole group's "
+        f"Hessian; {raised} needed more than the asked damping."
     )
 
 
