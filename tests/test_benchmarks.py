@@ -39,15 +39,26 @@ def test_the_baselines_experts_route_each_token():
 
 
 def test_the_benchmark_runs(llama_folder, text_folder):
-    flags = "--layers 1 --windows 4 --seqlen 32 --clusters 2 --threads 1".split()
+    flags = "--layers 1 --windows 4 --seqlen 32 --clusters 2 --restarts 2 --threads 1".split()
     line = [sys.executable, "-m", "benchmarks.baseline", str(llama_folder), str(text_folder)]
     done = subprocess.run([*line, *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["baseline_seconds"] > 0 and result["expand_seconds"] > 0
+    assert 0 < sum(result["baseline_parts"].values()) <= 1.001 * result["baseline_seconds"]
+    assert result["expand_seconds"] > 0
     assert set(result["unavoidable_seconds"]) == {
         "passes",
         "hessians",
         "factorizations",
         "error products",
     }
+
+
+def test_the_sweeps_benchmark_finds_equal_masks():
+    flags = "--width 160 --rows 40 96 --threads 1".split()
+    line = [sys.executable, "-m", "benchmarks.sweep", *flags]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
+    assert [row["rows"] for row in rows] == [40, 96]
+    assert all(row["same_mask"] > 0.995 and row["ratio"] > 0 for row in rows)

@@ -77,6 +77,17 @@ def test_commands_on_a_local_model_run(
         exec(compile(code, "README.md", "exec"), {})
 
 
+def test_every_submitted_job_parses():
+    jobs = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        jobs += re.findall(r"^ray job submit .* -- +python ray_jobs/(\w+)\.py (.*)$", text, re.M)
+    assert len(jobs) >= 2
+    for command, line in jobs:
+        assert (ROOT / "ray_jobs" / f"{command}.py").exists()
+        build_parser().parse_args(normalise_flags([command, *shlex.split(line)]))
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):

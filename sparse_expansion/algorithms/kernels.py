@@ -459,14 +459,23 @@ def sweep_block(
 
 
 @functools.cache
-def can_spread() -> bool:
-    """Whether this CPU loads packed values into masked lanes (AVX-512 with VBMI2)."""
+def _has(*names: str) -> bool:
     features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512vbmi2"))
+    return all(features.get(name) for name in names)
 
 
-def _vector(element: ir.Type) -> ir.VectorType:
-    return ir.VectorType(element, LANES)
+def can_expand() -> bool:
+    """Whether this CPU has an instruction for it (AVX-512 with VBMI2)."""
+    return _has("avx512f", "avx512vbmi2")
+
+
+def can_spread() -> bool:
+    """Whether this CPU puts packed values into masked lanes fast: AVX-512 VBMI2, or AVX2."""
+    return can_expand() or _has("avx2", "fma")
+
+
+def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
 
 
 def _splat(element: ir.Type, value: float) -> ir.Constant:
@@ -516,20 +525,15 @@ def _to_float32(builder: ir.IRBuilder, vector: Any, element: ir.Type) -> Any:
     return vector
 
 
-def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, mask: Any, others: Any) -> Any:
-    """The values from ``start`` on, in order, in the lanes of the mask; ``others`` in the others.
+def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, bits: Any, others: Any) -> Any:
+    """The values from ``start`` on, in order, in the lanes whose bit is set; else ``others``.
 
     Sixteen are loaded and then spread, which some CPUs do several times faster than both at once;
     near the end only those are loaded that there are.
     """
     vector = others.type
-    element = vector.element
-    name = f"v{LANES}{'f32' if element == _F32 else element}"
-    in_register = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(vector, [vector, vector, mask.type]),
-        f"llvm.x86.avx512.mask.expand.{name}",
-    )
+    name = f"v{LANES}{'f32' if vector.element == _F32 else vector.element}"
+    mask = builder.bitcast(bits, _vector(ir.IntType(1)))
     at_load = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(vector, [base.type, mask.type, vector]),
@@ -539,12 +543,77 @@ def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, mask: Any, 
     has_room = builder.icmp_signed("<=", builder.add(start, _I64(LANES)), size)
     with builder.if_else(has_room) as (whole, rest):
         with whole:
-            loaded = _load(builder, base, start, vector)
-            builder.store(builder.call(in_register, [loaded, others, mask]), kept)
+            if can_expand():
+                in_register = cgutils.get_or_insert_function(
+                    builder.module,
+                    ir.FunctionType(vector, [vector, vector, mask.type]),
+                    f"llvm.x86.avx512.mask.expand.{name}",
+                )
+                loaded = _load(builder, base, start, vector)
+                spread = builder.call(in_register, [loaded, others, mask])
+            else:
+                halves = _spread_halves(builder, base, start, bits, vector.element)
+                spread = builder.select(mask, halves, others)
+            builder.store(spread, kept)
         with rest:
             place = builder.gep(base, [start])
             builder.store(builder.call(at_load, [place, mask, others]), kept)
     return builder.load(kept)
+
+
+def _spread_halves(builder: ir.IRBuilder, base: Any, start: Any, bits: Any, element: Any) -> Any:
+    """The same by AVX2, eight lanes at a time, with anything where the bit is not set."""
+    half = LANES // 2
+    table = cgutils.global_constant(
+        builder.module,
+        "before",
+        ir.Constant(ir.ArrayType(_I8, BEFORE.size), bytearray(BEFORE.tobytes())),
+    )
+    order_at = builder.bitcast(table, ir.PointerType(_I8))
+    low = builder.and_(bits, _I16(255))
+    after_low = builder.add(start, builder.zext(_count_ones(builder, low), _I64))
+    found = []
+    for byte, position in ((low, start), (builder.lshr(bits, _I16(8)), after_low)):
+        row = builder.mul(builder.zext(byte, _I64), _I64(half))
+        order = _load(builder, order_at, row, _vector(_I8, half))
+        loaded = _load(builder, base, position, _vector(element, half))
+        found.append(_permute(builder, loaded, order))
+    lanes = ir.Constant(_vector(_I32), list(range(LANES)))
+    return builder.shuffle_vector(*found, lanes)
+
+
+def _permute(builder: ir.IRBuilder, values: Any, order: Any) -> Any:
+    """Lane j of the result is lane ``order[j]`` of eight values (AVX2 has it for 32 and 8 bits)."""
+    kind = values.type
+    if kind.element in (_F32, _I32):
+        wide = _vector(_I32, kind.count)
+        permd = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(wide, [wide, wide]), "llvm.x86.avx2.permd"
+        )
+        whole = builder.call(permd, [builder.bitcast(values, wide), builder.zext(order, wide)])
+        return builder.bitcast(whole, kind)
+    pair = _vector(_I16, kind.count)
+    bytes16 = _vector(_I8, 2 * kind.count)
+    shuffle = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(bytes16, [bytes16] * 2), "llvm.x86.ssse3.pshuf.b.128"
+    )
+    # As 16-bit lanes: the bytes 2 i and 2 i + 1 of lane i.
+    twice = ir.Constant(pair, [0x0202] * kind.count)
+    second = ir.Constant(pair, [0x0100] * kind.count)
+    wide_values = values if kind.element == _I16 else builder.zext(values, pair)
+    places = builder.add(builder.mul(builder.zext(order, pair), twice), second)
+    found = builder.call(
+        shuffle, [builder.bitcast(wide_values, bytes16), builder.bitcast(places, bytes16)]
+    )
+    found = builder.bitcast(found, pair)
+    return found if kind.element == _I16 else builder.trunc(found, kind)
+
+
+def _count_ones(builder: ir.IRBuilder, bits: Any) -> Any:
+    ones = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16"
+    )
+    return builder.call(ones, [bits])
 
 
 @contextlib.contextmanager
@@ -559,18 +628,15 @@ def _chunks(
     """
     bits_at = _data(context, builder, kinds[0], arguments[0])
     values = context.make_array(kinds[2])(context, builder, arguments[2])
-    ones = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_I16, [_I16]), "llvm.ctpop.i16"
-    )
     position = cgutils.alloca_once_value(builder, arguments[3])
     with cgutils.for_range(builder, count) as loop:
         place = builder.add(arguments[1], builder.mul(loop.index, _I64(2)))
         bits = _load(builder, bits_at, place, _I16)
         mask = builder.bitcast(bits, _vector(ir.IntType(1)))
         start = builder.load(position)
-        spread = _spread(builder, values.data, start, values.nitems, mask, others)
+        spread = _spread(builder, values.data, start, values.nitems, bits, others)
         yield loop.index, mask, spread, position
-        step = builder.zext(builder.call(ones, [bits]), _I64)
+        step = builder.zext(_count_ones(builder, bits), _I64)
         builder.store(builder.add(start, step), position)
 
 

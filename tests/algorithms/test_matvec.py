@@ -7,7 +7,9 @@ from sparse_expansion.algorithms.quantization import AffineGrid
 from tests.algorithms.test_packing import layout, random_mask
 
 CPU = torch.device("cpu")
-needs_spreading = pytest.mark.skipif(not can_spread(), reason="this CPU has no AVX-512 VBMI2")
+needs_spreading = pytest.mark.skipif(
+    not can_spread(), reason="this CPU has neither AVX-512 VBMI2 nor AVX2"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -165,7 +165,7 @@ def test_cache_of_dense_experts_is_bounded(expanded):
     assert model.expert_cache.num_bytes > 2 * one
 
 
-@pytest.mark.skipif(not can_spread(), reason="this CPU has no AVX-512 VBMI2")
+@pytest.mark.skipif(not can_spread(), reason="this CPU has neither AVX-512 VBMI2 nor AVX2")
 def test_a_single_token_is_multiplied_with_the_stored_streams(expanded, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(expanded)
     token = torch.tensor([[7]])
