@@ -309,8 +309,12 @@ class Worker:
         H_KDD = torch.empty(experts[1] - experts[0] + 1, width, width, device=self.device)
         tokens = []
         for k, parts in enumerate(zip(*shards, strict=True)):
-            merged = merge_hessians(
-                part if isinstance(part, HessianSum) else self._hessian(part) for part in parts
+            # All shards hand on sums, or all hand on rows: one product of many rows is faster.
+            sums = [part for part in parts if isinstance(part, HessianSum)]
+            merged = (
+                merge_hessians(sums)
+                if sums
+                else self._hessian(torch.cat([part for part in parts if torch.is_tensor(part)]))
             )
             tokens.append(merged.num_tokens)
             H_KDD[k] = (gram if merged.num_tokens < floor else merged).sum_DD

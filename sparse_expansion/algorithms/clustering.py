@@ -6,6 +6,7 @@ Shapes: T tokens, D input features, P PCA components, K clusters.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -114,8 +115,8 @@ def fit_kmeans(
 ) -> torch.Tensor:
     """KMeans centroids ``[K, P]`` (float32), the best of ``restarts`` by inertia.
 
-    One CPU thread: scikit-learn adds partial sums in the order in which its threads finish, and
-    equal seeds must give equal bytes.
+    One CPU thread per restart: scikit-learn adds partial sums in the order in which its threads
+    finish, and equal seeds must give equal bytes. Restarts run beside each other.
 
     Raises:
         CompressionError: fewer tokens than clusters, or tokens that are not finite.
@@ -136,14 +137,23 @@ def fit_kmeans(
         )
         model.fit(Z_TP.contiguous())
         return torch.as_tensor(model.cluster_centers_, device=Z_TP.device).float()
-    with threadpool_limits(limits=1):
-        fitted = KMeans(
-            n_clusters=num_clusters,
-            n_init=restarts,
-            max_iter=max_iterations,
-            random_state=seed,
-            algorithm="lloyd",
-        ).fit(Z_TP.float().cpu().numpy())
+    Z = Z_TP.float().cpu().numpy()
+
+    def restart(state: int) -> KMeans:
+        # OpenMP's limit belongs to the thread that sets it.
+        with threadpool_limits(limits=1, user_api="openmp"):
+            return KMeans(
+                n_clusters=num_clusters,
+                n_init=1,
+                max_iter=max_iterations,
+                random_state=state,
+                algorithm="lloyd",
+            ).fit(Z)
+
+    states = np.random.SeedSequence(seed).generate_state(restarts).tolist()
+    threads = min(restarts, torch.get_num_threads())
+    with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
+        fitted = min(pool.map(restart, states), key=lambda model: float(model.inertia_))
     return torch.from_numpy(fitted.cluster_centers_).float().to(Z_TP.device)
 
 

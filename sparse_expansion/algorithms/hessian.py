@@ -75,8 +75,8 @@ def check_finite(X_TD: torch.Tensor, squares_D: torch.Tensor | None = None) -> N
 
 
 def moment_sum(X_TD: torch.Tensor) -> MomentSum:
-    """``sum x`` (float64) and ``sum x x^T`` (float32) over the rows of ``X_TD``."""
-    return MomentSum(X_TD.double().sum(dim=0), hessian_sum(X_TD))
+    """``sum x`` and ``sum x x^T`` over the rows of ``X_TD``, in float32; the first as float64."""
+    return MomentSum(X_TD.float().sum(dim=0).double(), hessian_sum(X_TD))
 
 
 def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
@@ -134,16 +134,22 @@ def triangular_inverse(L_DD: torch.Tensor) -> torch.Tensor:
 
     Two thirds of the operations of solving for an identity, and all of them matrix products.
     """
+    out_DD = torch.zeros_like(L_DD)
+    _invert_into(L_DD, out_DD)
+    return out_DD
+
+
+def _invert_into(L_DD: torch.Tensor, out_DD: torch.Tensor) -> None:
     width = L_DD.shape[0]
     if width <= TRIANGULAR_BASE:
         eye = torch.eye(width, dtype=L_DD.dtype, device=L_DD.device)
-        return torch.linalg.solve_triangular(L_DD, eye, upper=False)
+        out_DD.copy_(torch.linalg.solve_triangular(L_DD, eye, upper=False))
+        return
     half = width // 2
-    out = torch.zeros_like(L_DD)
-    out[:half, :half] = triangular_inverse(L_DD[:half, :half])
-    out[half:, half:] = triangular_inverse(L_DD[half:, half:])
-    out[half:, :half] = out[half:, half:] @ (L_DD[half:, :half] @ -out[:half, :half])
-    return out
+    first, second = out_DD[:half, :half], out_DD[half:, half:]
+    _invert_into(L_DD[:half, :half], first)
+    _invert_into(L_DD[half:, half:], second)
+    out_DD[half:, :half].addmm_(second, L_DD[half:, :half] @ first, beta=0, alpha=-1)
 
 
 def inverse_cholesky_factor(
@@ -173,8 +179,8 @@ def inverse_cholesky_factor(
     num_experts, width, _ = H_KDD.shape
     diag_KD = H_KDD.diagonal(dim1=1, dim2=2)
     for k in range(num_experts):
-        # The sum of all entries is finite only if every entry is.
-        if not bool(torch.isfinite(H_KDD[k].sum(dtype=torch.float64))):
+        # The extremes are finite only if every entry is: NaN counts as both.
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(H_KDD[k])):
             raise CompressionError(f"Hessian {k} of the batch is not finite (NaN or infinity)")
     dead_KD = diag_KD == 0
     mean_K = diag_KD.mean(dim=1)

@@ -27,7 +27,11 @@ MIN_SLICE = 1 << 16
 TILE_ROWS = 64
 LANES = 16
 """Values that the vector kernels take at a time."""
+EAGER_COLUMNS = 8
+"""Columns whose errors are pushed one by one; later columns get them together."""
 _jit: Any = numba.njit(nogil=True, cache=True)
+# A product and a sum may be one instruction, as in any BLAS.
+_tile_jit: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"})
 
 
 @functools.cache
@@ -268,210 +272,7 @@ def unpack_fields(stream: Array, bits: int, out: Array) -> None:
         filled -= bits
 
 
-@_jit
-def prune_block(W: Array, diagonal: Array, num_pruned: int, mask: Array) -> None:
-    """Mark the ``num_pruned`` smallest saliencies ``(w / U_jj)^2`` of a block; ties by index.
-
-    Args:
-        W: float32 ``[O, B]``, a view of the block's columns.
-        diagonal: float32 ``[B]``.
-        num_pruned: exact count, at least 1.
-        mask: uint8 ``[O, B]``, zeros; set to 1 where pruned.
-    """
-    rows, columns = W.shape
-    bits = np.empty(rows * columns, np.uint32)
-    counts = np.zeros(1 << 16, np.int64)
-    position = 0
-    for row in range(rows):
-        for j in range(columns):
-            ratio = W[row, j] / diagonal[j]
-            # Non-negative floats are ordered as their bits are.
-            word = np.float32(ratio * ratio).view(np.uint32)
-            bits[position] = word
-            counts[word >> np.uint32(16)] += 1
-            position += 1
-    before = 0
-    bucket = 0
-    while before + counts[bucket] < num_pruned:
-        before += counts[bucket]
-        bucket += 1
-    inside = np.empty(counts[bucket], np.uint32)
-    position = 0
-    for i in range(bits.size):
-        if bits[i] >> np.uint32(16) == bucket:
-            inside[position] = bits[i]
-            position += 1
-    inside.sort()
-    threshold = inside[num_pruned - before - 1]
-    below = before
-    for i in range(inside.size):
-        if inside[i] < threshold:
-            below += 1
-    ties = num_pruned - below
-    position = 0
-    for row in range(rows):
-        for j in range(columns):
-            word = bits[position]
-            position += 1
-            if word < threshold:
-                mask[row, j] = 1
-            elif word == threshold and ties > 0:
-                mask[row, j] = 1
-                ties -= 1
-
-
-@_jit
-def _choose(
-    w: Array, factor: Array, keep: Array, first: int, last: int, pruned: int, rows: int
-) -> None:
-    """Drop the ``pruned`` smallest saliencies of a group of columns; the first on a tie."""
-    for r in range(rows):
-        for _ in range(pruned):
-            best = -1
-            smallest = np.float32(0)
-            for i in range(first, last):
-                ratio = w[i, r] / factor[i, i]
-                value = ratio * ratio
-                if keep[i, r] != 0 and (best < 0 or value < smallest):
-                    best = i
-                    smallest = value
-            keep[best, r] = np.float32(0)
-
-
-@_jit
-def _zero(w: Array, keep: Array, pivot: float, error: Array) -> None:
-    """One column of a tile: ``q = w keep``, ``e = (w - q) / U_jj``."""
-    for r in range(w.size):
-        q = w[r] * keep[r]
-        error[r] = (w[r] - q) / pivot
-        w[r] = q
-
-
-@_jit
-def _round(
-    w: Array,
-    keep: Array,
-    scale: Array,
-    zero_point: Array,
-    max_code: int,
-    codes: Array,
-    pivot: float,
-    error: Array,
-) -> None:
-    """One column of a tile, rounded to the grid where it is kept."""
-    for r in range(scale.size):
-        code = np.rint(w[r] / scale[r]) + zero_point[r]
-        code = min(max(code, np.float32(0)), np.float32(max_code))
-        codes[r] = np.uint8(code)
-        q = scale[r] * (code - zero_point[r]) * keep[r]
-        error[r] = (w[r] - q) / pivot
-        w[r] = q
-
-
-@_jit
-def _subtract(w: Array, error: Array, factor: float) -> None:
-    for r in range(w.size):
-        w[r] -= error[r] * factor
-
-
-@_jit
-def sweep_block(
-    W: Array,
-    U: Array,
-    mask: Array,
-    group: int,
-    pruned: int,
-    scale: Array,
-    zero_point: Array,
-    grid_group: Array,
-    max_code: int,
-    codes: Array,
-    errors: Array,
-    losses: Array,
-    first: int,
-    last: int,
-) -> None:
-    """Decide a block's columns one by one, pushing errors onto the block's later columns.
-
-    ``first .. last`` are rows of all experts in one sequence (expert ``r // O``, row ``r % O``).
-
-    Args:
-        W: float32 ``[K, O, B]``, a view of the block's columns; overwritten.
-        U: float32 ``[K, B, B]``, the factor's diagonal block.
-        mask: uint8 ``[K, O, B]``, 1 where pruned; filled here for N:M.
-        group: M of N:M, 0 when the mask is given.
-        pruned: N of N:M.
-        scale: float32 ``[O, G]``; empty without a grid.
-        zero_point: as ``scale``.
-        grid_group: ``[K, B]``, every column's group of the grid.
-        max_code: largest code.
-        codes: uint8 ``[K, O, B]``, a view; empty without a grid.
-        errors: float32 ``[K, O, B]``, written.
-        losses: float64 ``[K, O]``, every row's squared errors are added.
-        first: of the rows.
-        last: after the rows.
-    """
-    rows, columns = W.shape[1], W.shape[2]
-    quantized = scale.size > 0
-    # A tile of rows, transposed: one column of it is a few vector registers, and no row waits for
-    # the divisions of another.
-    w = np.zeros((columns, TILE_ROWS), np.float32)
-    e = np.zeros((columns, TILE_ROWS), np.float32)
-    keep = np.zeros((columns, TILE_ROWS), np.float32)
-    number = first
-    while number < last:
-        k = number // rows
-        row = number % rows
-        count = min(TILE_ROWS, last - number, rows - row)
-        factor = U[k]
-        for r in range(count):
-            for j in range(columns):
-                w[j, r] = W[k, row + r, j]
-                keep[j, r] = np.float32(1 - mask[k, row + r, j])
-        for j in range(columns):
-            if group > 0 and j % group == 0:
-                end = min(j + group, columns)
-                _choose(w, factor, keep, j, end, (end - j) * pruned // group, count)
-            if quantized:
-                _round(
-                    w[j],
-                    keep[j],
-                    scale[row : row + count, grid_group[k, j]],
-                    zero_point[row : row + count, grid_group[k, j]],
-                    max_code,
-                    codes[k, row : row + count, j],
-                    factor[j, j],
-                    e[j],
-                )
-            else:
-                _zero(w[j], keep[j], factor[j, j], e[j])
-            for i in range(j + 1, columns):
-                _subtract(w[i], e[j], factor[j, i])
-        for r in range(count):
-            loss = 0.0
-            for j in range(columns):
-                W[k, row + r, j] = w[j, r]
-                errors[k, row + r, j] = e[j, r]
-                mask[k, row + r, j] = np.uint8(1) - np.uint8(keep[j, r])
-                loss += np.float64(e[j, r]) * np.float64(e[j, r])
-            losses[k, row + r] += loss
-        number += count
-
-
-@functools.cache
-def _has(*names: str) -> bool:
-    features = llvmlite.binding.get_host_cpu_features()
-    return all(features.get(name) for name in names)
-
-
-def can_expand() -> bool:
-    """Whether this CPU has an instruction for it (AVX-512 with VBMI2)."""
-    return _has("avx512f", "avx512vbmi2")
-
-
-def can_spread() -> bool:
-    """Whether this CPU puts packed values into masked lanes fast: AVX-512 VBMI2, or AVX2."""
-    return can_expand() or _has("avx2", "fma")
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
 
 
 def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
@@ -493,6 +294,275 @@ def _load(builder: ir.IRBuilder, base: Any, position: Any, kind: ir.Type) -> Any
     return builder.load(place, align=1)
 
 
+def _in_all_lanes(builder: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
+    nothing = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(nothing, scalar, _I32(0))
+    return builder.shuffle_vector(one, nothing, ir.Constant(_vector(_I32), [0] * LANES))
+
+
+@_jit
+def prune_block(W: Array, diagonal: Array, num_pruned: int, mask: Array) -> None:
+    """Mark the ``num_pruned`` smallest saliencies ``(w / U_jj)^2`` of a block; ties by index.
+
+    Args:
+        W: float32 ``[B, O]``.
+        diagonal: float32 ``[B]``.
+        num_pruned: exact count, at least 1.
+        mask: uint8 ``[B, O]``; set to 1 where pruned, else to 0.
+    """
+    columns, rows = W.shape
+    values = np.empty((columns, rows), np.float32)
+    for j in range(columns):
+        for r in range(rows):
+            ratio = W[j, r] / diagonal[j]
+            values[j, r] = ratio * ratio
+    # Non-negative floats are ordered as their bits are.
+    bits = values.reshape(-1).view(np.uint32)
+    counts = np.zeros(1 << 16, np.int32)
+    for word in bits:
+        counts[word >> np.uint32(16)] += 1
+    before = 0
+    bucket = 0
+    while before + counts[bucket] < num_pruned:
+        before += counts[bucket]
+        bucket += 1
+    inside = np.empty(counts[bucket], np.uint32)
+    position = 0
+    for word in bits:
+        if word >> np.uint32(16) == bucket:
+            inside[position] = word
+            position += 1
+    inside.sort()
+    threshold = inside[num_pruned - before - 1]
+    below = before
+    for word in inside:
+        if word < threshold:
+            below += 1
+    flat = mask.reshape(-1)
+    for i in range(bits.size):
+        flat[i] = bits[i] < threshold
+    ties = num_pruned - below
+    position = 0
+    while ties > 0:
+        if bits[position] == threshold:
+            flat[position] = 1
+            ties -= 1
+        position += 1
+
+
+@_tile_jit
+def _choose(w: Array, factor: Array, keep: Array, first: int, last: int, pruned: int) -> None:
+    """Drop the ``pruned`` smallest saliencies of a group of columns; the first on a tie."""
+    values = np.empty((last - first, TILE_ROWS), np.float32)
+    rank = np.empty(TILE_ROWS, np.int32)
+    for i in range(first, last):
+        pivot = factor[i, i]
+        for r in range(TILE_ROWS):
+            ratio = w[i, r] / pivot
+            values[i - first, r] = ratio * ratio
+    for i in range(last - first):
+        rank[:] = 0
+        for other in range(i):
+            for r in range(TILE_ROWS):
+                rank[r] += values[other, r] <= values[i, r]
+        for other in range(i + 1, last - first):
+            for r in range(TILE_ROWS):
+                rank[r] += values[other, r] < values[i, r]
+        for r in range(TILE_ROWS):
+            keep[first + i, r] = np.float32(rank[r] >= pruned)
+
+
+@_tile_jit
+def _copy(source: Array, target: Array, count: int) -> None:
+    for r in range(count):
+        target[r] = source[r]
+
+
+@_tile_jit
+def _keep_of(mask: Array, keep: Array) -> None:
+    for r in range(mask.size):
+        keep[r] = np.float32(1) - np.float32(mask[r])
+
+
+@_tile_jit
+def _mask_of(keep: Array, mask: Array) -> None:
+    for r in range(mask.size):
+        mask[r] = np.uint8(1) - np.uint8(keep[r])
+
+
+@_tile_jit
+def _zero(w: Array, keep: Array, pivot: float, error: Array) -> None:
+    """One column of a tile: ``q = w keep``, ``e = (w - q) / U_jj``."""
+    for r in range(TILE_ROWS):
+        q = w[r] * keep[r]
+        error[r] = (w[r] - q) / pivot
+        w[r] = q
+
+
+@_tile_jit
+def _round(
+    w: Array,
+    keep: Array,
+    scale: Array,
+    zero_point: Array,
+    max_code: int,
+    codes: Array,
+    pivot: float,
+    error: Array,
+) -> None:
+    """One column of a tile, rounded to the grid where it is kept."""
+    for r in range(scale.size):
+        code = np.rint(w[r] / scale[r]) + zero_point[r]
+        code = min(max(code, np.float32(0)), np.float32(max_code))
+        codes[r] = np.uint8(code)
+        q = scale[r] * (code - zero_point[r]) * keep[r]
+        error[r] = (w[r] - q) / pivot
+        w[r] = q
+
+
+@_tile_jit
+def _subtract(w: Array, error: Array, factor: float) -> None:
+    for r in range(TILE_ROWS):
+        w[r] -= error[r] * factor
+
+
+@intrinsic
+def _push_eight(
+    _typing: Any, w: Any, e: Any, factor: Any, decided: Any, first: Any, columns: Any
+) -> Any:
+    """Eight decided columns' errors onto columns ``first .. columns`` of a tile.
+
+    Sixteen rows at a time, all of a column's factors in registers: a plain loop over so few rows
+    spends most of its time on finding out that its arrays do not overlap.
+    """
+    signature = types.void(w, e, factor, decided, first, columns)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        w_at, e_at, factor_at = (
+            _data(context, builder, signature.args[i], arguments[i]) for i in range(3)
+        )
+        decided, first, columns = arguments[3:]
+        tile = _I64(TILE_ROWS)
+        with cgutils.for_range_slice(builder, first, columns, _I64(1)) as (column, _):
+            factors = []
+            for j in range(8):
+                place = builder.mul(builder.add(decided, _I64(j)), columns)
+                scalar = builder.load(builder.gep(factor_at, [builder.add(place, column)]))
+                factors.append(_in_all_lanes(builder, scalar, _vector(_F32)))
+            for row in range(0, TILE_ROWS, LANES):
+                place = builder.add(builder.mul(column, tile), _I64(row))
+                value = _load(builder, w_at, place, _vector(_F32))
+                for j, lanes in enumerate(factors):
+                    here = builder.mul(builder.add(decided, _I64(j)), tile)
+                    error = _load(builder, e_at, builder.add(here, _I64(row)), _vector(_F32))
+                    product = builder.fmul(error, lanes, flags=("contract",))
+                    value = builder.fsub(value, product, flags=("contract",))
+                target = builder.bitcast(builder.gep(w_at, [place]), ir.PointerType(_vector(_F32)))
+                builder.store(value, target, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@_jit
+def decide_block(
+    W: Array,
+    U: Array,
+    mask: Array,
+    group: int,
+    pruned: int,
+    scale: Array,
+    zero_point: Array,
+    max_code: int,
+    codes: Array,
+    errors: Array,
+    first: int,
+    last: int,
+) -> None:
+    """Decide a block's columns one by one, pushing errors onto the block's later columns.
+
+    ``first .. last`` are tiles of rows of all experts in one sequence.
+
+    Args:
+        W: float32 ``[K, B, O]``; overwritten.
+        U: float32 ``[K, B, B]``, the factor's diagonal block.
+        mask: uint8 ``[K, B, O]``, 1 where pruned; filled here for N:M.
+        group: M of N:M, 0 when the mask is given.
+        pruned: N of N:M.
+        scale: float32 ``[K, B, O]``; empty without a grid.
+        zero_point: as ``scale``.
+        max_code: largest code.
+        codes: uint8 ``[K, B, O]``; empty without a grid.
+        errors: float32 ``[K, B, O]``, written.
+        first: of the tiles.
+        last: after the tiles.
+    """
+    _, columns, rows = W.shape
+    tiles = -(-rows // TILE_ROWS)
+    # N:M decides whole groups, so that a step holds whole groups too.
+    step = EAGER_COLUMNS if group == 0 else max(group, EAGER_COLUMNS // group * group)
+    w = np.zeros((columns, TILE_ROWS), np.float32)
+    e = np.zeros((columns, TILE_ROWS), np.float32)
+    keep = np.zeros((columns, TILE_ROWS), np.float32)
+    for tile in range(first, last):
+        k = tile // tiles
+        row = tile % tiles * TILE_ROWS
+        end = min(row + TILE_ROWS, rows)
+        count = end - row
+        factor = U[k]
+        for j in range(columns):
+            _copy(W[k, j, row:end], w[j], count)
+            _keep_of(mask[k, j, row:end], keep[j])
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            for j in range(start, stop):
+                if group > 0 and j % group == 0:
+                    ends = min(j + group, columns)
+                    _choose(w, factor, keep, j, ends, (ends - j) * pruned // group)
+                if scale.size > 0:
+                    _round(
+                        w[j],
+                        keep[j],
+                        scale[k, j, row:end],
+                        zero_point[k, j, row:end],
+                        max_code,
+                        codes[k, j, row:end],
+                        factor[j, j],
+                        e[j],
+                    )
+                else:
+                    _zero(w[j], keep[j], factor[j, j], e[j])
+                for i in range(j + 1, stop):
+                    _subtract(w[i], e[j], factor[j, i])
+            eights = start + (stop - start) // 8 * 8
+            for j in range(start, eights, 8):
+                _push_eight(w, e, factor, j, stop, columns)
+            for j in range(eights, stop):
+                for i in range(stop, columns):
+                    _subtract(w[i], e[j], factor[j, i])
+        for j in range(columns):
+            _copy(w[j], W[k, j, row:end], count)
+            _copy(e[j], errors[k, j, row:end], count)
+            if group > 0:
+                _mask_of(keep[j], mask[k, j, row:end])
+
+
+@functools.cache
+def _has(*names: str) -> bool:
+    features = llvmlite.binding.get_host_cpu_features()
+    return all(features.get(name) for name in names)
+
+
+def can_expand() -> bool:
+    """Whether this CPU has an instruction for it (AVX-512 with VBMI2)."""
+    return _has("avx512f", "avx512vbmi2")
+
+
+def can_spread() -> bool:
+    """Whether this CPU puts packed values into masked lanes fast: AVX-512 VBMI2, or AVX2."""
+    return can_expand() or _has("avx2", "fma")
+
+
 def _sum_of_products(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> None:
     """``total += a b``, lane by lane."""
     vector = _vector(_F32)
@@ -510,9 +580,6 @@ def _across_lanes(builder: ir.IRBuilder, total: Any) -> Any:
     )
     zero = ir.Constant(_F32, -0.0)
     return builder.call(add, [zero, builder.load(total)], fastmath=("reassoc",))
-
-
-_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
 
 
 def _to_float32(builder: ir.IRBuilder, vector: Any, element: ir.Type) -> Any:
@@ -692,9 +759,7 @@ def _spread_to(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out_at = _data(context, builder, signature.args[5], arguments[5])
         vector = _vector(context.get_data_type(signature.args[2].dtype))
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[4], _I32(0))
-        lanes = ir.Constant(_vector(_I32), [0] * LANES)
-        others = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
+        others = _in_all_lanes(builder, arguments[4], vector)
         with _chunks(context, builder, signature.args, arguments, others, arguments[7]) as chunk:
             number, _, spread, position = chunk
             column = builder.add(arguments[6], builder.mul(number, _I64(LANES)))

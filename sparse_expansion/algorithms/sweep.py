@@ -1,8 +1,8 @@
 """The column sweep: SparseGPT is the sweep with a mask, GPTQ with a grid, both at once joint.
 
 Shapes: K experts, D input features, O output features, B columns of a block. ``sweep`` is PyTorch
-on any device and holds weights transposed, ``[K, D, O]``, so that a column is contiguous;
-``sweep_compiled`` is the same for a CPU.
+on any device and holds weights transposed, ``[K, D, O]``, so that a column is contiguous; what it
+does inside a block of columns is compiled on a CPU, and Triton's on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,6 @@ from sparse_expansion.algorithms.hessian import gram_into, inverse_cholesky_fact
 from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured_mask
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
-
-INNER_COLUMNS = 16
-"""Columns that the compiled sweep decides one by one before a matrix product."""
-MIN_ROWS = 64
-"""Rows that are worth a thread."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,7 @@ def sweep(
     grid: AffineGrid | None,
     block_size: int,
     columns_KD: torch.Tensor | None = None,
+    compiled: bool | None = None,
     decide: Callable[[Block], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """One pass over the columns, in place: mask, round, and push the error onward.
@@ -99,8 +94,9 @@ def sweep(
         grid: rounding grid of the dense weight, None to prune only.
         block_size: columns per block; the last block may be shorter.
         columns_KD: original index of every (reordered) column, None when in order.
-        decide: what decides a block's columns; by default Triton's kernel on a GPU that has
-            Triton, else ``decide_columns``.
+        compiled: whether masks and columns are decided by compiled loops; by default on a CPU.
+        decide: what decides a block's columns; by default the compiled loop, Triton's kernel on a
+            GPU that has Triton, else ``decide_columns``.
 
     Returns:
         The mask of kept weights ``[K, D, O]`` (bool), the codes (uint8, or None), and each
@@ -113,6 +109,10 @@ def sweep(
         return kept, None, W_KDO.new_zeros(num_experts)
     loss_K = W_KDO.new_zeros(num_experts, dtype=torch.float64)
     n_m = pattern.group is not None
+    if compiled is None:
+        compiled = not W_KDO.is_cuda
+    if decide is None and compiled:
+        decide = decide_compiled
     decide = decide or (_triton_decide() if W_KDO.is_cuda else None) or decide_columns
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
@@ -122,8 +122,11 @@ def sweep(
         diagonal_KB = U1.diagonal(dim1=1, dim2=2)
         errors = torch.empty_like(W1)
         mask = torch.zeros_like(W1, dtype=torch.bool)
-        if not n_m:
-            mask = unstructured_mask(saliency(W1, diagonal_KB), pattern.num_pruned(count * rows))
+        num_pruned = 0 if n_m else pattern.num_pruned(count * rows)
+        if num_pruned and compiled:
+            _smallest_compiled(W1, diagonal_KB, num_pruned, mask)
+        elif num_pruned:
+            mask = unstructured_mask(saliency(W1, diagonal_KB), num_pruned)
         block_grid = None
         if grid is not None:
             assert codes is not None
@@ -133,7 +136,8 @@ def sweep(
             block_grid = BlockGrid(*grid.columns(columns), codes[:, start:stop], grid.max_code)
         decide(Block(W1, U1, mask, errors, pattern.group or 0, pattern.pruned or 0, block_grid))
         kept[:, start:stop] = ~mask
-        loss_K += errors.square().sum(dim=(1, 2), dtype=torch.float64)
+        flat = errors.flatten(1)
+        loss_K += torch.linalg.vecdot(flat, flat)
         if stop < width:
             W_KDO[:, stop:].baddbmm_(U_KDD[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
     return kept, codes, loss_K
@@ -174,94 +178,51 @@ def _triton_decide() -> Callable[[Block], None] | None:
     return decide
 
 
-def sweep_compiled(
-    W_KOD: torch.Tensor,
-    U_KDD: torch.Tensor,
-    *,
-    pattern: SparsityPattern,
-    grid: AffineGrid | None,
-    block_size: int,
-    columns_KD: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """``sweep`` on a CPU, on weights that are not transposed, with one more level of blocks.
-
-    A compiled loop over rows decides ``INNER_COLUMNS`` columns; their errors reach the rest of the
-    block, and the block's errors the rest of the weight, as matrix products.
-    """
-    num_experts, rows, width = W_KOD.shape
-    pruned_KOD = torch.zeros(W_KOD.shape, dtype=torch.bool)
-    codes = None if grid is None else torch.zeros(W_KOD.shape, dtype=torch.uint8)
-    losses = np.zeros((num_experts, rows))
-    if grid is None and pattern.num_kept(rows, width, block_size) == rows * width:
-        return pruned_KOD.logical_not_(), None, torch.from_numpy(losses.sum(axis=1))
-    scale = zero = np.zeros((0, 0), dtype=np.float32)
-    group_size = width
-    if grid is not None:
-        scale = grid.scale_OG.contiguous().numpy()
-        zero = grid.zero_point_OG.contiguous().numpy()
-        group_size = grid.group_size
-    if columns_KD is None:
-        columns_KD = torch.arange(width).expand(num_experts, -1)
-    grid_group_KD = torch.div(columns_KD, group_size, rounding_mode="floor").contiguous().numpy()
-    mask = pruned_KOD.numpy().view(np.uint8)
-    W = W_KOD.numpy()
-    written = mask if codes is None else codes.numpy()
-    # N:M decides whole groups, so that a step holds whole groups too.
-    group = pattern.group or 1
-    step = max(group, INNER_COLUMNS // group * group)
-
-    def prune(start: int, stop: int, diagonal: np.ndarray[Any, Any], first: int, last: int) -> None:
-        for k in range(first, last):
-            kernels.prune_block(
-                W[k, :, start:stop],
-                diagonal[k],
-                pattern.num_pruned((stop - start) * rows),
-                mask[k, :, start:stop],
-            )
-
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        if pattern.group is None and pattern.num_pruned((stop - start) * rows):
-            diagonal = U_KDD.diagonal(dim1=1, dim2=2)[:, start:stop].contiguous().numpy()
-            kernels.split(num_experts, 1, partial(prune, start, stop, diagonal), least=1)
-        errors = torch.empty(num_experts, rows, stop - start)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            inner = slice(first, last)
-            decide = partial(
-                kernels.sweep_block,
-                W[:, :, inner],
-                U_KDD[:, inner, inner].contiguous().numpy(),
-                mask[:, :, inner],
-                pattern.group or 0,
-                pattern.pruned or 0,
-                scale,
-                zero,
-                grid_group_KD[:, inner],
-                0 if grid is None else grid.max_code,
-                written[:, :, inner],
-                errors.numpy()[:, :, first - start : last - start],
-                losses,
-            )
-            kernels.split(num_experts * rows, 1, decide, least=MIN_ROWS)
-            if last < stop:
-                _push(W_KOD, errors[:, :, first - start : last - start], U_KDD, inner, last, stop)
-        if stop < width:
-            _push(W_KOD, errors, U_KDD, slice(start, stop), stop, width)
-    return pruned_KOD.logical_not_(), codes, torch.from_numpy(losses.sum(axis=1))
+def decide_compiled(block: Block) -> None:
+    """Decide a block's columns in place by a compiled loop over tiles of rows, on a CPU."""
+    W_KBO = block.W_KBO.contiguous()
+    num_experts, columns, rows = W_KBO.shape
+    scale = zero_point = np.zeros((0, 0, 0), dtype=np.float32)
+    codes_KBO = torch.zeros((0, 0, 0), dtype=torch.uint8)
+    max_code = 0
+    if block.grid is not None:
+        scale = block.grid.scale_KBO.contiguous().numpy()
+        zero_point = block.grid.zero_point_KBO.contiguous().numpy()
+        codes_KBO = torch.empty(W_KBO.shape, dtype=torch.uint8)
+        max_code = block.grid.max_code
+    work = partial(
+        kernels.decide_block,
+        W_KBO.numpy(),
+        block.U_KBB.contiguous().numpy(),
+        block.mask_KBO.numpy().view(np.uint8),
+        block.group,
+        block.pruned,
+        scale,
+        zero_point,
+        max_code,
+        codes_KBO.numpy(),
+        block.errors_KBO.numpy(),
+    )
+    tiles = -(-rows // kernels.TILE_ROWS)
+    kernels.split(num_experts * tiles, 1, work, least=1)
+    if W_KBO.data_ptr() != block.W_KBO.data_ptr():
+        block.W_KBO.copy_(W_KBO)
+    if block.grid is not None:
+        block.grid.codes_KBO.copy_(codes_KBO)
 
 
-def _push(
-    W_KOD: torch.Tensor,
-    errors_KOB: torch.Tensor,
-    U_KDD: torch.Tensor,
-    decided: slice,
-    first: int,
-    last: int,
+def _smallest_compiled(
+    W_KBO: torch.Tensor, diagonal_KB: torch.Tensor, num_pruned: int, mask_KBO: torch.Tensor
 ) -> None:
-    """Columns ``first .. last`` get the errors of the decided ones."""
-    for k in range(W_KOD.shape[0]):
-        W_KOD[k, :, first:last].addmm_(errors_KOB[k], U_KDD[k, decided, first:last], alpha=-1)
+    """Fill the mask as ``unstructured_mask`` does, on a CPU."""
+    W, diagonal = W_KBO.contiguous().numpy(), diagonal_KB.contiguous().numpy()
+    mask = mask_KBO.numpy().view(np.uint8)
+
+    def work(first: int, last: int) -> None:
+        for k in range(first, last):
+            kernels.prune_block(W[k], diagonal[k], num_pruned, mask[k])
+
+    kernels.split(W.shape[0], 1, work, least=1)
 
 
 def compress_experts(
@@ -299,7 +260,7 @@ def compress_linears(
         H_KDD: as in ``compress_experts``.
         config: as in ``compress_experts``.
         grids: a grid, or None, for every name.
-        compiled: which of the two sweeps to take; by default the compiled one on a CPU.
+        compiled: as in ``sweep``.
     """
     num_experts = H_KDD.shape[0]
     H_original_KDD = H_KDD
@@ -312,26 +273,21 @@ def compress_linears(
     inverse = inverse_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
     result = {}
     for name, W_OD in weights.items():
-        settings: dict[str, Any] = {
-            "pattern": config.sparsity,
-            "grid": grids[name],
-            "block_size": config.block_size,
-            "columns_KD": order_KD,
-        }
-        if compiled if compiled is not None else not H_KDD.is_cuda:
-            W_KOD = W_OD.float().expand(num_experts, -1, -1).clone()
-            if order_KD is not None:
-                W_KOD = W_KOD.gather(2, order_KD[:, None].expand_as(W_KOD))
-            W_KOD.masked_fill_(inverse.dead_KD[:, None], 0)
-            kept, codes, loss_K = sweep_compiled(W_KOD, inverse.factor_KDD, **settings)
-        else:
-            W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
-            if order_KD is not None:
-                W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
-            W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
-            kept, codes, loss_K = sweep(W_KDO, inverse.factor_KDD, **settings)
-            W_KOD, kept = W_KDO.transpose(1, 2), kept.transpose(1, 2)
-            codes = None if codes is None else codes.transpose(1, 2)
+        W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
+        if order_KD is not None:
+            W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
+        W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
+        kept_KDO, codes_KDO, loss_K = sweep(
+            W_KDO,
+            inverse.factor_KDD,
+            pattern=config.sparsity,
+            grid=grids[name],
+            block_size=config.block_size,
+            columns_KD=order_KD,
+            compiled=compiled,
+        )
+        W_KOD, kept = W_KDO.transpose(1, 2).contiguous(), kept_KDO.transpose(1, 2).contiguous()
+        codes = None if codes_KDO is None else codes_KDO.transpose(1, 2).contiguous()
         if order_KD is not None:
             back = torch.argsort(order_KD, dim=1)[:, None].expand_as(W_KOD)
             W_KOD, kept = W_KOD.gather(2, back), kept.gather(2, back)
@@ -367,9 +323,10 @@ def _relative_errors(
     gram_into(W_OD, gram_DD)
     errors = []
     for k, expert_OD in enumerate(experts_KOD):
-        energy = float((gram_DD * H_KDD[k]).sum(dtype=torch.float64))
+        # Rows in float32, their sum in float64: a float64 sum of all would convert a copy of all.
+        energy = float(torch.linalg.vecdot(gram_DD, H_KDD[k]).double().sum())
         delta = (W_OD - expert_OD).masked_fill_(dead_KD[k], 0)
-        norm = float(delta.square().sum(dtype=torch.float64))
+        norm = float(torch.linalg.vecdot(delta, delta).double().sum())
         lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
         errors.append(lost / energy if energy > 0 else 0.0)
     return tuple(errors)

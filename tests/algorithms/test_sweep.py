@@ -248,11 +248,23 @@ def test_mask_count_out_of_bounds():
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize(("sparsity", "act_order"), [("0.5", False), ("0.7", True), ("2:4", False)])
+@pytest.mark.parametrize(
+    ("sparsity", "act_order"),
+    [
+        ("0.5", False),
+        ("0.7", True),
+        ("2:4", False),
+        ("3:5", False),
+        ("7:11", False),
+        ("4:16", False),
+    ],
+)
 def test_both_sweeps_agree(sparsity, act_order, bits, threads):
     """The one for a GPU, in PyTorch, and the compiled one, on any number of threads."""
     W, H = problem(rows=150, width=72, tokens=300, experts=3)
-    settings_ = config(sparsity, bits=bits, act_order=act_order, group_size=24, block_size=32)
+    group = int(sparsity.split(":")[1]) if ":" in sparsity else 1
+    block = 32 // group * group
+    settings_ = config(sparsity, bits=bits, act_order=act_order, group_size=24, block_size=block)
     grid = None if bits is None else fit_grid(W, bits=4, symmetric=False, group_size=24)
     torch.set_num_threads(threads)
     one, other = (
@@ -278,9 +290,10 @@ def test_triangular_inverse():
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
 def test_compiled_selection_counts_exactly_with_ties(rows, columns, seed):
     generator = np.random.default_rng(seed)
-    W = generator.integers(-2, 3, (rows, columns)).astype(np.float32)
+    W = generator.integers(-2, 3, (columns, rows)).astype(np.float32)
     for num_pruned in range(1, rows * columns + 1):
-        mask = np.zeros((rows, columns), np.uint8)
+        mask = np.full((columns, rows), 7, np.uint8)
         kernels.prune_block(W, np.ones(columns, np.float32), num_pruned, mask)
         order = np.argsort((W**2).reshape(-1), kind="stable")[:num_pruned]
         assert set(np.flatnonzero(mask)) == set(order)
+        assert int(mask.max()) == 1
