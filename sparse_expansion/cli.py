@@ -232,6 +232,8 @@ def _run(args: argparse.Namespace) -> int:
     prepared, windows = jobs.prepare(
         config, folder, dataset=args.dataset, cache_dir=args.cache_dir, model_name=source.location
     )
+    if advice := jobs.slow_dtype(prepared.shell.dtype):
+        line.say(advice)
     evaluating = args.command == "run"
     if evaluating:
         tokens = jobs.evaluation_tokens(

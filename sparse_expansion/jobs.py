@@ -212,6 +212,18 @@ def prepare(
     return Prepared(config, shell, units, identity, corpus, encode), windows
 
 
+def slow_dtype(dtype: torch.dtype) -> str | None:
+    """A line of advice where this machine multiplies the dtype slowly, else None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype == torch.float32 or torch.cuda.is_available() or capability.startswith("AVX512"):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{name} is many times slower than float32 on a CPU without instructions for it "
+        f"({capability} here): without a GPU, --dtype float32 is faster and stores larger values"
+    )
+
+
 def expand(
     prepared: Prepared,
     windows: torch.Tensor,

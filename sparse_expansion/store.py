@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,18 @@ class Store:
         data = safetensors.torch.save(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
         )
-        self.write_bytes(name, data)
-        return {
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "tensors": {key: tensor_record(tensor) for key, tensor in tensors.items()},
-        }
+
+        def digests() -> dict[str, Any]:
+            return {
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "tensors": {key: tensor_record(tensor) for key, tensor in tensors.items()},
+            }
+
+        # Writing waits for the disk, and hashing does not hold the interpreter's lock.
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(digests)
+            self.write_bytes(name, data)
+            return {"bytes": len(data), **hashing.result()}
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a file (mapped, not copied, when local).

@@ -337,3 +337,16 @@ def test_console_script_and_module():
     for command in ([str(script)], [sys.executable, "-m", "sparse_expansion.cli"]):
         done = subprocess.run([*command, "run"], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "--model" in done.stderr
+
+
+def test_slow_products_are_named(monkeypatch):
+    import torch
+
+    from sparse_expansion.jobs import slow_dtype
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert slow_dtype(torch.float32) is None
+    assert "bfloat16" in slow_dtype(torch.bfloat16) and "AVX2" in slow_dtype(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert slow_dtype(torch.bfloat16) is None

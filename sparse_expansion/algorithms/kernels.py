@@ -29,9 +29,9 @@ LANES = 16
 """Values that the vector kernels take at a time."""
 EAGER_COLUMNS = 8
 """Columns whose errors are pushed one by one; later columns get them together."""
-_jit: Any = numba.njit(nogil=True, cache=True)
+_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 # A product and a sum may be one instruction, as in any BLAS.
-_tile_jit: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"})
+_tile_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 
 @functools.cache

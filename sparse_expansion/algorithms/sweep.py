@@ -20,6 +20,9 @@ from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
+SKETCH_ROWS = 256
+"""Rows that a weight's output energy is computed from where it has more."""
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
@@ -36,7 +39,7 @@ class ExpertWeights:
     num_dead_K: tuple[int, ...]
     relative_error_K: tuple[float, ...]
     """``tr(E H E^T) / tr(W H W^T)`` with ``E = W - W_k``: the share of the outputs' energy that is
-    lost on the expert's calibration tokens."""
+    lost on the expert's calibration tokens (whose energy is estimated, see ``_sketch``)."""
 
 
 @dataclass(frozen=True)
@@ -317,10 +320,11 @@ def _relative_errors(
     """Relative output errors from the sweep's loss, at O(K D^2) instead of O(K O D^2).
 
     The loss counts the damping as if it were data: ``tr(E H E^T) = loss - damping |E|^2``, without
-    the dead columns, which reach no output. ``tr(W H W^T) = <W^T W, H>`` shares one product.
+    the dead columns, which reach no output. ``tr(W H W^T) = <W^T W, H>`` shares one product, of a
+    sketch of W where it has many rows: see ``_sketch``.
     """
     gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
-    gram_into(W_OD, gram_DD)
+    gram_into(_sketch(W_OD), gram_DD)
     errors = []
     for k, expert_OD in enumerate(experts_KOD):
         # Rows in float32, their sum in float64: a float64 sum of all would convert a copy of all.
@@ -330,3 +334,18 @@ def _relative_errors(
         lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
         errors.append(lost / energy if energy > 0 else 0.0)
     return tuple(errors)
+
+
+def _sketch(W_OD: torch.Tensor) -> torch.Tensor:
+    """At most ``SKETCH_ROWS`` rows V with ``tr(V H V^T)`` close to ``tr(W H W^T)`` for any H.
+
+    Random signed sums of all rows (Hutchinson's estimator). Every row's own energy counts in full,
+    so a few rows with most of the energy do no harm; the standard deviation comes from products of
+    different rows alone and is at most ``sqrt(2 / SKETCH_ROWS)`` of the trace, 9 %: all rows equal.
+    """
+    rows = W_OD.shape[0]
+    if rows <= SKETCH_ROWS:
+        return W_OD
+    generator = torch.Generator().manual_seed(0)
+    signs = 2 * torch.randint(0, 2, (SKETCH_ROWS, rows), generator=generator) - 1
+    return (signs.to(W_OD) / SKETCH_ROWS**0.5) @ W_OD

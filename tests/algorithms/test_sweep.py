@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_expansion.algorithms import kernels
+from sparse_expansion.algorithms import sweep as sweeps
 from sparse_expansion.algorithms.hessian import triangular_inverse
 from sparse_expansion.algorithms.pruning import n_m_mask, unstructured_mask
 from sparse_expansion.algorithms.quantization import fit_grid
@@ -277,6 +278,17 @@ def test_both_sweeps_agree(sparsity, act_order, bits, threads):
     np.testing.assert_allclose(one.relative_error_K, other.relative_error_K, rtol=1e-2)
     close = torch.isclose(one.weight_KOD, other.weight_KOD, rtol=1e-3, atol=1e-3)
     assert float(close.float().mean()) > (0.98 if bits is None else 0.9)
+
+
+@pytest.mark.parametrize("outlier", [1, 100])
+def test_energy_of_many_rows_is_estimated_closely(outlier):
+    W, H = problem(rows=2000, width=24)
+    W[7] *= outlier
+    found = sweeps._sketch(W)
+    assert found.shape == (sweeps.SKETCH_ROWS, 24)
+    whole, estimated = (float(torch.trace(V @ H[0] @ V.T)) for V in (W, found))
+    assert estimated == pytest.approx(whole, rel=0.08)
+    assert torch.equal(sweeps._sketch(W[:256]), W[:256])
 
 
 def test_triangular_inverse():
