@@ -269,12 +269,15 @@ def _experts_bytes(config: RunConfig, group: GroupShape, per_unit: int, item: in
     square = group.width**2 * FLOAT32_BYTES
     weights = group.rows * group.width
     quantized = config.compression.bits is not None
-    # The sums and the factors; the sample's; and for one expert at a time its reversed Hessian,
-    # its Cholesky factor, and the inverse with the products that make it.
-    hessians = 2 * per_unit * square + square + 4 * square
-    # Weights (float32), their mask and codes of all linears of the group; the dense ones; one
-    # linear's block of errors and a product the size of its trailing columns.
-    swept = per_unit * weights * (FLOAT32_BYTES + 1 + (1 if quantized else 0))
+    # The sums and the factors; the sample's; and for one expert at a time its reversed Hessian, its
+    # Cholesky factor and that reversed.
+    hessians = 2 * per_unit * square + square + 3 * square
+    # All linears of the group: weights (float32), masks and codes. One of them: the same
+    # transposed, and its changes.
+    each = FLOAT32_BYTES + 1 + (1 if quantized else 0)
+    swept = per_unit * weights * each
+    largest = weights // group.num_linears
+    swept += per_unit * largest * (each + FLOAT32_BYTES)
     dense = weights * (item + 2 * FLOAT32_BYTES)
     packed = per_unit * PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
     return hessians + swept + dense + 2 * packed

@@ -42,11 +42,12 @@ LLOYD_ITERATIONS = 20.0
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A linear group's name, input width, and the outputs of its linears together."""
+    """A linear group's name, input width, outputs of its linears together, and their number."""
 
     name: str
     width: int
     rows: int
+    num_linears: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def group_shape(block: nn.Module, group: LinearGroup) -> GroupShape:
     shapes = [linear_shape(block, name) for name in group.linears]
     if len({width for _, width in shapes}) != 1:
         raise ValueError(f"linears {', '.join(group.linears)} do not share one input width")
-    return GroupShape(group.name, shapes[0][1], sum(rows for rows, _ in shapes))
+    rows = sum(rows for rows, _ in shapes)
+    return GroupShape(group.name, shapes[0][1], rows, num_linears=len(shapes))
 
 
 def expert_ranges(num_clusters: int, experts_per_unit: int) -> list[tuple[int, int]]:
@@ -157,12 +159,12 @@ def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float
 def experts_flops(group: GroupShape, block_size: int, tokens: float) -> float:
     """Operations of one expert: Hessian (half of it), factor, sweep, and its error.
 
-    A factorization and a triangular inverse take ``D^3``; pushing errors to later blocks
-    ``O D^2``, inside blocks ``O D block_size``.
+    A factorization takes ``D^3 / 3``; errors of earlier blocks ``O D^2``, inside blocks
+    ``O D block_size``.
     """
     width, rows = float(group.width), float(group.rows)
     sweep = rows * width * (width + block_size)
-    return tokens * width**2 + width**3 + sweep
+    return tokens * width**2 + width**3 / 3 + sweep
 
 
 def packed_bytes(config: RunConfig, group: GroupShape, item_bytes: int) -> int:

@@ -14,7 +14,6 @@ from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 
 MAX_DAMPING_ATTEMPTS = 6
 DAMPING_GROWTH = 10.0
-TRIANGULAR_BASE = 256
 GRAM_BASE = 256
 
 
@@ -115,8 +114,8 @@ def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
 
 
 @dataclass(frozen=True)
-class InverseFactor:
-    """Upper triangular ``U`` with ``(H + damping)^-1 = U^T U``, and how it was got."""
+class HessianFactor:
+    """Upper triangular ``V`` with ``H + damping = V V^T``, and how it was got."""
 
     factor_KDD: torch.Tensor
     dead_KD: torch.Tensor
@@ -129,40 +128,18 @@ class InverseFactor:
     """Factorizations tried per expert, 1 when the first one held."""
 
 
-def triangular_inverse(L_DD: torch.Tensor) -> torch.Tensor:
-    """Inverse of a lower triangular matrix, by halves: ``-C^-1 B A^-1`` below the diagonal.
-
-    Two thirds of the operations of solving for an identity, and all of them matrix products.
-    """
-    out_DD = torch.zeros_like(L_DD)
-    _invert_into(L_DD, out_DD)
-    return out_DD
-
-
-def _invert_into(L_DD: torch.Tensor, out_DD: torch.Tensor) -> None:
-    width = L_DD.shape[0]
-    if width <= TRIANGULAR_BASE:
-        eye = torch.eye(width, dtype=L_DD.dtype, device=L_DD.device)
-        out_DD.copy_(torch.linalg.solve_triangular(L_DD, eye, upper=False))
-        return
-    half = width // 2
-    first, second = out_DD[:half, :half], out_DD[half:, half:]
-    _invert_into(L_DD[:half, :half], first)
-    _invert_into(L_DD[half:, half:], second)
-    out_DD[half:, :half].addmm_(second, L_DD[half:, :half] @ first, beta=0, alpha=-1)
-
-
-def inverse_cholesky_factor(
+def upper_cholesky_factor(
     H_KDD: torch.Tensor,
     *,
     damping_fraction: float = 0.01,
     max_attempts: int = MAX_DAMPING_ATTEMPTS,
-) -> InverseFactor:
-    """Upper Cholesky factor of the inverse damped Hessian, batched over experts.
+) -> HessianFactor:
+    """Upper triangular Cholesky factor of the damped Hessian, batched over experts.
 
-    With the reversal ``J``: ``J H J = L L^T`` gives ``H = V V^T`` for the upper
-    ``V = J L J``, so ``H^-1 = V^-T V^-1`` and ``U = V^-1``: one Cholesky and one triangular
-    inverse (2/3 D^3 flops) where SparseGPT's reference takes two Choleskys and an inverse.
+    With the reversal ``J``: ``J H J = L L^T`` gives ``H = V V^T`` for the upper ``V = J L J``. Its
+    inverse is the ``U`` of SparseGPT and GPTQ, ``H^-1 = U^T U``, of which the sweep needs only the
+    blocks on the diagonal: one Cholesky (D^3/3 operations) where their reference takes two
+    Choleskys and an inverse.
 
     An expert whose factorization fails is tried again with ten times the damping, at most
     ``max_attempts`` times in all; the other experts of the batch are left as they are.
@@ -202,7 +179,7 @@ def inverse_cholesky_factor(
             diagonal += dead_KD[k].flip(0) * scale_K[k]
             lower, info = torch.linalg.cholesky_ex(flipped)
             if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-                factor[k] = triangular_inverse(lower).flip(0, 1)
+                factor[k] = lower.flip(0, 1)
             else:
                 failed.append(k)
         todo = failed
@@ -215,4 +192,4 @@ def inverse_cholesky_factor(
             "or other text, or raise --damping-fraction"
         )
     damping_K = scale_K * torch.tensor(fractions, dtype=scale_K.dtype, device=scale_K.device)
-    return InverseFactor(factor, dead_KD, tuple(fractions), damping_K, tuple(attempts))
+    return HessianFactor(factor, dead_KD, tuple(fractions), damping_K, tuple(attempts))

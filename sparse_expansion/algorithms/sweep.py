@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms import kernels
-from sparse_expansion.algorithms.hessian import gram_into, inverse_cholesky_factor
+from sparse_expansion.algorithms.hessian import gram_into, upper_cholesky_factor
 from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured_mask
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
@@ -60,7 +60,7 @@ class Block:
     W_KBO: torch.Tensor
     """float32, a view; each column is contiguous; overwritten with the result."""
     U_KBB: torch.Tensor
-    """float32, the factor's diagonal block, a view."""
+    """float32, upper: the block of the inverse Hessian's factor on the diagonal."""
     mask_KBO: torch.Tensor
     """bool, contiguous, True where pruned; filled by who decides for N:M."""
     errors_KBO: torch.Tensor
@@ -74,7 +74,7 @@ class Block:
 
 def sweep(
     W_KDO: torch.Tensor,
-    U_KDD: torch.Tensor,
+    V_KDD: torch.Tensor,
     *,
     pattern: SparsityPattern,
     grid: AffineGrid | None,
@@ -87,12 +87,17 @@ def sweep(
 
     For column ``j`` of a block: ``q_j`` is ``w_j`` masked and rounded,
     ``e_j = (w_j - q_j) / U_jj``, and every later column ``i`` of the block becomes
-    ``w_i - e_j U_ji``; the columns after the block get all of its errors in one product
-    ("lazy batch updates"). arXiv 2301.00774, Algorithm 1; arXiv 2210.17323, Algorithm 1.
+    ``w_i - e_j U_ji``. arXiv 2301.00774, Algorithm 1; arXiv 2210.17323, Algorithm 1.
+
+    There, a block's errors are pushed onto all columns after it, which takes the whole of ``U``.
+    Here a block gathers what the columns before it lost when its turn comes: with ``H = V V^T``
+    and ``d`` the changes so far, the best it can do is ``w + (d V) U``, where ``V`` is the factor
+    from all earlier columns to the block's, and ``U`` the inverse of its block on the diagonal.
+    The numbers are the same, and ``V`` need not be inverted.
 
     Args:
         W_KDO: float32 weights, transposed; overwritten with the result.
-        U_KDD: upper factors of the inverse damped Hessians.
+        V_KDD: upper factors of the damped Hessians, ``H = V V^T``.
         pattern: zeros per block of ``block_size`` columns over all rows (exact count), or N:M.
         grid: rounding grid of the dense weight, None to prune only.
         block_size: columns per block; the last block may be shorter.
@@ -117,11 +122,19 @@ def sweep(
     if decide is None and compiled:
         decide = decide_compiled
     decide = decide or (_triton_decide() if W_KDO.is_cuda else None) or decide_columns
+    eye = torch.eye(min(block_size, width), device=W_KDO.device)
+    change_KDO = torch.empty_like(W_KDO)
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         count = stop - start
         W1 = W_KDO[:, start:stop]
-        U1 = U_KDD[:, start:stop, start:stop]
+        U1 = torch.linalg.solve_triangular(
+            V_KDD[:, start:stop, start:stop], eye[:count, :count], upper=True
+        )
+        before_KBO = W1.clone()
+        if start:
+            lost_KBO = V_KDD[:, :start, start:stop].transpose(1, 2) @ change_KDO[:, :start]
+            W1.baddbmm_(U1.transpose(1, 2), lost_KBO)
         diagonal_KB = U1.diagonal(dim1=1, dim2=2)
         errors = torch.empty_like(W1)
         mask = torch.zeros_like(W1, dtype=torch.bool)
@@ -141,8 +154,7 @@ def sweep(
         kept[:, start:stop] = ~mask
         flat = errors.flatten(1)
         loss_K += torch.linalg.vecdot(flat, flat)
-        if stop < width:
-            W_KDO[:, stop:].baddbmm_(U_KDD[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+        torch.sub(before_KBO, W1, out=change_KDO[:, start:stop])
     return kept, codes, loss_K
 
 
@@ -273,16 +285,16 @@ def compress_linears(
         diagonal = H_KDD.diagonal(dim1=1, dim2=2)
         order_KD = torch.argsort(diagonal, dim=1, descending=True, stable=True)
         H_KDD = torch.stack([H[order][:, order] for H, order in zip(H_KDD, order_KD, strict=True)])
-    inverse = inverse_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
+    factor = upper_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
     result = {}
     for name, W_OD in weights.items():
         W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
         if order_KD is not None:
             W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
-        W_KDO.masked_fill_(inverse.dead_KD[:, :, None], 0)
+        W_KDO.masked_fill_(factor.dead_KD[:, :, None], 0)
         kept_KDO, codes_KDO, loss_K = sweep(
             W_KDO,
-            inverse.factor_KDD,
+            factor.factor_KDD,
             pattern=config.sparsity,
             grid=grids[name],
             block_size=config.block_size,
@@ -299,11 +311,11 @@ def compress_linears(
             weight_KOD=W_KOD,
             kept_KOD=kept,
             codes_KOD=codes,
-            damping_fraction_K=inverse.damping_fraction_K,
-            damping_attempts_K=inverse.attempts_K,
-            num_dead_K=tuple(int(n) for n in inverse.dead_KD.sum(dim=1)),
+            damping_fraction_K=factor.damping_fraction_K,
+            damping_attempts_K=factor.attempts_K,
+            num_dead_K=tuple(int(n) for n in factor.dead_KD.sum(dim=1)),
             relative_error_K=_relative_errors(
-                W_OD.float(), W_KOD, H_original_KDD, dead_KD, inverse.damping_K, loss_K
+                W_OD.float(), W_KOD, H_original_KDD, dead_KD, factor.damping_K, loss_K
             ),
         )
     return result

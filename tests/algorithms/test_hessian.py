@@ -5,10 +5,10 @@ import torch
 from sparse_expansion.algorithms.hessian import (
     MAX_DAMPING_ATTEMPTS,
     hessian_sum,
-    inverse_cholesky_factor,
     merge_hessians,
     merge_moments,
     moment_sum,
+    upper_cholesky_factor,
 )
 from sparse_expansion.types import CompressionError, HessianSum
 
@@ -51,45 +51,46 @@ def test_activations_that_are_not_finite(bad):
         hessian_sum(X)
 
 
-def test_factor_is_upper_and_inverts_the_damped_hessian():
+def test_factor_is_upper_and_gives_the_damped_hessian():
     X = torch.randn(3, 40, 8)
     H = X.transpose(1, 2) @ X
-    found = inverse_cholesky_factor(H, damping_fraction=0.01)
+    found = upper_cholesky_factor(H, damping_fraction=0.01)
     for k in range(3):
-        U = found.factor_KDD[k].double()
-        assert torch.equal(U, U.triu())
+        V = found.factor_KDD[k].double()
+        assert torch.equal(V, V.triu())
         damped = H[k].double() + 0.01 * H[k].diagonal().mean().double() * torch.eye(8)
-        np.testing.assert_allclose(
-            (U.T @ U).numpy(), np.linalg.inv(damped.numpy()), rtol=2e-4, atol=1e-7
-        )
+        np.testing.assert_allclose((V @ V.T).numpy(), damped.numpy(), rtol=1e-5, atol=1e-5)
+        # Its inverse is the factor that SparseGPT and GPTQ use.
+        U = np.linalg.cholesky(np.linalg.inv(damped.numpy())).T
+        np.testing.assert_allclose(np.linalg.inv(V.numpy()), U, rtol=2e-4, atol=1e-7)
     assert found.attempts_K == (1, 1, 1)
 
 
 def test_factor_by_hand_2x2():
-    # H = [[4, 2], [2, 3]] and no damping to speak of: H^-1 = [[3, -2], [-2, 4]] / 8,
-    # U = [[a, b], [0, c]] with a^2 = 3/8, ab = -2/8, b^2 + c^2 = 4/8.
-    found = inverse_cholesky_factor(torch.tensor([[[4.0, 2.0], [2.0, 3.0]]]), damping_fraction=1e-9)
-    a = (3 / 8) ** 0.5
-    b = -2 / 8 / a
-    c = (4 / 8 - b * b) ** 0.5
+    # H = [[4, 2], [2, 3]] and no damping to speak of: V = [[a, b], [0, c]] with c^2 = 3, bc = 2,
+    # a^2 + b^2 = 4.
+    found = upper_cholesky_factor(torch.tensor([[[4.0, 2.0], [2.0, 3.0]]]), damping_fraction=1e-9)
+    c = 3**0.5
+    b = 2 / c
+    a = (4 - b * b) ** 0.5
     torch.testing.assert_close(found.factor_KDD[0], torch.tensor([[a, b], [0.0, c]]))
 
 
 def test_dead_features_are_reported_and_decoupled():
     X = torch.randn(30, 4)
     X[:, 2] = 0
-    found = inverse_cholesky_factor((X.T @ X)[None])
+    found = upper_cholesky_factor((X.T @ X)[None])
     assert found.dead_KD.tolist() == [[False, False, True, False]]
     assert bool(torch.isfinite(found.factor_KDD).all())
-    U = found.factor_KDD[0]
-    assert U[2, 3] == 0 and U[0, 2] == 0
+    V = found.factor_KDD[0]
+    assert V[2, 3] == 0 and V[0, 2] == 0
 
 
 def test_damping_is_raised_in_steps_for_the_bad_one_only():
     X = torch.randn(30, 4)
     good = X.T @ X
     bad = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.2]))
-    found = inverse_cholesky_factor(torch.stack([good, bad]), damping_fraction=0.01)
+    found = upper_cholesky_factor(torch.stack([good, bad]), damping_fraction=0.01)
     # mean diagonal 0.7: 0.007 and 0.07 do not lift -0.2 above zero, 0.7 does.
     assert found.attempts_K == (1, 3)
     assert found.damping_fraction_K == (0.01, pytest.approx(1.0))
@@ -99,18 +100,18 @@ def test_hessian_that_stays_indefinite_ends_in_an_error():
     bad = torch.diag(torch.tensor([1.0, -1e9, 1e9]))
     bad[0, 2] = bad[2, 0] = 1e12
     with pytest.raises(CompressionError, match=f"{MAX_DAMPING_ATTEMPTS} attempts"):
-        inverse_cholesky_factor(bad[None])
+        upper_cholesky_factor(bad[None])
 
 
 def test_hessian_with_nan_is_named():
     H = torch.eye(3).repeat(2, 1, 1)
     H[1, 0, 2] = float("nan")
     with pytest.raises(CompressionError, match="Hessian 1 .*not finite"):
-        inverse_cholesky_factor(H)
+        upper_cholesky_factor(H)
 
 
 def test_all_dead():
-    found = inverse_cholesky_factor(torch.zeros(1, 3, 3))
+    found = upper_cholesky_factor(torch.zeros(1, 3, 3))
     assert bool(torch.isfinite(found.factor_KDD).all())
     assert bool(found.dead_KD.all())
 

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from sparse_expansion.algorithms import kernels
 from sparse_expansion.algorithms import sweep as sweeps
-from sparse_expansion.algorithms.hessian import triangular_inverse
 from sparse_expansion.algorithms.pruning import n_m_mask, unstructured_mask
 from sparse_expansion.algorithms.quantization import fit_grid
 from sparse_expansion.algorithms.sweep import compress_experts, compress_linears
@@ -289,13 +288,6 @@ def test_energy_of_many_rows_is_estimated_closely(outlier):
     whole, estimated = (float(torch.trace(V @ H[0] @ V.T)) for V in (W, found))
     assert estimated == pytest.approx(whole, rel=0.08)
     assert torch.equal(sweeps._sketch(W[:256]), W[:256])
-
-
-def test_triangular_inverse():
-    L = torch.tril(torch.rand(700, 700, dtype=torch.float64)) / 100 + torch.eye(700)
-    found = triangular_inverse(L)
-    torch.testing.assert_close(found @ L, torch.eye(700, dtype=torch.float64))
-    assert torch.equal(found, found.tril())
 
 
 @settings(max_examples=40, deadline=None)
