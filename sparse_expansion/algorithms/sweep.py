@@ -20,6 +20,10 @@ from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
+GATHERED_COLUMNS = 512
+"""Columns that gather the changes of earlier ones in one product."""
+FEW = 64
+"""Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
 SKETCH_ROWS = 256
 """Rows that a weight's output energy is computed from where it has more."""
 
@@ -58,7 +62,7 @@ class Block:
     """A block of columns, transposed, as the sweep decides it."""
 
     W_KBO: torch.Tensor
-    """float32, a view; each column is contiguous; overwritten with the result."""
+    """float32, contiguous; overwritten with the result."""
     U_KBB: torch.Tensor
     """float32, upper: the block of the inverse Hessian's factor on the diagonal."""
     mask_KBO: torch.Tensor
@@ -124,16 +128,26 @@ def sweep(
     decide = decide or (_triton_decide() if W_KDO.is_cuda else None) or decide_columns
     eye = torch.eye(min(block_size, width), device=W_KDO.device)
     change_KDO = torch.empty_like(W_KDO)
+    stride = block_size * max(1, GATHERED_COLUMNS // block_size)
+    gathered_KSO = change_KDO
+    base = 0
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         count = stop - start
-        W1 = W_KDO[:, start:stop]
+        # A copy: it is decided in place, and the difference to the original is kept.
+        W1 = W_KDO[:, start:stop].clone(memory_format=torch.contiguous_format)
         U1 = torch.linalg.solve_triangular(
             V_KDD[:, start:stop, start:stop], eye[:count, :count], upper=True
         )
-        before_KBO = W1.clone()
+        # Several blocks gather together from all columns before them, and each for itself from
+        # those between: wide products are faster.
+        if start % stride == 0:
+            base, end = start, min(start + stride, width)
+            gathered_KSO = V_KDD[:, :base, base:end].transpose(1, 2) @ change_KDO[:, :base]
         if start:
-            lost_KBO = V_KDD[:, :start, start:stop].transpose(1, 2) @ change_KDO[:, :start]
+            lost_KBO = gathered_KSO[:, start - base : stop - base]
+            V_near = V_KDD[:, base:start, start:stop].transpose(1, 2)
+            lost_KBO.baddbmm_(V_near, change_KDO[:, base:start])
             W1.baddbmm_(U1.transpose(1, 2), lost_KBO)
         diagonal_KB = U1.diagonal(dim1=1, dim2=2)
         errors = torch.empty_like(W1)
@@ -152,9 +166,9 @@ def sweep(
             block_grid = BlockGrid(*grid.columns(columns), codes[:, start:stop], grid.max_code)
         decide(Block(W1, U1, mask, errors, pattern.group or 0, pattern.pruned or 0, block_grid))
         kept[:, start:stop] = ~mask
-        flat = errors.flatten(1)
-        loss_K += torch.linalg.vecdot(flat, flat)
-        torch.sub(before_KBO, W1, out=change_KDO[:, start:stop])
+        loss_K += torch.stack([torch.dot(error, error) for error in errors.flatten(1)])
+        torch.sub(W_KDO[:, start:stop], W1, out=change_KDO[:, start:stop])
+        W_KDO[:, start:stop] = W1
     return kept, codes, loss_K
 
 
@@ -195,19 +209,18 @@ def _triton_decide() -> Callable[[Block], None] | None:
 
 def decide_compiled(block: Block) -> None:
     """Decide a block's columns in place by a compiled loop over tiles of rows, on a CPU."""
-    W_KBO = block.W_KBO.contiguous()
-    num_experts, columns, rows = W_KBO.shape
+    num_experts, _, rows = block.W_KBO.shape
     scale = zero_point = np.zeros((0, 0, 0), dtype=np.float32)
     codes_KBO = torch.zeros((0, 0, 0), dtype=torch.uint8)
     max_code = 0
     if block.grid is not None:
         scale = block.grid.scale_KBO.contiguous().numpy()
         zero_point = block.grid.zero_point_KBO.contiguous().numpy()
-        codes_KBO = torch.empty(W_KBO.shape, dtype=torch.uint8)
+        codes_KBO = torch.empty(block.W_KBO.shape, dtype=torch.uint8)
         max_code = block.grid.max_code
     work = partial(
         kernels.decide_block,
-        W_KBO.numpy(),
+        block.W_KBO.numpy(),
         block.U_KBB.contiguous().numpy(),
         block.mask_KBO.numpy().view(np.uint8),
         block.group,
@@ -220,8 +233,6 @@ def decide_compiled(block: Block) -> None:
     )
     tiles = -(-rows // kernels.TILE_ROWS)
     kernels.split(num_experts * tiles, 1, work, least=1)
-    if W_KBO.data_ptr() != block.W_KBO.data_ptr():
-        block.W_KBO.copy_(W_KBO)
     if block.grid is not None:
         block.grid.codes_KBO.copy_(codes_KBO)
 
@@ -230,7 +241,7 @@ def _smallest_compiled(
     W_KBO: torch.Tensor, diagonal_KB: torch.Tensor, num_pruned: int, mask_KBO: torch.Tensor
 ) -> None:
     """Fill the mask as ``unstructured_mask`` does, on a CPU."""
-    W, diagonal = W_KBO.contiguous().numpy(), diagonal_KB.contiguous().numpy()
+    W, diagonal = W_KBO.numpy(), diagonal_KB.contiguous().numpy()
     mask = mask_KBO.numpy().view(np.uint8)
 
     def work(first: int, last: int) -> None:
@@ -339,13 +350,21 @@ def _relative_errors(
     gram_into(_sketch(W_OD), gram_DD)
     errors = []
     for k, expert_OD in enumerate(experts_KOD):
-        # Rows in float32, their sum in float64: a float64 sum of all would convert a copy of all.
-        energy = float(torch.linalg.vecdot(gram_DD, H_KDD[k]).double().sum())
-        delta = (W_OD - expert_OD).masked_fill_(dead_KD[k], 0)
-        norm = float(torch.linalg.vecdot(delta, delta).double().sum())
+        energy = sum(
+            _dot(gram, H) for gram, H in zip(gram_DD.split(FEW), H_KDD[k].split(FEW), strict=True)
+        )
+        norm = 0.0
+        for dense, expert in zip(W_OD.split(FEW), expert_OD.split(FEW), strict=True):
+            delta = (dense - expert).masked_fill_(dead_KD[k], 0)
+            norm += _dot(delta, delta)
         lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
         errors.append(lost / energy if energy > 0 else 0.0)
     return tuple(errors)
+
+
+def _dot(A: torch.Tensor, B: torch.Tensor) -> float:
+    """``sum A B`` of a few rows, in float32."""
+    return float(torch.dot(A.reshape(-1), B.reshape(-1)))
 
 
 def _sketch(W_OD: torch.Tensor) -> torch.Tensor:

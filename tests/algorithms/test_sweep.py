@@ -35,6 +35,16 @@ def test_unstructured_against_the_oracle(fraction, block):
     np.testing.assert_allclose(found.weight_KOD[0].numpy(), wanted, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("gathered", [4, 8, 12])
+def test_blocks_that_gather_together(gathered, monkeypatch):
+    monkeypatch.setattr(sweeps, "GATHERED_COLUMNS", gathered)
+    W, H = problem(width=30)
+    found = compress_experts(W, H, config("0.5", block_size=4), None)
+    wanted, kept = oracle.compress(W.numpy(), H[0].numpy(), fraction=0.5, block=4)
+    assert np.array_equal(found.kept_KOD[0].numpy(), kept)
+    np.testing.assert_allclose(found.weight_KOD[0].numpy(), wanted, rtol=2e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("n_m", ["2:4", "1:4", "3:4", "1:2", "4:8", "0:4", "4:4"])
 def test_n_m_against_the_oracle(n_m):
     W, H = problem(width=24)
