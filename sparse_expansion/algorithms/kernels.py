@@ -165,6 +165,16 @@ def dequantize(
 
 
 @_jit
+def round_to_bfloat16(values: Array, out: Array) -> None:
+    """Finite float32 values, given as their bits, to the nearest bfloat16; even on ties."""
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            word = values[row, column]
+            word += np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))
+            out[row, column] = word >> np.uint32(16)
+
+
+@_jit
 def _take(
     buffer: int, filled: int, wanted: int, stream: Array, position: int
 ) -> tuple[int, int, int]:
@@ -238,8 +248,48 @@ def decode_patterns(
 
 
 @_jit
+def encode_pairs(stream: Array, bits: int, index_of: Array, out: Array) -> int:
+    """Mask bytes, each of two groups of four, to the pairs' indices of ``2 bits`` bits.
+
+    Four bytes at a time fill ``bits`` bytes. Returns how many pairs have no index (255).
+    """
+    bad = 0
+    for i in range(stream.size // 4):
+        word = np.uint32(0)
+        for j in range(4):
+            index = index_of[stream[4 * i + j]]
+            bad += index == 255
+            word |= np.uint32(index) << np.uint32(2 * bits * j)
+        for j in range(bits):
+            out[bits * i + j] = word >> np.uint32(8 * j) & np.uint32(255)
+    return bad
+
+
+@_jit
+def decode_pairs(stream: Array, bits: int, pairs: Array, out: Array) -> int:
+    """Inverse of ``encode_pairs``; ``pairs`` holds 256 where an index is out of range."""
+    bad = 0
+    last = np.uint32((1 << 2 * bits) - 1)
+    for i in range(out.size // 4):
+        word = np.uint32(0)
+        for j in range(bits):
+            word |= np.uint32(stream[bits * i + j]) << np.uint32(8 * j)
+        for j in range(4):
+            pair = pairs[word >> np.uint32(2 * bits * j) & last]
+            bad += pair == 256
+            out[4 * i + j] = pair
+    return bad
+
+
+@_jit
 def pack_fields(fields: Array, bits: int, out: Array) -> None:
     """``bits``-bit fields, the first in the lowest bits of the first byte."""
+    if bits == 4:
+        for i in range(fields.size // 2):
+            out[i] = np.uint8(fields[2 * i]) | np.uint8(fields[2 * i + 1]) << np.uint8(4)
+        if fields.size % 2:
+            out[fields.size // 2] = fields[fields.size - 1]
+        return
     buffer = np.uint64(0)
     filled = 0
     position = 0

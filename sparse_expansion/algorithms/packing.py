@@ -24,11 +24,14 @@ from sparse_expansion.algorithms.kernels import (
     can_spread,
     compact,
     count_ones,
+    decode_pairs,
     decode_patterns,
     dequantize,
     dequantize_vectors,
+    encode_pairs,
     encode_patterns,
     pack_fields,
+    round_to_bfloat16,
     scatter,
     scatter_vectors,
     split,
@@ -39,8 +42,8 @@ from sparse_expansion.algorithms.quantization import dequantize as dequantize_te
 from sparse_expansion.config import CompressionConfig, RoutingConfig
 
 MAX_PATTERN_GROUP = 16
-TILE_WEIGHTS = 1 << 15
-"""Weights that are dequantized at a time: few enough that PyTorch uses one thread for them."""
+TILE_WEIGHTS = 1 << 18
+"""Weights that are dequantized at a time: more than it takes to start on them, and in a cache."""
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
@@ -287,8 +290,67 @@ def _over_rows(layout: PackedLayout, work: Callable[[slice, slice], None]) -> No
     split(layout.rows, 8, part, least=-(-MIN_SLICE // layout.columns))
 
 
+def _has_pairs(layout: PackedLayout) -> bool:
+    """Whether every mask byte is two groups of four, and whole words of them fill the stream."""
+    return (
+        layout.group == 4
+        and layout.pattern_bits > 0
+        and layout.columns % 4 == 0
+        and layout.rows * layout.columns % 32 == 0
+    )
+
+
+@functools.cache
+def _pairs(kept: int) -> tuple[Array, Array]:
+    """Index of two groups of four -> mask byte (256: none), and mask byte -> index (255: none)."""
+    patterns = _patterns(4, kept)
+    bits = (len(patterns) - 1).bit_length()
+    pairs = np.full(1 << 2 * bits, 256, dtype=np.uint16)
+    for high, pattern in enumerate(patterns):
+        for low, other in enumerate(patterns):
+            pairs[high << bits | low] = pattern << 4 | other
+    index_of = np.full(256, 255, dtype=np.uint8)
+    known = np.flatnonzero(pairs < 256)
+    index_of[pairs[known]] = known
+    return pairs, index_of
+
+
+def _pack_pairs(mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    bits, stream = layout.pattern_bits, mask.numpy()
+    index_of = _pairs(layout.group_kept)[1]
+    out = np.empty(len(stream) // 4 * bits, dtype=np.uint8)
+    bad: list[int] = []
+
+    def work(first: int, last: int) -> None:
+        part = out[first // 4 * bits : last // 4 * bits]
+        bad.append(encode_pairs(stream[first:last], bits, index_of, part))
+
+    split(len(stream), 4, work)
+    if sum(bad):
+        raise ValueError(f"{sum(bad)} pairs of groups of 4 do not keep {layout.group_kept} weights")
+    return torch.from_numpy(out)
+
+
+def _unpack_pairs(patterns: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    bits, stream = layout.pattern_bits, patterns.cpu().numpy()
+    pairs = _pairs(layout.group_kept)[0]
+    out = np.empty(layout.rows * layout.columns // 8, dtype=np.uint8)
+    bad: list[int] = []
+
+    def work(first: int, last: int) -> None:
+        part = stream[first // 4 * bits : last // 4 * bits]
+        bad.append(decode_pairs(part, bits, pairs, out[first:last]))
+
+    split(len(out), 4, work)
+    if sum(bad):
+        raise ValueError(f"{sum(bad)} pattern indices are out of range")
+    return torch.from_numpy(out)
+
+
 def _pack_patterns(mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     assert layout.group is not None
+    if _has_pairs(layout):
+        return _pack_pairs(mask, layout)
     group, columns = layout.group, layout.columns
     rest = columns % group
     fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
@@ -368,6 +430,9 @@ def _unpack_patterns(patterns: torch.Tensor, layout: PackedLayout) -> torch.Tens
     group, columns = layout.group, layout.columns
     rest = columns % group
     count = layout.rows * layout.groups_per_row
+    _check_length(patterns, packed_bytes(count, layout.pattern_bits))
+    if _has_pairs(layout):
+        return _unpack_pairs(patterns, layout)
     fields = unpack_codes(patterns, count, layout.pattern_bits, torch.uint16)
     index = fields.numpy().reshape(layout.rows, -1)
     full, short = _patterns(group, layout.group_kept), _patterns(rest, layout.rest_kept)
@@ -472,7 +537,9 @@ def _dequantize(
         for first in range(rows.start, rows.stop, few):
             last = min(first + few, rows.stop)
             bits = stream[first * layout.columns // 8 : packed_bytes(last * layout.columns, 1)]
-            tile = torch.empty(last - first, layout.columns)
+            tile = out[first:last]
+            if dtype != torch.float32:
+                tile = torch.empty(last - first, layout.columns)
             fill(
                 source[begin:],
                 bits,
@@ -481,7 +548,11 @@ def _dequantize(
                 grid.group_size,
                 tile.numpy(),
             )
-            out[first:last] = tile
+            if dtype == torch.bfloat16:
+                rounded = out[first:last].view(torch.uint16).numpy()
+                round_to_bfloat16(tile.view(torch.uint32).numpy(), rounded)
+            elif dtype != torch.float32:
+                out[first:last] = tile
             begin += int(count_ones(bits))
 
     _over_rows(layout, work)

@@ -69,6 +69,24 @@ def test_patterns_by_hand():
     assert packed["values"].tolist() == [0, 1, 5, 7, 10, 11, 12, 15]
 
 
+@pytest.mark.parametrize("sparsity", ["1:4", "2:4", "3:4"])
+@pytest.mark.parametrize("shape", [(4, 8), (40, 4096)])
+def test_pairs_of_groups_are_the_same_stream(shape, sparsity, monkeypatch):
+    wanted = layout(shape, sparsity)
+    mask = packing.pack_mask(random_mask(wanted))
+    fast = packing._pack_patterns(mask, wanted)
+    broken = torch.full_like(fast, 255)
+    if sparsity == "2:4":
+        with pytest.raises(ValueError, match="out of range"):
+            packing._unpack_patterns(broken, wanted)
+    with pytest.raises(ValueError, match=f"keep {wanted.group_kept} weights"):
+        packing._pack_patterns(torch.full_like(mask, 255), wanted)
+    assert torch.equal(packing._unpack_patterns(fast, wanted), mask)
+    monkeypatch.setattr(packing, "_has_pairs", lambda layout: False)
+    assert torch.equal(packing._pack_patterns(mask, wanted), fast)
+    assert torch.equal(packing._unpack_patterns(fast, wanted), mask)
+
+
 PATTERNS = ["0.5", "0.9", "1.0", "0", "2:4", "1:4", "3:4", "4:8", "5:16", "8:16", "1:2", "4:4"]
 
 
