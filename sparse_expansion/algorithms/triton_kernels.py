@@ -103,9 +103,7 @@ def decide(block: Block) -> None:
     experts, columns, rows = block.W_KBO.shape
     padded = max(16, triton.next_power_of_2(columns))
     tile = max(16, TILE_VALUES // padded)
-    # Copies, small beside the product that follows, so that the kernel sees plain arrays.
-    W = block.W_KBO.clone(memory_format=torch.contiguous_format)
-    U = block.U_KBB.clone(memory_format=torch.contiguous_format)
+    W, U = block.W_KBO, block.U_KBB.contiguous()
     grid = block.grid
     # What is not used still needs a pointer.
     scale = zero_point = codes = W.new_empty(1, 1, 1)
@@ -136,6 +134,5 @@ def decide(block: Block) -> None:
         BLOCK=padded,
         ROWS=tile,
     )
-    block.W_KBO.copy_(W)
     if grid is not None:
         grid.codes_KBO.copy_(codes)
