@@ -229,13 +229,14 @@ def worker_memory(
         "libraries": 700 << 20,
         "embedding_and_head": sizes.vocabulary_parameters * item,
         "captured": int(min(captured * share, captured_bytes(activation_bytes))),
-        # What one stage frees is kept for the next, which needs it in other sizes.
-        "freed": min(FREED_BYTES_KEPT, max(stages.values())),
     }
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
         gathered = max(_gathered_bytes(config, group.width, item) for group in shape.groups)
         held["values"] = max(fit * widths * item, gathered)
+    # Whatever is freed is kept for what comes next, which needs it in other sizes.
+    ever = max(stages.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
+    held["freed"] = min(FREED_BYTES_KEPT, ever)
     memory = {
         **{f"held: {name}": value for name, value in held.items()},
         **{f"stage: {name}": value for name, value in stages.items()},
@@ -269,18 +270,20 @@ def _experts_bytes(config: RunConfig, group: GroupShape, per_unit: int, item: in
     square = group.width**2 * FLOAT32_BYTES
     weights = group.rows * group.width
     quantized = config.compression.bits is not None
-    # The sums and the factors; the sample's; and for one expert at a time its reversed Hessian, its
-    # Cholesky factor and that reversed.
-    hessians = 2 * per_unit * square + square + 3 * square
+    # The sums and the factors, and the sample's sum.
+    hessians = (2 * per_unit + 1) * square
+    # For one expert at a time its reversed Hessian, its Cholesky factor and that reversed; all of
+    # them are gone before a weight is swept.
+    factoring = 3 * square
     # All linears of the group: weights (float32), masks and codes. One of them: the same
     # transposed, and its changes.
     each = FLOAT32_BYTES + 1 + (1 if quantized else 0)
     swept = per_unit * weights * each
     largest = weights // group.num_linears
     swept += per_unit * largest * (each + FLOAT32_BYTES)
-    dense = weights * (item + 2 * FLOAT32_BYTES)
+    swept += 2 * FLOAT32_BYTES * weights
     packed = per_unit * PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
-    return hessians + swept + dense + 2 * packed
+    return hessians + weights * item + max(factoring, swept + 2 * packed)
 
 
 def _value_bytes(units: list[Unit]) -> int:
