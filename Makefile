@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := demo
 RESULTS := $(DEMO)/expanded
 
-.PHONY: demo test cluster-setup lint format clean
+.PHONY: demo test cluster-setup lint format docs clean
 
 # torch first and by itself: what comes after takes the build that is there.
 $(VENV)/.installed: pyproject.toml
@@ -47,6 +47,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The reference of all modules, from their docstrings.
+docs: $(VENV)/.installed
+	$(BIN)/python docs/build_reference.py build/api
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

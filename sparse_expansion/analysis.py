@@ -46,12 +46,27 @@ class NeuronTable:
         return rows
 
     def correlations(self) -> dict[str, float]:
-        """Spearman's rank correlation of the distance to the normal with the other findings."""
+        """Spearman's rank correlation of the distance to the normal with the other findings.
+
+        Within each linear of each block, whose levels differ; the median over them.
+        """
+        layers, linears = np.array(self.columns["layer"]), np.array(self.columns["linear"])
         distance = np.array(self.columns["wasserstein"])
+        groups = [
+            np.flatnonzero((layers == layer) & (linears == linear))
+            for layer, linear in dict.fromkeys(zip(layers.tolist(), linears.tolist(), strict=True))
+        ]
         found = {}
         for name in ("difficulty", f"error.{EXPANDED}", f"error.{ONE_CLUSTER}", "improvement"):
-            if name in self.columns and len(distance) > 1:
-                found[name] = float(spearmanr(distance, np.array(self.columns[name])).statistic)
+            if name in self.columns:
+                values = np.array(self.columns[name])
+                each = [
+                    spearmanr(distance[rows], values[rows]).statistic
+                    for rows in groups
+                    if len(rows) > 1
+                ]
+                if each:
+                    found[name] = float(np.median(each))
         return found
 
 

@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_expansion.config import RunConfig
+from sparse_expansion.config import RANKINGS, RunConfig
 from sparse_expansion.flags import (
     EXIT_BAD_INPUT,
     build_parser,
     check_execution,
+    check_tasks,
     cluster_settings,
+    experiment_config,
     normalise_flags,
+    numbers,
     parse_size,
     run_config,
 )
@@ -119,6 +122,9 @@ def _dispatch(args: argparse.Namespace) -> int:
         "analyze": _analyze,
         "export": _export,
         "report": _report,
+        "compare": _compare,
+        "sweep-clusters": _experiment,
+        "prune-neurons": _experiment,
     }
     return handlers[args.command](args)
 
@@ -186,7 +192,7 @@ def _measure_ceilings(args: argparse.Namespace, executor: Any, measured: Any, li
         measure_ceilings(executor, measured)
 
 
-def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, int]:
+def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, Any]:
     """Shards of windows and ranges of blocks, by the workers there are."""
     workers = getattr(executor, "num_workers", 1)
     return {"num_shards": max(1, workers), "num_ranges": args.eval_pipeline}
@@ -296,6 +302,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.seqlen is not None and args.seqlen < 2:
         raise ValueError(f"--seqlen {args.seqlen} must be at least 2 tokens")
     check_execution(args)
+    check_tasks(args)
+    if args.tasks is not None:
+        return _evaluate_tasks(args)
     from sparse_expansion.data.corpora import check_dataset, load_corpus
     from sparse_expansion.model.sources import fetch_model, resolve_name
 
@@ -362,6 +371,47 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_tasks(args: argparse.Namespace) -> int:
+    from sparse_expansion import harness
+    from sparse_expansion.model.manifest import verify
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.progress import ProgressLine
+    from sparse_expansion.report import tasks_table
+
+    source = resolve_name(args.model, args.model_size)
+    tasks = [name for name in args.tasks.split(",") if name]
+    manager = harness.check_tasks(tasks, args.task_path)
+    _silence_transformers(args.verbose)
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    is_expanded = ModelShell(folder, dtype=args.dtype).expansion is not None
+    line = ProgressLine()
+    line.say(f"model {source.location}")
+    if is_expanded:
+        line.say(f"{verify(folder)} tensors agree with their digests")
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    results = harness.run_tasks(
+        folder,
+        tasks,
+        manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    line.close()
+    if args.json:
+        result = {"model": source.location, "is_expanded": is_expanded, "tasks": results}
+        print(json.dumps(result, indent=1, sort_keys=True))
+    else:
+        print(tasks_table(results))
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     run_config(args, args.seqlen or 2048)
     cluster = cluster_settings(args)
@@ -397,19 +447,26 @@ def _run_store(folder: str) -> Any:
     return Store(folder)
 
 
+def _check_table(path: str | None) -> None:
+    if path is not None and not path.endswith(".parquet"):
+        raise ValueError(f"--table {path} must end in .parquet")
+
+
 def _analyze(args: argparse.Namespace) -> int:
-    from sparse_expansion.report import expert_rows, expert_summary, write_table
+    from sparse_expansion import plots
+    from sparse_expansion.report import columns_of, expert_rows, expert_summary, write_table
 
     check_execution(args)
-    if args.table and not args.table.endswith(".parquet"):
-        raise ValueError(f"--table {args.table} must end in .parquet")
+    _check_table(args.table)
     if args.dataset is not None:
         return _analyze_neurons(args)
     if args.one_cluster is not None or args.dense is not None:
         raise ValueError("--one-cluster and --dense need --dataset: the text to run on")
     rows = expert_rows(_run_store(args.folder))
     if args.table:
-        write_table({name: [row[name] for row in rows] for name in rows[0]}, args.table)
+        write_table(columns_of(rows), args.table)
+    if args.plots:
+        plots.save(plots.run_figures(rows), args.plots)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -426,7 +483,7 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
     check_dataset(args.dataset)
     source = resolve_name(args.folder)
     _silence_transformers(args.verbose)
-    from sparse_expansion import analysis, jobs
+    from sparse_expansion import analysis, jobs, plots
     from sparse_expansion.config import CalibrationConfig
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.progress import ProgressLine
@@ -481,6 +538,8 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
             line.close()
     if args.table:
         write_table(table.columns, args.table)
+    if args.plots:
+        plots.save(plots.neuron_figures(table.columns), args.plots)
     summary, correlations = table.summary(), table.correlations()
     if args.json:
         result = {"tokens": table.num_tokens, "linears": summary, "correlations": correlations}
@@ -506,6 +565,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
+    from sparse_expansion.store import TIMELINE_FILE
 
     store = _run_store(args.folder)
     result, text = run_report(store)
@@ -516,7 +576,150 @@ def _report(args: argparse.Namespace) -> int:
         path = Path(args.html)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
+    if args.plots:
+        from sparse_expansion import plots
+
+        timeline = store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
+        plots.save(plots.run_figures(result.get("experts", []), timeline), args.plots)
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
+    return 0
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    check_execution(args)
+    _check_table(args.table)
+    experiment_config(args, 1, args.seqlen or 2048)
+    _asked(args)
+    from sparse_expansion.data.corpora import calibration_windows, check_dataset, load_corpus
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+
+    check_dataset(args.dataset)
+    source = resolve_name(args.model, args.model_size)
+    _silence_transformers(args.verbose)
+    from sparse_expansion import experiments, jobs, plots
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.progress import ProgressLine
+    from sparse_expansion.report import columns_of, write_table
+    from sparse_expansion.store import Store
+
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    shell = ModelShell(folder, dtype=args.dtype)
+    if shell.expansion is not None:
+        raise ValueError(f"{folder} is an expanded model: experiments need the dense one")
+    sweeping = args.command == "sweep-clusters"
+    if sweeping:
+        experiments.mlp_linears(shell, args.layer, args.linear, args.neuron)
+    seqlen = _seqlen(args, shell.config)
+    corpus = load_corpus(args.dataset, cache_dir=args.cache_dir)
+    encode = jobs.encoder(jobs.load_tokenizer(folder))
+    calibration = calibration_windows(
+        corpus.calibration, encode, num_windows=args.dataset_size, seqlen=seqlen, seed=args.seed
+    )
+    vocabulary = int(shell.config.vocab_size)
+    jobs.check_vocabulary(calibration, vocabulary)
+    held = jobs.evaluation_tokens(
+        corpus, encode, seqlen=seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
+    )
+    # Held-out text passes through the dense model as calibration text does.
+    config = experiment_config(args, len(calibration) + sweeping * len(held), seqlen)
+    line = ProgressLine()
+    with tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where:
+        executor = _executor(args, store=where, source=source, config=config)
+        shared = {
+            "config": config,
+            "store": Store(where),
+            "executor": executor,
+            "observer": line.update,
+        }
+        work = _sweep_clusters if sweeping else _prune_neurons
+        try:
+            line.start(args.command, shell.num_blocks)
+            result, text, figures = work(args, shell, calibration, held, shared)
+        finally:
+            executor.close()
+            line.close()
+    if args.table:
+        write_table(columns_of(result["rows"]), args.table)
+    if args.plots:
+        plots.save(figures, args.plots)
+    print(json.dumps(result, indent=1) if args.json else text)
+    return 0
+
+
+def _sweep_clusters(
+    args: argparse.Namespace, shell: Any, calibration: Any, held: Any, shared: dict[str, Any]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Result, its text, and its figures."""
+    import torch
+
+    from sparse_expansion import experiments, plots
+    from sparse_expansion.report import sweep_table
+
+    found = experiments.sweep_clusters(
+        shell,
+        torch.cat([calibration, held]),
+        len(calibration),
+        layer=args.layer,
+        linears=experiments.mlp_linears(shell, args.layer, args.linear, args.neuron),
+        clusters=_asked(args)[2],
+        neuron=args.neuron,
+        **shared,
+    )
+    figures = plots.sweep_figures(found.rows, found.distributions, args.neuron)
+    return {"rows": found.rows}, sweep_table(found.rows, args.neuron), figures
+
+
+def _prune_neurons(
+    args: argparse.Namespace, shell: Any, calibration: Any, held: Any, shared: dict[str, Any]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Result, its text, and its figures."""
+    from dataclasses import asdict
+
+    from sparse_expansion import experiments, plots
+    from sparse_expansion.report import pruned_table
+
+    rankings, shares, _ = _asked(args)
+    found = experiments.prune_neurons(
+        shell, calibration, held, rankings=rankings, shares=shares, **shared
+    )
+    dense = found.perplexity_dense
+    text = pruned_table(found.rows, dense, found.num_eval_tokens)
+    return asdict(found), text, {"pruned-neurons": plots.perplexity_over_share(found.rows, dense)}
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[str], list[float], list[int]]:
+    """Rankings and shares, or numbers of clusters, of an experiment.
+
+    Raises:
+        ValueError: one is unknown or out of bounds.
+    """
+    if args.command == "sweep-clusters":
+        clusters = numbers(args.num_clusters, "--num_clusters", int)
+        if min(clusters) < 1:
+            raise ValueError(f"--num_clusters {min(clusters)} must be at least 1")
+        return [], [], clusters
+    rankings = list(dict.fromkeys(args.rankings.split(",")))
+    unknown = [name for name in rankings if name not in RANKINGS]
+    if unknown:
+        raise ValueError(f"--rankings {unknown[0]!r} is none of {', '.join(RANKINGS)}")
+    shares = numbers(args.shares, "--shares", float)
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"--shares {share:g} is outside 0 to 1, e.g. 0.03")
+    return rankings, shares, []
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from sparse_expansion import plots
+    from sparse_expansion.report import columns_of, comparison, comparison_table, write_table
+
+    _check_table(args.table)
+    rows = comparison([_run_store(folder) for folder in args.folders])
+    if args.table:
+        write_table(columns_of(rows), args.table)
+    if args.plots:
+        plots.save({"perplexity-cost": plots.perplexity_against_cost(rows)}, args.plots)
+    print(json.dumps(rows, indent=1, sort_keys=True) if args.json else comparison_table(rows))
     return 0
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CALIBRATION_INPUTS = ("compressed", "dense")
+CLUSTERINGS = ("kmeans", "random")
+PRUNERS = ("sparsegpt", "wanda", "magnitude")
+RANKINGS = ("wasserstein", "mean", "variance", "magnitude", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -102,6 +105,9 @@ class CompressionConfig:
 
     sparsity: SparsityPattern = field(default_factory=lambda: SparsityPattern(fraction=0.5))
     """Share and shape of the zeros."""
+    pruner: str = "sparsegpt"
+    """``sparsegpt``: the column sweep, which makes up for what it removes; ``wanda`` and
+    ``magnitude`` choose by a score of the dense weights and leave the kept ones as they are."""
     bits: int | None = None
     """Bits per kept weight (2 to 8), None for no quantization."""
     symmetric: bool = False
@@ -137,6 +143,12 @@ class CompressionConfig:
             self.min_tokens_per_expert is None or self.min_tokens_per_expert >= 0,
             f"min_tokens_per_expert {self.min_tokens_per_expert} must not be negative",
         )
+        _require(self.pruner in PRUNERS, f"pruner {self.pruner!r} is none of {', '.join(PRUNERS)}")
+        _require(
+            self.pruner == "sparsegpt" or (self.bits is None and not self.act_order),
+            f"pruner {self.pruner} leaves kept weights as they are: drop --quantize and "
+            "--act-order, or use --pruner sparsegpt",
+        )
         group = self.sparsity.group
         if group is not None:
             _require(
@@ -171,6 +183,9 @@ class RoutingConfig:
     """Lloyd iterations per restart at most."""
     fit_tokens: int = 65536
     """KMeans is fitted on at most this many calibration tokens (evenly spaced)."""
+    clustering: str = "kmeans"
+    """``kmeans``: experts are made on their own clusters; ``random``: a control, on random tokens,
+    as many as the cluster has in each shard. Routers are the same."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -190,6 +205,10 @@ class RoutingConfig:
         _require(
             self.fit_tokens >= self.num_clusters,
             f"kmeans_tokens {self.fit_tokens} must be at least num_clusters {self.num_clusters}",
+        )
+        _require(
+            self.clustering in CLUSTERINGS,
+            f"clustering {self.clustering!r} is none of {', '.join(CLUSTERINGS)}",
         )
 
     def num_components(self, width: int) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from sparse_expansion.config import (
     CALIBRATION_INPUTS,
+    CLUSTERINGS,
     DTYPES,
+    PRUNERS,
+    RANKINGS,
     CalibrationConfig,
     CompressionConfig,
     RoutingConfig,
@@ -39,6 +42,8 @@ _EXPAND_EXAMPLES = """examples:
 _EVALUATE_EXAMPLES = """examples:
   sparse-expansion evaluate --model ./expanded --dataset pydoc --seqlen 512 --eval-windows 32
   sparse-expansion evaluate --model pythia --model_size 70m --dataset wikitext2 --json
+  # tasks of lm-evaluation-harness
+  sparse-expansion evaluate --model ./expanded --tasks arc_easy,hellaswag --limit 200
 """
 _PLAN_EXAMPLES = """examples:
   sparse-expansion plan --model ./llama-2-13b --calibration-inputs dense --data-shards 64 \\
@@ -53,15 +58,32 @@ _ANALYZE_EXAMPLES = """examples:
   # every neuron: distance to a normal, mapping difficulty, error against one cluster's
   sparse-expansion analyze ./expanded --dataset ./wikitext2 --seqlen 512 --windows 16 \\
       --one-cluster ./sparse-gpt --table neurons.parquet
-  sparse-expansion analyze ./SmolLM2-135M --dataset pydoc --seqlen 512 --windows 8
+  sparse-expansion analyze ./SmolLM2-135M --dataset pydoc --seqlen 512 --windows 8 --plots plots
 """
 _EXPORT_EXAMPLES = """examples:
   sparse-expansion export ./sparse-gpt --output ./plain
   sparse-expansion export ./sparse-gpt-4bit --format pack-quantized --output ./packed
 """
+_SWEEP_EXAMPLES = """examples:
+  # how the error of a linear's outputs on other text falls with K, and with random clusters
+  sparse-expansion sweep-clusters --model ./SmolLM2-135M --dataset ./wikitext2 --layer 10 \\
+      --dataset-size 32 --seqlen 512 --sparsity 0.8
+  # one neuron's distribution, dense and for every K
+  sparse-expansion sweep-clusters --model ./SmolLM2-135M --dataset ./wikitext2 --layer 10 \\
+      --linear mlp.up_proj --neuron 17 --dataset-size 32 --seqlen 512 --sparsity 0.8 --plots plots
+"""
+_PRUNE_EXAMPLES = """examples:
+  sparse-expansion prune-neurons --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 0.9 \\
+      --shares 0.01,0.03,0.1 --rankings wasserstein,random --dataset-size 32 --seqlen 512 \\
+      --eval-windows 16 --plots plots
+"""
+_COMPARE_EXAMPLES = """examples:
+  sparse-expansion compare ./k1 ./k4 ./k16 ./k16-random
+  sparse-expansion compare ./k1 ./k16 --plots plots --table runs.parquet
+"""
 _REPORT_EXAMPLES = """examples:
   sparse-expansion report ./expanded
-  sparse-expansion report ./expanded --html report.html --price 1.2
+  sparse-expansion report ./expanded --html report.html --price 1.2 --plots plots
   sparse-expansion report ./expanded --json
 """
 
@@ -119,7 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     run = command("run", "Expand a model and measure its perplexity.", _RUN_EXAMPLES)
     expand = command("expand", "Make an expanded model and save it.", _EXPAND_EXAMPLES)
     evaluate = command(
-        "evaluate", "Measure the perplexity of a dense or expanded model.", _EVALUATE_EXAMPLES
+        "evaluate",
+        "Measure the perplexity of a dense or expanded model, or its scores on tasks.",
+        _EVALUATE_EXAMPLES,
     )
     plan = command(
         "plan", "Say what a run will do and need, from the model's config alone.", _PLAN_EXAMPLES
@@ -141,9 +165,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--output", metavar="DIR", required=True, help="new folder (or URL)")
     report = command("report", "Summarise a finished or unfinished run folder.", _REPORT_EXAMPLES)
+    compare = command(
+        "compare",
+        "Perplexity and cost of finished runs beside each other.",
+        _COMPARE_EXAMPLES,
+    )
+    compare.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
+    compare.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
+    sweep = command(
+        "sweep-clusters",
+        "Try numbers of clusters on the linears of one block, with random clusters as a control.",
+        _SWEEP_EXAMPLES,
+    )
+    prune = command(
+        "prune-neurons",
+        "Prune only the first neurons of several rankings, and measure the perplexity.",
+        _PRUNE_EXAMPLES,
+    )
+    _add_experiments(sweep, prune)
     for sub in (run, expand, plan):
         _add_model(sub)
-        _add_method(sub)
+        _add_pruning(sub)
+        _add_quantization(sub)
+        _add_routing(sub)
     _add_model(evaluate)
     for sub in (run, expand, evaluate):
         _add_data(sub)
@@ -161,6 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="evaluation windows from the start of the text (default: all)",
         )
     evaluate.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+    _add_tasks(evaluate)
     run.add_argument(
         "--output",
         metavar="DIR",
@@ -177,11 +222,14 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
     _add_neurons(analyze)
     _add_execution(analyze)
+    for sub in (analyze, report, compare, sweep, prune):
+        sub.add_argument("--plots", metavar="DIR", help="also write figures, as SVG and PNG")
     report.add_argument("--html", metavar="FILE.html", help="also write it as one HTML page")
     report.add_argument(
         "--price", type=float, metavar="PER_HOUR", help="price of a worker, to state a cost"
     )
-    for sub in (run, expand, evaluate, plan, analyze, export, report):
+    every = (run, expand, evaluate, plan, analyze, export, report, compare, sweep, prune)
+    for sub in every:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
     return parser
@@ -201,8 +249,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-cd", "--cache-dir", metavar="DIR", help="downloads and conversions")
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method")
+def _add_pruning(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pruning")
     group.add_argument(
         "-s",
         "--sparsity",
@@ -210,19 +258,33 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of zeros (0.5), or N:M = N of every M removed (2:4, '(2, 4)'); default 0.5",
     )
+    group.add_argument(
+        "--pruner",
+        choices=PRUNERS,
+        default="sparsegpt",
+        help="wanda and magnitude are cheap, and do not make up for what they remove",
+    )
+    group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
+    group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization")
     group.add_argument("-q", "--quantize", action="store_true", help="also quantize (GPTQ)")
     group.add_argument("-b", "--bits", type=int, default=None, help="bits, 2 to 8 (default 4)")
     group.add_argument("--group-size", type=int, help="input columns per scale (default: all)")
     group.add_argument("--symmetric", action="store_true", help="symmetric grid")
     group.add_argument("--act-order", action="store_true", help="sweep by falling activation")
-    group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
-    group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
+
+
+def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    group = parser.add_argument_group("experts")
     group.add_argument(
         "--min-tokens-per-expert",
         type=int,
         help="experts with fewer tokens use the whole group's Hessian (default: width / 8)",
     )
-    group.add_argument("-nc", "--num-clusters", type=int, default=16, help="experts (default 16)")
     group.add_argument(
         "-pcrf",
         "--pca-reduction-factor",
@@ -233,8 +295,136 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-npca", "--no-pca", action="store_true", help="route on the full input")
     group.add_argument("--kmeans-restarts", type=int, default=4, help="default 4")
     group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
+    if several:
+        group.add_argument(
+            "-nc",
+            "--num-clusters",
+            default="1,2,4,8,16",
+            metavar="K,K,...",
+            help="numbers of clusters to try (default 1,2,4,8,16)",
+        )
+        return
+    group.add_argument("-nc", "--num-clusters", type=int, default=16, help="experts (default 16)")
+    group.add_argument(
+        "--clustering",
+        choices=CLUSTERINGS,
+        default="kmeans",
+        help="random: a control, experts made on random tokens, as many as their clusters have",
+    )
     group.add_argument("--experts-per-unit", type=int, default=4, help="experts per unit and file")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+
+
+def _add_experiments(sweep: argparse.ArgumentParser, prune: argparse.ArgumentParser) -> None:
+    for sub in (sweep, prune):
+        _add_model(sub)
+        _add_data(sub)
+        _add_pruning(sub)
+        group = sub.add_argument_group("windows")
+        group.add_argument(
+            "-ds", "--dataset-size", type=int, default=32, metavar="N", help="to calibrate on"
+        )
+        group.add_argument(
+            "--eval-windows", type=int, default=16, metavar="N", help="to measure on (default 16)"
+        )
+        group.add_argument("--seed", type=int, default=0, help="default 0")
+        sub.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
+        _add_execution(sub)
+    _add_routing(sweep, several=True)
+    sweep.add_argument("--layer", type=int, required=True, help="block, from 0")
+    sweep.add_argument("--linear", metavar="NAME", help="e.g. mlp.up_proj (default: all)")
+    sweep.add_argument("--neuron", type=int, metavar="N", help="output of the linear to look at")
+    prune.add_argument(
+        "--rankings",
+        default=",".join(RANKINGS),
+        metavar="R,R,...",
+        help=f"of {', '.join(RANKINGS)} (default: all)",
+    )
+    prune.add_argument(
+        "--shares",
+        default="0.01,0.03,0.1",
+        metavar="P,P,...",
+        help="shares of every linear's neurons (default 0.01,0.03,0.1)",
+    )
+
+
+def numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
+    """A comma-separated list of numbers, without repetitions.
+
+    Raises:
+        ValueError: it is empty, or one of them is no number.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is not a list of numbers such as 1,2,4") from None
+    return list(dict.fromkeys(found))
+
+
+def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -> RunConfig:
+    """Settings of an experiment: all of its windows are one shard of dense inputs.
+
+    Raises:
+        ValueError: a value is out of bounds.
+    """
+    routing = RoutingConfig()
+    compression = {
+        "sparsity": SparsityPattern.parse(args.sparsity),
+        "pruner": args.pruner,
+        "block_size": args.block_size,
+        "damping_fraction": args.damping_fraction,
+    }
+    if args.command == "sweep-clusters":
+        compression["min_tokens_per_expert"] = args.min_tokens_per_expert
+        routing = RoutingConfig(
+            num_clusters=max(numbers(args.num_clusters, "--num_clusters", int)),
+            pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
+            restarts=args.kmeans_restarts,
+            fit_tokens=max(args.kmeans_tokens, 1),
+        )
+    return RunConfig(
+        compression=CompressionConfig(**compression),
+        routing=routing,
+        calibration=CalibrationConfig(
+            dataset=args.dataset,
+            dataset_size=num_windows,
+            seqlen=seqlen,
+            seed=args.seed,
+            calibration_inputs="dense",
+            data_shards=1,
+        ),
+        dtype=args.dtype,
+    )
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks (lm-evaluation-harness, in place of perplexity)")
+    group.add_argument("--tasks", metavar="NAMES", help="comma-separated tasks of the harness")
+    group.add_argument("--task-path", metavar="DIR", help="a folder of more task files (.yaml)")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="default: the task's own")
+    group.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    group.add_argument("--batch-size", type=int, default=1, help="sequences at a time (default 1)")
+
+
+def check_tasks(args: argparse.Namespace) -> None:
+    """Bounds of the flags of tasks.
+
+    Raises:
+        ValueError: a value is out of bounds, or flags contradict each other.
+    """
+    if args.tasks is None:
+        for flag in ("task_path", "num_fewshot", "limit"):
+            if getattr(args, flag) is not None:
+                name = "--" + flag.replace("_", "-")
+                raise ValueError(f"{name} needs --tasks: add it, or drop {name}")
+        return
+    if args.executor != "local":
+        raise ValueError("--tasks runs in this process: drop --executor ray")
+    if not [name for name in args.tasks.split(",") if name]:
+        raise ValueError("--tasks names no task, e.g. --tasks arc_easy")
+    for flag, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 
 
 def _add_neurons(parser: argparse.ArgumentParser) -> None:
@@ -407,6 +597,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     return RunConfig(
         compression=CompressionConfig(
             sparsity=SparsityPattern.parse(args.sparsity),
+            pruner=args.pruner,
             bits=(4 if args.bits is None else args.bits) if args.quantize else None,
             symmetric=args.symmetric,
             group_size=args.group_size,
@@ -420,6 +611,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
             restarts=args.kmeans_restarts,
             fit_tokens=max(args.kmeans_tokens, 1),
+            clustering=args.clustering,
         ),
         calibration=CalibrationConfig(
             dataset=getattr(args, "dataset", "wikitext2"),

@@ -20,7 +20,7 @@ from sparse_expansion.data.corpora import (
     evaluation_windows,
     load_corpus,
 )
-from sparse_expansion.execution.base import Executor, Observer
+from sparse_expansion.execution.base import Executor, Observer, Progress
 from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.manifest import MANIFEST_NAME
@@ -34,7 +34,7 @@ from sparse_expansion.plan import (
     needed_units,
 )
 from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
-from sparse_expansion.store import Store, open_run
+from sparse_expansion.store import TIMELINE_FILE, Store, open_run
 from sparse_expansion.types import NllSum
 
 
@@ -88,6 +88,38 @@ class Measurements:
             for name, work in sorted(self.stages.items())
         }
         return {"ceilings": self.ceilings, "stages": stages}
+
+
+class Timeline:
+    """Which worker did which unit when; a resumed run's goes on where the one before ended."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.rows: list[dict[str, Any]] = (
+            store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
+        )
+
+    def observed_by(self, observer: Observer) -> Observer:
+        """The observer, and this."""
+
+        def observe(progress: Progress) -> None:
+            self.rows.append(
+                {
+                    "unit": progress.unit.key,
+                    "stage": progress.unit.stage,
+                    "layer": progress.unit.layer,
+                    "worker": progress.worker,
+                    "started": progress.started,
+                    "seconds": progress.report.seconds,
+                }
+            )
+            observer(progress)
+
+        return observe
+
+    def write(self) -> None:
+        """Into the run's folder."""
+        self.store.write_json(TIMELINE_FILE, self.rows)
 
 
 def measure_ceilings(executor: Executor, measured: Measurements) -> None:
@@ -249,7 +281,12 @@ def expand(
         cleaner.finished(progress.unit)
         observer(progress)
 
-    reports = executor.run(todo, observe)
+    timeline = Timeline(store)
+    try:
+        reports = executor.run(todo, timeline.observed_by(observe))
+    finally:
+        # What was done before a unit failed or a signal came is part of the story.
+        timeline.write()
     measured.add(reports.values(), by_key)
     measured.seconds["expand"] += time.perf_counter() - start
     start = time.perf_counter()
@@ -372,6 +409,7 @@ def evaluate(
     num_shards: int = 1,
     num_ranges: int = 1,
     model_bytes: float = 0.0,
+    pruned: str | None = None,
 ) -> tuple[NllSum, list[NllSum]]:
     """Perplexity of ``dense`` (the source) or ``expanded`` (the store's folder).
 
@@ -385,6 +423,7 @@ def evaluate(
         num_shards: shards of the windows.
         num_ranges: ranges of blocks.
         model_bytes: of its weight files, for a profile.
+        pruned: name of the pruned neurons to put in place of the dense ones.
 
     Returns:
         The sum over all windows, and each window's.
@@ -400,6 +439,7 @@ def evaluate(
         num_ranges=num_ranges,
         flops_per_token=shape.num_layers * shape.block_flops(windows.shape[1]) + head,
         model_bytes=model_bytes,
+        pruned=pruned,
     )
     reports = executor.run(units, observer)
     measured.add(reports.values(), {unit.key: unit for unit in units})

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from sparse_expansion import plots
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.report import (
     LinearFacts,
+    describe_clusters,
     describe_compression,
     linear_facts,
     size,
     summary_rows,
 )
-from sparse_expansion.store import Store
+from sparse_expansion.store import TIMELINE_FILE, Store
 
 _PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
 
@@ -36,9 +37,10 @@ def report_page(
     metrics = result.get("metrics")
     rows = result.get("experts", [])
     facts = linear_facts(rows)
+    timeline = store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
     name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
     asked = (
-        f"{config['routing']['num_clusters']} experts per linear, "
+        f"{describe_clusters(config['routing'])}, "
         f"{describe_compression(config['compression'])}, "
         f"{config['calibration']['calibration_inputs']} inputs"
     )
@@ -51,10 +53,11 @@ def report_page(
         finished=result["is_finished"],
         finished_units=result["finished_units"],
         cards=[] if metrics is None else _cards(metrics, price_per_hour),
-        error_plot=_error_plot(facts) if facts else "",
+        error_plot=plots.svg(plots.errors_by_block(facts)) if facts else "",
         worst=_worst(facts) if facts else "",
-        share_plot=_share_plot(facts) if facts else "",
+        share_plot=plots.svg(plots.shares_by_block(facts)) if facts else "",
         clusters=_clusters(rows) if rows else "",
+        timeline_plot=plots.svg(plots.timeline(timeline)) if timeline else "",
         stages=[] if metrics is None else _stages(metrics),
         parts=_parts(store) if store.exists(MANIFEST_NAME) else [],
         linears=summary_rows(facts) if facts else [],
@@ -112,13 +115,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _by_linear(facts: list[LinearFacts]) -> dict[str, list[LinearFacts]]:
-    found: dict[str, list[LinearFacts]] = defaultdict(list)
-    for one in sorted(facts, key=lambda one: one.layer):
-        found[one.linear].append(one)
-    return found
-
-
 def _worst(facts: list[LinearFacts]) -> str:
     worst = max(facts, key=lambda one: one.error)
     return f"Most of it in {worst.linear} of block {worst.layer}: {worst.error:.1%}."
@@ -134,49 +130,3 @@ def _clusters(rows: list[dict[str, Any]]) -> str:
         f"{starved} of {len(experts)} experts had too few tokens and use their whole group's "
         f"Hessian; {raised} needed more than the asked damping."
     )
-
-
-def _error_plot(facts: list[LinearFacts]) -> str:
-    figure, axes = _figure("block", "lost output energy")
-    for linear, found in _by_linear(facts).items():
-        layers, errors = [one.layer for one in found], [one.error for one in found]
-        axes.plot(layers, errors, marker="o", ms=3, label=linear)
-    axes.legend(frameon=False)
-    return _svg(figure, axes)
-
-
-def _share_plot(facts: list[LinearFacts]) -> str:
-    figure, axes = _figure("block", "share of tokens")
-    for number, (linear, found) in enumerate(_by_linear(facts).items()):
-        layers, color = [one.layer for one in found], f"C{number}"
-        axes.plot(layers, [one.largest for one in found], color=color, label=linear)
-        axes.plot(layers, [one.smallest for one in found], color=color, linestyle=":")
-    axes.legend(frameon=False, title="largest (line), smallest (dots)")
-    return _svg(figure, axes)
-
-
-def _figure(x: str, y: str) -> tuple[Any, Any]:
-    # No display and no global state: figures are made by themselves, not through pyplot.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    return figure, axes
-
-
-def _svg(figure: Any, axes: Any) -> str:
-    """The figure as an SVG element, without the XML header; the same bytes every time."""
-    import matplotlib
-
-    axes.set_ylim(bottom=0)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "sparse-expansion", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]

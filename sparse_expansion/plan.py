@@ -15,7 +15,7 @@ capture waits for; with ``dense`` the next capture waits for this one alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -383,6 +383,109 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     return units
 
 
+def _dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Unit]:
+    """The embedding, and the captures of all blocks up to one: all windows are one shard."""
+    tokens = config.calibration.dataset_size * config.calibration.seqlen
+    units = [_embed_unit(shape, 0, tokens)]
+    for i in range(last_layer + 1):
+        is_persistent = i + 1 < shape.num_layers
+        after = units[-1].key
+        units.append(_capture_unit(config, shape, i, 0, after=after, is_persistent=is_persistent))
+    return units
+
+
+def cluster_units(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    layer: int,
+    linears: dict[str, str],
+    clusters: Sequence[int],
+    calibration_tokens: int,
+    neurons: Sequence[int],
+) -> list[Unit]:
+    """Units that try numbers of clusters on linears of one block.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard), pruning and routing.
+        shape: of the dense model.
+        layer: of the block.
+        linears: the group of every linear.
+        clusters: numbers of clusters.
+        calibration_tokens: the first of the windows' tokens; the others are held out.
+        neurons: whose outputs are kept.
+    """
+    units = _dense_pass(config, shape, layer)
+    capture = units[-1]
+    shapes = {group.name: group for group in shape.groups}
+    for linear, group in linears.items():
+        for count in clusters:
+            sweeps = experts_flops(shapes[group], config.compression.block_size, 0.0) * count
+            tokens = config.calibration.dataset_size * config.calibration.seqlen
+            units.append(
+                Unit(
+                    key=f"layer-{layer:03d}/{linear}/clusters-{count:04d}",
+                    stage="clusters",
+                    params={
+                        "layer": layer,
+                        "linear": linear,
+                        "group": group,
+                        "num_clusters": count,
+                        "calibration_tokens": calibration_tokens,
+                        "neurons_kept": list(neurons),
+                        "seed": config.calibration.seed,
+                    },
+                    after=(capture.key,),
+                    is_persistent=True,
+                    affinity=capture.affinity,
+                    layer=layer,
+                    rank=1,
+                    cost=2 * sweeps + 2.0 * tokens * shapes[group].width ** 2,
+                    move_cost=capture.cost,
+                )
+            )
+    return units
+
+
+def pruning_units(
+    config: RunConfig, shape: ModelShape, *, rankings: Sequence[str], shares: Sequence[float]
+) -> list[Unit]:
+    """Units that prune the first neurons of every ranking, in every block.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard), and of pruning.
+        shape: of the dense model.
+        rankings: of ``neurons.RANKINGS``.
+        shares: of the neurons of every linear.
+    """
+    tokens = config.calibration.dataset_size * config.calibration.seqlen
+    units = _dense_pass(config, shape, shape.num_layers - 1)
+    for i, capture in enumerate(units[1:]):
+        for g, group in enumerate(shape.groups):
+            units.append(
+                Unit(
+                    key=f"layer-{i:03d}/{group.name}/prune-neurons",
+                    stage="prune_neurons",
+                    params={
+                        "layer": i,
+                        "group": group.name,
+                        "rankings": list(rankings),
+                        "shares": list(shares),
+                        "seed": config.calibration.seed + 1000 * i + 100 * g,
+                    },
+                    after=(capture.key,),
+                    is_persistent=True,
+                    affinity=capture.affinity,
+                    layer=i,
+                    rank=1,
+                    cost=tokens * group.rows * (2.0 * group.width + SORT_FLOPS)
+                    + experts_flops(group, config.compression.block_size, tokens),
+                    move_cost=capture.cost,
+                )
+            )
+    return units
+
+
 def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str]) -> list[Unit]:
     """Units that describe every neuron on the dense model's own activations, in one pass.
 
@@ -394,13 +497,8 @@ def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str])
         models: names and folders of expanded models to compare with.
     """
     tokens = config.calibration.dataset_size * config.calibration.seqlen
-    before = _embed_unit(shape, 0, tokens)
-    units = [before]
-    for i in range(shape.num_layers):
-        is_persistent = i + 1 < shape.num_layers
-        capture = _capture_unit(config, shape, i, 0, after=before.key, is_persistent=is_persistent)
-        units.append(capture)
-        before = capture
+    units = _dense_pass(config, shape, shape.num_layers - 1)
+    for i, capture in enumerate(units[1:]):
         for g, group in enumerate(shape.groups):
             outputs = tokens * group.rows
             units.append(
@@ -436,12 +534,14 @@ def evaluation_units(
     num_ranges: int = 1,
     flops_per_token: float = 1.0,
     model_bytes: float = 0.0,
+    pruned: str | None = None,
 ) -> list[Unit]:
     """Units that score windows: shards of windows, each through ranges of blocks in turn.
 
     One range is data-parallel evaluation; several are a pipeline for a model that no worker
-    should read whole.
+    should read whole. ``pruned`` names the pruned neurons to put in place of the dense ones.
     """
+    name = model if pruned is None else f"{model}-{pruned}"
     num_shards = max(1, min(num_shards, len(windows)))
     num_ranges = max(1, min(num_ranges, num_layers))
     bounds = [num_layers * r // num_ranges for r in range(num_ranges + 1)]
@@ -453,20 +553,21 @@ def evaluation_units(
             last = r + 1 == num_ranges
             units.append(
                 Unit(
-                    key=f"evaluate-{model}/shard-{s:03d}/blocks-{r:03d}",
+                    key=f"evaluate-{name}/shard-{s:03d}/blocks-{r:03d}",
                     stage="evaluate",
                     params={
                         "model": model,
                         "tokens": part,
                         "layers": (bounds[r], bounds[r + 1] - 1),
+                        **({} if pruned is None else {"pruned": pruned}),
                     },
                     inputs=(
                         ()
                         if r == 0
-                        else ((f"evaluate-{model}/shard-{s:03d}/blocks-{r - 1:03d}", "hidden"),)
+                        else ((f"evaluate-{name}/shard-{s:03d}/blocks-{r - 1:03d}", "hidden"),)
                     ),
                     outputs=() if last else ("hidden",),
-                    affinity=f"evaluate-{model}/blocks-{r:03d}" if num_ranges > 1 else None,
+                    affinity=f"evaluate-{name}/blocks-{r:03d}" if num_ranges > 1 else None,
                     layer=s,
                     rank=r,
                     cost=flops_per_token * sum(map(len, part)) / num_ranges,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def run_table(metrics: dict[str, Any], output: str | None) -> str:
     sparsity = describe_compression(config["compression"])
     calibration = config["calibration"]
     lines.append(
-        f"{config['routing']['num_clusters']} experts per linear, {sparsity}; calibrated on "
+        f"{describe_clusters(config['routing'])}, {sparsity}; calibrated on "
         f"{calibration['dataset_size']} x {calibration['seqlen']} tokens, "
         f"{calibration['calibration_inputs']} inputs"
     )
@@ -128,7 +129,7 @@ def model_card(metrics: dict[str, Any], source: str, *, is_hub_id: bool) -> str:
     name = source.rstrip("/").rpartition("/")[2]
     calibration = config["calibration"]
     rows = [
-        ("experts per linear", str(config["routing"]["num_clusters"])),
+        ("experts", describe_clusters(config["routing"])),
         ("weights", describe_compression(config["compression"])),
         (
             "calibrated on",
@@ -187,6 +188,15 @@ Made by
     )
 
 
+def describe_clusters(routing: dict[str, Any]) -> str:
+    """``16 experts per linear``; says so where they were made on random tokens."""
+    text = f"{routing['num_clusters']} experts per linear"
+    # Runs made before there was a control have no such setting.
+    if routing.get("clustering", "kmeans") == "random":
+        text += " (control: made on random tokens)"
+    return text
+
+
 def describe_compression(compression: dict[str, Any]) -> str:
     """``50 % sparse, 4 bits``."""
     sparsity = compression["sparsity"]
@@ -194,6 +204,9 @@ def describe_compression(compression: dict[str, Any]) -> str:
         text = f"{sparsity['pruned']}:{sparsity['group']} sparse"
     else:
         text = f"{100 * sparsity['fraction']:g} % sparse"
+    # Runs made before there was a choice have no such setting.
+    if compression.get("pruner", "sparsegpt") != "sparsegpt":
+        text += f" ({compression['pruner']})"
     if compression["bits"] is not None:
         text += f", {compression['bits']} bits"
     return text
@@ -212,6 +225,20 @@ def evaluation_table(result: dict[str, Any]) -> str:
         ]
     )
     return f"{text}\n\n{profile_table(result['profile'])}" if "profile" in result else text
+
+
+def tasks_table(results: dict[str, dict[str, Any]]) -> str:
+    """Every task's metrics, with their standard errors where there are any."""
+    rows: list[tuple[str, ...]] = [("task", "metric", "value", "standard error")]
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, key = name.partition(",")
+            if metric.endswith("_stderr") or not key:
+                continue
+            error = metrics.get(f"{metric}_stderr,{key}")
+            spread = "" if error is None else f"{error:.4f}"
+            rows.append((task, metric, f"{value:.4f}", spread))
+    return table(rows, header=True)
 
 
 def plan_table(result: dict[str, Any]) -> str:
@@ -374,10 +401,105 @@ def neurons_table(
     ]
     lines = [table(rows, header=True), "", f"medians over neurons, on {num_tokens} tokens"]
     lines += [
-        f"rank correlation of wasserstein with {name}: {value:+.3f}"
+        f"rank correlation of wasserstein with {name} inside a linear, median: {value:+.3f}"
         for name, value in correlations.items()
     ]
     return "\n".join(lines)
+
+
+def sweep_table(rows: list[dict[str, Any]], neuron: int | None) -> str:
+    """The rows of ``sweep-clusters``."""
+    of = "median neuron" if neuron is None else f"neuron {neuron}"
+    cells: list[tuple[str, ...]] = [
+        ("linear", "clusters", "made on", "error", f"error, {of}", "to a normal, inside clusters")
+    ]
+    cells += [
+        (
+            f"{row['layer']} {row['linear']}",
+            str(row["num_clusters"]),
+            row["clustering"],
+            f"{row['error']:.5f}",
+            f"{row['neuron_error']:.5f}",
+            f"{row['wasserstein_clusters']:.4f}",
+        )
+        for row in rows
+    ]
+    return f"{table(cells, header=True)}\n\nshares of the outputs' energy, on held-out text"
+
+
+def pruned_table(rows: list[dict[str, Any]], dense: float, num_tokens: int) -> str:
+    """The rows of ``prune-neurons``: a line per ranking, a column per share."""
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    found = {(row["ranking"], row["share"]): row["perplexity"] for row in rows}
+    cells: list[tuple[str, ...]] = [("ranking", *(f"{100 * share:g} %" for share in shares))]
+    cells += [
+        (ranking, *(f"{found[ranking, share]:.3f}" for share in shares))
+        for ranking in dict.fromkeys(row["ranking"] for row in rows)
+    ]
+    return (
+        f"{table(cells, header=True)}\n\nperplexity per token with so many of every linear's "
+        f"neurons pruned; dense {dense:.3f}, on {num_tokens} tokens"
+    )
+
+
+def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
+    """Finished runs beside each other: perplexity, and what a token and the files cost.
+
+    ``gap`` is the difference to the dense model in log-perplexity (nats per token); ``cost`` the
+    MLPs' and routers' operations per token, and ``bytes`` the weight files, as shares of the dense
+    model's.
+
+    Raises:
+        ValueError: a folder has no finished `run` (with its evaluation).
+    """
+    rows = []
+    for store in stores:
+        if not store.exists(METRICS_FILE):
+            raise ValueError(f"{store.root} holds no finished run: finish it with --resume")
+        metrics = store.read_json(METRICS_FILE)
+        if "perplexity_dense" not in metrics:
+            raise ValueError(f"{store.root} was not evaluated: compare the folders of `run`")
+        flops = metrics["mlp_flops_per_token"]
+        dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
+        rows.append(
+            {
+                "name": store.root.rstrip("/").rpartition("/")[2],
+                "setting": f"{describe_clusters(metrics['config']['routing'])}, "
+                f"{describe_compression(metrics['config']['compression'])}",
+                "perplexity_dense": dense,
+                "perplexity": expanded,
+                "gap": math.log(expanded / dense),
+                "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+                "bytes": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
+            }
+        )
+    return rows
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of ``comparison`` for people."""
+    cells: list[tuple[str, ...]] = [("run", "dense", "expanded", "gap", "operations", "bytes", "")]
+    cells += [
+        (
+            row["name"],
+            f"{row['perplexity_dense']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['gap']:.4f}",
+            f"{row['cost']:.1%}",
+            f"{row['bytes']:.1%}",
+            row["setting"],
+        )
+        for row in rows
+    ]
+    return (
+        f"{table(cells, header=True)}\n\nperplexities per token; gap in log-perplexity; operations "
+        "of MLPs and routers per token and bytes of weight files as shares of the dense model's"
+    )
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows with equal keys, turned into columns."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def write_table(columns: dict[str, list[Any]], path: str) -> None:
@@ -410,7 +532,7 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
     config = identity["config"]
     lines = [
         f"model     {identity['model']}",
-        f"asked     {config['routing']['num_clusters']} experts, "
+        f"asked     {describe_clusters(config['routing'])}, "
         f"{describe_compression(config['compression'])}, "
         f"{config['calibration']['calibration_inputs']} inputs",
     ]

@@ -13,8 +13,9 @@ import resource
 import statistics
 import sys
 import time
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ from sparse_expansion.algorithms.packing import PackedLayout, pack_expert
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
 from sparse_expansion.algorithms.sweep import compress_linears
-from sparse_expansion.config import RunConfig
-from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
+from sparse_expansion.config import CLUSTERINGS, RunConfig
+from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
 from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.sources import ModelSource, fetch_model
@@ -137,6 +138,7 @@ class Worker:
         self._captured: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
         self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
         self._tokens: torch.Tensor | None = None
+        self._expanded: tuple[int, nn.Module] | None = None
         keep_freed_memory()
 
     def run(self, unit: Unit, inputs: list[Any]) -> tuple[UnitReport, dict[str, Any]]:
@@ -146,6 +148,9 @@ class Worker:
             CompressionError: the unit cannot be done; the message starts with its key.
         """
         start = time.perf_counter()
+        if unit.stage != "advance":
+            # Unpacked experts are as large as any stage's arrays: the next stage has its own.
+            self._expanded = None
         method: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = getattr(
             self, f"stage_{unit.stage}"
         )
@@ -224,35 +229,16 @@ class Worker:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """PCA and KMeans on all shards' samples; writes the router and the dense weights' grids."""
         routing = self.config.routing
-        moments = merge_moments(self._moments(X_TD) for X_TD in samples)
-        components_PD = None
-        if routing.pca_reduction_factor is None:
-            mean_D = (moments.sum_D / moments.gram.num_tokens).float()
-        else:
-            width = moments.sum_D.shape[0]
-            mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
-        Z_TP = torch.cat(
-            [
-                project(part.to(self.device), mean_D, components_PD)
-                for X_TD in samples
-                for part in X_TD.split(CHUNK_TOKENS)
-            ]
-        )
-        centroids_KP = fit_kmeans(
-            Z_TP,
-            num_clusters=routing.num_clusters,
-            restarts=routing.restarts,
-            max_iterations=routing.max_iterations,
-            seed=seed,
-        ).cpu()
-        mean_D = mean_D.cpu()
-        components_PD = None if components_PD is None else components_PD.cpu()
+        router, gram, fit_tokens = self._fit_router(samples, routing.num_clusters, seed)
         linears = self._group(group).linears
         prefix = self._shell().block_prefix(layer)
         owner = f"{prefix}{linears[0]}.router"
-        tensors = {f"{owner}.mean": mean_D, f"{owner}.centroids": centroids_KP}
-        if components_PD is not None:
-            tensors[f"{owner}.components"] = components_PD
+        tensors = {
+            f"{owner}.mean": router.mean_D.cpu(),
+            f"{owner}.centroids": router.centroids_KP.cpu(),
+        }
+        if router.components_PD is not None:
+            tensors[f"{owner}.components"] = router.components_PD.cpu()
         compression = self.config.compression
         if compression.bits is not None:
             for linear in linears:
@@ -266,8 +252,8 @@ class Worker:
                 tensors[f"{prefix}{linear}.grid.zero_point"] = grid.zero_point_OG
         name = router_file(layer, group)
         files = {name: self.store.write_tensors(name, tensors)}
-        gram = HessianSum(moments.gram.sum_DD.cpu(), moments.gram.num_tokens)
-        return {"files": files, "fit_tokens": Z_TP.shape[0]}, {"gram": gram}
+        handed = HessianSum(gram.sum_DD.cpu(), gram.num_tokens)
+        return {"files": files, "fit_tokens": fit_tokens}, {"gram": handed}
 
     def stage_gather(
         self, *, layer: int, shard: int, group: str, ranges: list[tuple[int, int]], summed: bool
@@ -366,7 +352,10 @@ class Worker:
         """Run the compressed block on one shard: what the next block is calibrated on."""
         shell = self._shell()
         tokens = self._shard_tokens(shard)
-        block = self.expanded_block(layer, experts)
+        if self._expanded is None or self._expanded[0] != layer:
+            self._expanded = None
+            self._expanded = layer, self.expanded_block(layer, experts)
+        block = self._expanded[1]
         hidden = self._read_hidden(layer, shard)
         out = torch.empty_like(hidden)
         with torch.no_grad():
@@ -401,6 +390,7 @@ class Worker:
         model: str,
         tokens: list[list[int]],
         layers: tuple[int, int],
+        pruned: str | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Pass windows through a range of blocks; the last range scores them.
 
@@ -409,6 +399,7 @@ class Worker:
             model: ``dense`` for the source, ``expanded`` for the store's finished folder.
             tokens: the windows.
             layers: first and last block.
+            pruned: name of the pruned neurons to put in place of the dense ones.
         """
         shell = self._shell(model)
         windows = torch.tensor(tokens, dtype=torch.int64)
@@ -420,6 +411,8 @@ class Worker:
         with torch.no_grad():
             for layer in range(layers[0], layers[1] + 1):
                 block = shell.load_block(layer)
+                if pruned is not None:
+                    self._put_pruned(block, layer, pruned)
                 for part in batches:
                     call = shell.call(layer, windows[part])
                     hidden[part] = call.run(block, hidden[part].to(self.device)).cpu()
@@ -459,7 +452,7 @@ class Worker:
             first = block.get_submodule(linears[0])
             assert isinstance(first, ExpandedLinear)
             router = first.group_router.router()
-            labels[name] = torch.cat([route(part, router) for part in X_TD.split(CHUNK_TOKENS)])
+            labels[name] = self._route(X_TD, router).to(self.device)
         tensors: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             for linear in linears:
@@ -474,6 +467,106 @@ class Worker:
         file = neurons_file(layer, group)
         files = {file: self.store.write_tensors(file, tensors)}
         return {"files": files, "tokens": X_TD.shape[0]}, {}
+
+    # -- experiments ---------------------------------------------------------------------------
+
+    def stage_clusters(
+        self,
+        *,
+        layer: int,
+        linear: str,
+        group: str,
+        num_clusters: int,
+        calibration_tokens: int,
+        neurons_kept: list[int],
+        seed: int,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Experts of one linear for one K, on their own clusters and on random tokens.
+
+        Writes what ``neurons.compare`` finds on the tokens that were not calibrated on, per
+        clustering, and the outputs of the neurons asked for.
+        """
+        compression = self.config.compression
+        X_TD = self._inputs(layer, 0)[group]
+        X_cal, X_held = X_TD[:calibration_tokens], X_TD[calibration_tokens:].to(self.device)
+        sample = X_cal[evenly_spaced(len(X_cal), self.config.routing.fit_tokens)]
+        router, gram, _ = self._fit_router([sample], num_clusters, seed)
+        module = self._shell().load_block(layer).get_submodule(linear)
+        W_OD = self._dense_weight(layer, linear).to(self.device)
+        with torch.no_grad():
+            dense_TO = module(X_held).float()
+        tensors = {f"dense.{o}": dense_TO[:, o].cpu().clone() for o in neurons_kept}
+        for clustering in CLUSTERINGS:
+            labels_T, held_T = self._route(X_cal, router), self._route(X_held, router)
+            if clustering == "random":
+                labels_T = shuffled(labels_T, f"{seed}/calibration")
+                held_T = shuffled(held_T, f"{seed}/held-out")
+            change_TO = torch.empty_like(dense_TO)
+            for k in range(num_clusters):
+                H = self._hessian(X_cal[labels_T == k])
+                if H.num_tokens < compression.min_tokens(X_cal.shape[1]):
+                    H = gram
+                made = compress_linears({"": W_OD}, H.sum_DD[None], compression, {"": None})[""]
+                chosen = torch.nonzero(held_T == k).flatten().to(self.device)
+                delta_OD = made.weight_KOD[0] - W_OD.float()
+                change_TO[chosen] = X_held[chosen].float() @ delta_OD.T
+            other_TO = dense_TO + change_TO
+            found = neurons.compare(dense_TO, other_TO, held_T.to(self.device))
+            tensors |= {f"{clustering}.{name}": value.cpu() for name, value in found.items()}
+            energy = dense_TO.double().square().sum()
+            tensors[f"{clustering}.relative_error"] = change_TO.double().square().sum().cpu() / (
+                energy.cpu()
+            )
+            tensors |= {f"{clustering}.{o}": other_TO[:, o].cpu().clone() for o in neurons_kept}
+        name = clusters_file(layer, linear, num_clusters)
+        return {"files": {name: self.store.write_tensors(name, tensors)}}, {}
+
+    def stage_prune_neurons(
+        self, *, layer: int, group: str, rankings: list[str], shares: list[float], seed: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Prune the first neurons of every ranking, and nothing else: rows to put in their place.
+
+        For every linear of the group, ranking and share: the neurons' indices, and their weights
+        after a sweep over these rows alone.
+        """
+        X_TD = self._inputs(layer, 0)[group]
+        block = self._shell().load_block(layer)
+        H_KDD = self._hessian(X_TD).sum_DD[None]
+        chosen: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
+        for number, linear in enumerate(self._group(group).linears):
+            W_OD = self._dense_weight(layer, linear).to(self.device)
+            with torch.no_grad():
+                parts = X_TD.split(CHUNK_TOKENS)
+                module = block.get_submodule(linear)
+                Y_TO = torch.cat([module(part.to(self.device)) for part in parts])
+            for ranking in rankings:
+                order = neurons.rank(ranking, W_OD, Y_TO, seed=seed + number)
+                for share in shares:
+                    name = f"{linear}.{pruned_name(ranking, share)}"
+                    chosen[name] = order[: max(1, round(share * len(order)))].clone()
+                    weights[name] = W_OD[chosen[name]]
+        made = compress_linears(weights, H_KDD, self.config.compression, dict.fromkeys(weights))
+        tensors = {f"{name}.rows": rows.cpu() for name, rows in chosen.items()}
+        for name, result in made.items():
+            tensors[f"{name}.weight"] = result.weight_KOD[0].to(self._shell().dtype).cpu()
+        file = pruned_file(layer, group)
+        return {"files": {file: self.store.write_tensors(file, tensors)}}, {}
+
+    def _put_pruned(self, block: nn.Module, layer: int, pruned: str) -> None:
+        """Replace a dense block's rows by those that ``stage_prune_neurons`` wrote."""
+        for group in self._shell().family.groups:
+            name = pruned_file(layer, group.name)
+            if not self.store.exists(name):
+                continue
+            tensors = self.store.read_tensors(name)
+            for linear in group.linears:
+                module = block.get_submodule(linear)
+                # A copy: what was read may be the file itself, mapped.
+                weight = module.get_parameter("weight").detach().clone()
+                rows = tensors[f"{linear}.{pruned}.rows"].to(weight.device)
+                weight[rows] = tensors[f"{linear}.{pruned}.weight"].to(weight)
+                module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
     # -- pieces --------------------------------------------------------------------------------
 
@@ -599,9 +692,8 @@ class Worker:
     def _sample(self, X_TD: torch.Tensor) -> torch.Tensor:
         """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
         total = self._all_tokens().numel()
-        share = max(1, min(X_TD.shape[0], self.config.routing.fit_tokens * X_TD.shape[0] // total))
-        rows = torch.linspace(0, X_TD.shape[0] - 1, share, dtype=torch.float64).round().long()
-        return X_TD[rows]
+        share = max(1, self.config.routing.fit_tokens * X_TD.shape[0] // total)
+        return outside_heap(X_TD[evenly_spaced(X_TD.shape[0], share)])
 
     def _moments(self, X_TD: torch.Tensor) -> MomentSum:
         return merge_moments(moment_sum(part.to(self.device)) for part in X_TD.split(CHUNK_TOKENS))
@@ -610,6 +702,39 @@ class Worker:
         """Summed in chunks of fixed size, so that it does not matter who sums."""
         parts = X_TD.split(CHUNK_TOKENS)
         return merge_hessians(hessian_sum(part.to(self.device)) for part in parts)
+
+    def _fit_router(
+        self, samples: Sequence[torch.Tensor], num_clusters: int, seed: int
+    ) -> tuple[Router, HessianSum, int]:
+        """PCA and KMeans on the samples; the router, the samples' Hessian sum and their count."""
+        routing = self.config.routing
+        moments = merge_moments(self._moments(X_TD) for X_TD in samples)
+        components_PD = None
+        if routing.pca_reduction_factor is None:
+            mean_D = (moments.sum_D / moments.gram.num_tokens).float()
+        else:
+            width = moments.sum_D.shape[0]
+            mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
+        Z_TP = torch.cat(
+            [
+                project(part.to(self.device), mean_D, components_PD)
+                for X_TD in samples
+                for part in X_TD.split(CHUNK_TOKENS)
+            ]
+        )
+        centroids_KP = fit_kmeans(
+            Z_TP,
+            num_clusters=num_clusters,
+            restarts=routing.restarts,
+            max_iterations=routing.max_iterations,
+            seed=seed,
+        )
+        return Router(mean_D, components_PD, centroids_KP), moments.gram, Z_TP.shape[0]
+
+    def _route(self, X_TD: torch.Tensor, router: Router) -> torch.Tensor:
+        """Labels of all tokens, on the CPU."""
+        parts = X_TD.split(CHUNK_TOKENS)
+        return torch.cat([route(part.to(self.device), router).cpu() for part in parts])
 
     def _shard_labels(self, layer: int, shard: int, group: str) -> torch.Tensor:
         key = (layer, shard, group)
@@ -622,11 +747,24 @@ class Worker:
                 None if components is None else components.to(self.device),
                 stored[f"{owner}.centroids"].to(self.device),
             )
-            X_TD = self._inputs(layer, shard)[group]
-            self._labels[key] = torch.cat(
-                [route(part.to(self.device), router).cpu() for part in X_TD.split(CHUNK_TOKENS)]
-            )
+            labels_T = self._route(self._inputs(layer, shard)[group], router)
+            if self.config.routing.clustering == "random":
+                name = f"{self.config.calibration.seed}/{layer}/{group}/{shard}"
+                labels_T = shuffled(labels_T, name)
+            self._labels[key] = labels_T
         return self._labels[key]
+
+
+def evenly_spaced(count: int, wanted: int) -> torch.Tensor:
+    """Indices of at most so many of ``count`` rows, first and last among them."""
+    share = min(count, wanted)
+    return torch.linspace(0, count - 1, share, dtype=torch.float64).round().long()
+
+
+def shuffled(labels_T: torch.Tensor, name: str) -> torch.Tensor:
+    """The labels in a random order that the name alone decides: sizes stay, meaning goes."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return labels_T[torch.randperm(labels_T.shape[0], generator=generator)]
 
 
 def router_file(layer: int, group: str) -> str:
@@ -647,6 +785,21 @@ def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
 def neurons_file(layer: int, group: str) -> str:
     """File of what is known of a group's neurons."""
     return f"neurons-{layer:03d}-{group}.safetensors"
+
+
+def clusters_file(layer: int, linear: str, num_clusters: int) -> str:
+    """File of what one number of clusters did to a linear."""
+    return f"clusters-{layer:03d}-{linear}-{num_clusters:04d}.safetensors"
+
+
+def pruned_file(layer: int, group: str) -> str:
+    """File of a group's pruned neurons."""
+    return f"pruned-{layer:03d}-{group}.safetensors"
+
+
+def pruned_name(ranking: str, share: float) -> str:
+    """Of the neurons that a ranking puts first."""
+    return f"{ranking}-{share:g}"
 
 
 def hidden_file(layer: int, shard: int) -> str:

@@ -30,6 +30,7 @@ RUN_FILE = "run/run.json"
 UNITS = "run/units"
 METRICS_FILE = "metrics.json"
 COMMAND_FILE = "run/command.json"
+TIMELINE_FILE = "run/timeline.json"
 
 
 class Store:

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,38 @@ def test_every_command_parses(page, command):
     build_parser().parse_args(normalise_flags(command))
 
 
+SMALL = {
+    "--seqlen": "64",
+    "--eval-windows": "4",
+    "--dataset-size": "12",
+    "--num_clusters": "4",
+    "--windows": "4",
+}
+
+
+def made_small(command, text_folder):
+    """The command with a smaller text, window and number of clusters."""
+    command = list(command)
+    for flag, value in SMALL.items():
+        if flag in command:
+            place = command.index(flag) + 1
+            # One cluster stays one, and a list stays a list.
+            if command[place] != "1" and "," not in command[place]:
+                command[place] = value
+        elif command[0] in ("run", "expand") and flag in ("--dataset-size", "--num_clusters"):
+            command += [flag, value]
+    if "--dataset" in command:
+        command[command.index("--dataset") + 1] = str(text_folder)
+    return command
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(
-    ("page", "block"), [item for item in blocks() if "./my-model" in item[1][0]]
+    ("page", "block"),
+    [item for item in blocks() if item[0] != "tutorial.md" and "./my-model" in item[1][0]],
 )
 def test_commands_on_a_local_model_run(
     page, block, tmp_path, monkeypatch, neox_folder, text_folder
@@ -54,27 +86,47 @@ def test_commands_on_a_local_model_run(
     """As written, but for a smaller text, window and model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(neox_folder)
-    small = {
-        "--seqlen": "64",
-        "--eval-windows": "4",
-        "--dataset-size": "8",
-        "--num_clusters": "4",
-        "--dataset": str(text_folder),
-    }
     for command in block:
-        for flag, value in small.items():
-            if flag in command and command[command.index(flag) + 1] != "1":
-                command[command.index(flag) + 1] = value
-            elif flag in ("--dataset-size", "--num_clusters") and flag not in command:
-                command = [*command, flag, value] if command[0] in ("run", "expand") else command
-        assert main(command) == 0
+        assert main(made_small(command, text_folder)) == 0
         if command[0] == "run":
             metrics = json.loads((tmp_path / "expanded" / "metrics.json").read_text())
             assert metrics["perplexity_expanded"] > 1
     if page == "README.md":
-        text = (ROOT / "README.md").read_text()
-        (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        (code,) = python_blocks("README.md")
         exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_tutorial_from_its_beginning_to_its_end(
+    tmp_path, monkeypatch, neox_folder, text_folder, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(neox_folder)
+    here = [command for page, block in blocks() if page == "tutorial.md" for command in block]
+    assert len(here) >= 9
+    for command in here:
+        if "--tasks" not in command:  # They download their data; see test_harness.py.
+            assert main(made_small(command, text_folder)) == 0, command
+    (code,) = python_blocks("docs/tutorial.md")
+    exec(compile(code, "tutorial.md", "exec"), {})
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made >= {"report.html", "experts.parquet", "neurons.parquet", "plots", "k8-random"}
+    figures = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert figures >= {
+        "perplexity-cost",
+        "timeline",
+        "wasserstein-difficulty",
+        "wasserstein-improvement",
+        "neuron-3-mlp.dense_h_to_4h",
+        "pruned-neurons",
+    }
+
+
+def test_the_reference_of_the_modules_builds(tmp_path):
+    script = [sys.executable, "-W", "ignore", str(ROOT / "docs" / "build_reference.py")]
+    subprocess.run([*script, str(tmp_path)], check=True, cwd=ROOT, timeout=300)
+    page = (tmp_path / "sparse_expansion" / "algorithms" / "sweep.html").read_text()
+    assert "One pass over the columns" in page
+    assert (tmp_path / "sparse_expansion" / "execution" / "ray.html").exists()
 
 
 def test_every_submitted_job_parses():

@@ -64,10 +64,11 @@ def test_a_finished_run(folder, tmp_path, capsys):
 
 def test_plots_are_well_formed_and_complete(folder):
     plots = re.findall(r"<figure>(.*?)</figure>", page_of(Store(str(folder))), re.S)
-    assert len(plots) == 2
+    assert len(plots) == 3
     for plot in plots:
         ElementTree.fromstring(plot)
-        assert "mlp.down_proj" in plot
+    assert all("mlp.down_proj" in plot for plot in plots[:2])
+    assert "capture" in plots[2] and "local" in plots[2]
 
 
 def test_an_unfinished_run(folder, tmp_path):

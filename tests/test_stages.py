@@ -18,7 +18,7 @@ from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.model.streaming import BlockCall, ModelShell
 from sparse_expansion.plan import expansion_units, needed_units
-from sparse_expansion.stages import WorkerSpec
+from sparse_expansion.stages import Worker, WorkerSpec
 from sparse_expansion.store import Store
 
 
@@ -166,3 +166,19 @@ def test_needed_units_skip_what_is_finished():
     stages = {unit.stage for unit in left}
     assert stages == {"capture", "router", "gather", "experts"}
     assert {unit.layer for unit in left} == {2}
+
+
+def test_a_blocks_experts_are_unpacked_once_for_all_shards(
+    tmp_path, llama_folder, text_folder, monkeypatch
+):
+    made = []
+    original = Worker.expanded_block
+
+    def counted(self, layer, experts):
+        made.append(layer)
+        return original(self, layer, experts)
+
+    monkeypatch.setattr(Worker, "expanded_block", counted)
+    _, _, measured = make(llama_folder, text_folder, tmp_path / "o", clusters=2, data_shards=3)
+    assert measured.stages["advance"].units == 2 * 3
+    assert made == [0, 1]

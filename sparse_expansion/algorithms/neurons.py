@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from sparse_expansion.config import RANKINGS
 from sparse_expansion.types import CompressionError
 
 NEURONS_AT_A_TIME = 256
@@ -163,3 +164,32 @@ def compare(
         parts = [wasserstein_to_normal(dense[rows]) * len(rows) for rows in members]
         found["wasserstein_clusters"].append(torch.stack(parts).sum(dim=0) / len(labels_T))
     return {name: torch.cat(values) for name, values in found.items()}
+
+
+def rank(ranking: str, W_OD: torch.Tensor, Y_TO: torch.Tensor, *, seed: int) -> torch.Tensor:
+    """Neurons in falling order of a quantity, ``[O]`` (int64); equal ones in index order.
+
+    Args:
+        ranking: ``wasserstein`` (of the outputs to a normal), ``mean`` (absolute, of the outputs),
+            ``variance`` (of the outputs), ``magnitude`` (norm of the weights) or ``random``.
+        W_OD: weights.
+        Y_TO: outputs on some text.
+        seed: of ``random``.
+
+    Raises:
+        ValueError: the ranking is none of these.
+    """
+    if ranking == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(W_OD.shape[0], generator=generator).to(W_OD.device)
+    if ranking == "magnitude":
+        value = torch.linalg.vector_norm(W_OD, dim=1, dtype=torch.float64)
+    elif ranking == "wasserstein":
+        parts = Y_TO.split(NEURONS_AT_A_TIME, dim=1)
+        value = torch.cat([wasserstein_to_normal(Y) for Y in parts])
+    elif ranking in ("mean", "variance"):
+        parts = Y_TO.split(NEURONS_AT_A_TIME, dim=1)
+        value = torch.cat([moments(Y)[ranking] for Y in parts]).abs()
+    else:
+        raise ValueError(f"ranking {ranking!r} is none of {', '.join(RANKINGS)}")
+    return torch.sort(value, descending=True, stable=True).indices

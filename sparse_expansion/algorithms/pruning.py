@@ -1,12 +1,14 @@
-"""Saliency and masks: which weights the sweep removes.
+"""Saliency and masks: which weights are removed.
 
-Shapes: K experts, B columns of a block, O output features. Weights are held transposed
-(input columns first) because the sweep walks columns.
+Shapes: K experts, B columns of a block, D input and O output features. The sweep's weights are held
+transposed (input columns first) because it walks columns; scores of a whole matrix are ``[O, D]``.
 """
 
 from __future__ import annotations
 
 import torch
+
+from sparse_expansion.config import SparsityPattern
 
 
 def saliency(W_KBO: torch.Tensor, diagonal_KB: torch.Tensor) -> torch.Tensor:
@@ -51,3 +53,55 @@ def n_m_mask(saliency_KMO: torch.Tensor, num_pruned: int) -> torch.Tensor:
     order = torch.argsort(saliency_KMO, dim=1, stable=True)
     mask = torch.zeros_like(saliency_KMO, dtype=torch.bool)
     return mask.scatter_(1, order[:, :num_pruned], True)
+
+
+def score(pruner: str, W_OD: torch.Tensor, H_DD: torch.Tensor) -> torch.Tensor:
+    """What a weight is worth to a pruner that looks at every weight by itself, ``[O, D]``.
+
+    Args:
+        pruner: ``magnitude``: ``|w|``; ``wanda``: ``|w| ||x_j||`` (arXiv 2306.11695, equation 1).
+        W_OD: the dense weight.
+        H_DD: Hessian sum; its diagonal holds the squared norms of the inputs.
+    """
+    if pruner == "magnitude":
+        return W_OD.float().abs()
+    assert pruner == "wanda"
+    return W_OD.float().abs() * H_DD.diagonal().sqrt()
+
+
+def score_mask(
+    score_OD: torch.Tensor, pattern: SparsityPattern, block_size: int, *, by_row: bool
+) -> torch.Tensor:
+    """True at the smallest scores, exactly as many as the sweep removes.
+
+    N:M: the N smallest of every M columns of a row. Else the smallest of the whole matrix, or with
+    ``by_row`` equally many of every row (arXiv 2306.11695, section 3); where the count does not
+    divide, the rows whose next weight is worth least give one more. Equal scores go in index order.
+
+    Args:
+        score_OD: of every weight.
+        pattern: share and shape of the zeros.
+        block_size: of the sweep, whose blocks' counts are rounded one by one.
+        by_row: whether rows are pruned alike.
+    """
+    rows, width = score_OD.shape
+    if pattern.group is not None:
+        assert pattern.pruned is not None
+        parts = []
+        for part_OM in score_OD.split(pattern.group, dim=1):
+            count = part_OM.shape[1] * pattern.pruned // pattern.group
+            parts.append(n_m_mask(part_OM.T[None], count)[0].T)
+        return torch.cat(parts, dim=1)
+    total = rows * width - pattern.num_kept(rows, width, block_size)
+    if not by_row:
+        return unstructured_mask(score_OD[None], total)[0]
+    each, extra = divmod(total, rows)
+    order_OD = torch.argsort(score_OD, dim=1, stable=True)
+    mask = torch.zeros_like(score_OD, dtype=torch.bool)
+    mask.scatter_(1, order_OD[:, :each], True)
+    if extra:
+        following = order_OD[:, each]
+        worth = score_OD.gather(1, following[:, None])[:, 0]
+        chosen = torch.argsort(worth, stable=True)[:extra]
+        mask[chosen, following[chosen]] = True
+    return mask

@@ -16,7 +16,13 @@ import torch
 
 from sparse_expansion.algorithms import kernels
 from sparse_expansion.algorithms.hessian import gram_into, upper_cholesky_factor
-from sparse_expansion.algorithms.pruning import n_m_mask, saliency, unstructured_mask
+from sparse_expansion.algorithms.pruning import (
+    n_m_mask,
+    saliency,
+    score,
+    score_mask,
+    unstructured_mask,
+)
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
@@ -288,6 +294,10 @@ def compress_linears(
         grids: a grid, or None, for every name.
         compiled: as in ``sweep``.
     """
+    if config.pruner != "sparsegpt":
+        return {
+            name: _pruned_by_score(W_OD.float(), H_KDD, config) for name, W_OD in weights.items()
+        }
     num_experts = H_KDD.shape[0]
     H_original_KDD = H_KDD
     dead_KD = H_KDD.diagonal(dim1=1, dim2=2) == 0
@@ -330,6 +340,39 @@ def compress_linears(
             ),
         )
     return result
+
+
+def _pruned_by_score(
+    W_OD: torch.Tensor, H_KDD: torch.Tensor, config: CompressionConfig
+) -> ExpertWeights:
+    """Experts whose kept weights are the dense ones; nothing is factored."""
+    num_experts = H_KDD.shape[0]
+    kept = torch.stack(
+        [
+            ~score_mask(
+                score(config.pruner, W_OD, H_DD),
+                config.sparsity,
+                config.block_size,
+                by_row=config.pruner == "wanda",
+            )
+            for H_DD in H_KDD
+        ]
+    )
+    errors = []
+    for H_DD, kept_OD in zip(H_KDD, kept, strict=True):
+        lost_OD = W_OD.masked_fill(kept_OD, 0)
+        energy, lost = (float(((part @ H_DD) * part).sum()) for part in (W_OD, lost_OD))
+        errors.append(lost / energy if energy > 0 else 0.0)
+    dead_K = (H_KDD.diagonal(dim1=1, dim2=2) == 0).sum(dim=1)
+    return ExpertWeights(
+        weight_KOD=W_OD * kept,
+        kept_KOD=kept,
+        codes_KOD=None,
+        damping_fraction_K=(0.0,) * num_experts,
+        damping_attempts_K=(0,) * num_experts,
+        num_dead_K=tuple(int(n) for n in dead_K),
+        relative_error_K=tuple(errors),
+    )
 
 
 def _relative_errors(

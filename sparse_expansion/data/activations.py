@@ -63,6 +63,20 @@ class ActivationBuffers:
             self.in_memory -= num_bytes
 
 
+def outside_heap(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, which goes back to the system when the copy does.
+
+    For what outlives the large tensors that are made and freed around it: on the heap it would
+    keep the space between from being used again.
+    """
+    if not tensor.numel() or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return tensor.clone()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, tensor.numel() * tensor.element_size(), flags=flags)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 def _reserve(descriptor: int, num_bytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)

@@ -37,7 +37,7 @@ from ray.util.metrics import Counter, Gauge
 from sparse_expansion.execution.base import Observer, Progress, Schedule
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.stages import Unit, UnitReport, Worker, WorkerSpec
-from sparse_expansion.types import CompressionError, HessianSum, MomentSum
+from sparse_expansion.types import CompressionError, HessianSum
 
 _LOST_WORKER = (
     ActorDiedError,
@@ -106,10 +106,6 @@ def to_wire(value: Any) -> Any:
         return tensor.numpy()
     if isinstance(value, HessianSum):
         return ("HessianSum", to_wire(value.sum_DD), value.num_tokens)
-    if isinstance(value, MomentSum):
-        return ("MomentSum", to_wire(value.sum_D), to_wire(value.gram))
-    if isinstance(value, tuple):
-        return ("tuple", *(to_wire(part) for part in value))
     if isinstance(value, list):
         return [to_wire(part) for part in value]
     return value
@@ -125,12 +121,8 @@ def from_wire(value: Any) -> Any:
         kind, *parts = value
         if kind == "bfloat16":
             return torch.from_numpy(parts[0]).view(torch.bfloat16)
-        if kind == "HessianSum":
-            return HessianSum(from_wire(parts[0]), parts[1])
-        if kind == "MomentSum":
-            return MomentSum(from_wire(parts[0]), from_wire(parts[1]))
-        assert kind == "tuple"
-        return tuple(from_wire(part) for part in parts)
+        assert kind == "HessianSum"
+        return HessianSum(from_wire(parts[0]), parts[1])
     return value
 
 

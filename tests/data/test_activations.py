@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from sparse_expansion.data.activations import ActivationBuffers, GroupInputs
+from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
 from sparse_expansion.model.families import LinearGroup
 
 
@@ -46,3 +46,13 @@ def test_group_names():
     assert LinearGroup(("mlp.gate_proj", "mlp.up_proj")).name == "mlp.gate_proj+up_proj"
     with pytest.raises(AttributeError):
         LinearGroup(("x",)).name = "y"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_outside_the_heap_is_equal_and_its_own(dtype):
+    original = torch.randn(7, 5).to(dtype)
+    copy = outside_heap(original)
+    assert torch.equal(copy, original) and copy.dtype == dtype
+    copy[0, 0] = 9
+    assert original[0, 0] != 9
+    assert outside_heap(torch.empty(0, 5)).shape == (0, 5)
