@@ -267,7 +267,7 @@ class Worker:
             if not summed:
                 return part_TD
             total = self._hessian(part_TD)
-            return HessianSum(total.sum_DD.cpu(), total.num_tokens)
+            return HessianSum(outside_heap(total.sum_DD), total.num_tokens)
 
         return {}, {
             range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
@@ -556,10 +556,7 @@ class Worker:
     def _put_pruned(self, block: nn.Module, layer: int, pruned: str) -> None:
         """Replace a dense block's rows by those that ``stage_prune_neurons`` wrote."""
         for group in self._shell().family.groups:
-            name = pruned_file(layer, group.name)
-            if not self.store.exists(name):
-                continue
-            tensors = self.store.read_tensors(name)
+            tensors = self.store.read_tensors(pruned_file(layer, group.name))
             for linear in group.linears:
                 module = block.get_submodule(linear)
                 # A copy: what was read may be the file itself, mapped.

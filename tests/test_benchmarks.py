@@ -62,3 +62,45 @@ def test_the_sweeps_benchmark_finds_equal_masks():
     rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
     assert [row["rows"] for row in rows] == [40, 96]
     assert all(row["same_mask"] > 0.995 and row["ratio"] > 0 for row in rows)
+
+
+def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, tmp_path):
+    settings = {
+        "common": "--seqlen 48 --eval-windows 4 --block-size 16 --threads 1",
+        "calibrations": {"16 windows": "--dataset-size 16"},
+        "points": {"70 %": "--sparsity 0.7", "4 bits": "--sparsity 0.5 --quantize"},
+        "methods": {
+            "one cluster": "--num_clusters 1",
+            "magnitude": "--num_clusters 1 --pruner magnitude",
+        },
+        "leave_out": [["4 bits", "magnitude"]],
+        "seeds": [0],
+        "reference": "one cluster",
+    }
+    file = tmp_path / "settings.json"
+    output = tmp_path / "out"
+    line = [sys.executable, "-m", "benchmarks.quality", str(neox_folder), str(text_folder)]
+    line += ["--output", str(output), "--settings", str(file), "--hold-out", "0.1"]
+
+    def rows_after_a_run():
+        file.write_text(json.dumps(settings))
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads((output / "rows.json").read_text()), done.stdout
+
+    rows, text = rows_after_a_run()
+    assert [(row["point"], row["method"]) for row in rows] == [
+        ("70 %", "one cluster"),
+        ("70 %", "magnitude"),
+        ("4 bits", "one cluster"),
+    ]
+    assert rows[0]["gap"] < rows[1]["gap"] and rows[0]["hold_out"] == 0.1
+    ratio = rows[0]["perplexity"] / rows[0]["perplexity_dense"]
+    np.testing.assert_allclose(rows[0]["gap"], np.log(ratio))
+    assert f"{rows[1]['gap'] / rows[0]['gap']:.3f} (0.000)" in text
+    assert (output / "ratios-0.svg").exists() and (output / "summary.parquet").exists()
+    settings["seeds"] = [0, 1]
+    settings["points"] = {"70 %": "--sparsity 0.7"}
+    more, text = rows_after_a_run()
+    assert more[:3] == rows and [row["seed"] for row in more[3:]] == [1, 1]
+    assert "4 bits" not in text

@@ -1,0 +1,1 @@
+"""Perplexity of methods over settings and seeds: ``python -m benchmarks.quality``."""

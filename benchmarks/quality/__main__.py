@@ -1,0 +1,193 @@
+"""Perplexity of methods over settings and seeds, as a table that grows and can be resumed.
+
+    python -m benchmarks.quality MODEL TEXT --output DIR
+    python -m benchmarks.quality MODEL TEXT --output DIR --settings my.json --hold-out 0.2
+
+Every row is one `sparse-expansion run` in a process of its own, named by its flags: rows that are
+in DIR/rows.json are not run again. `--hold-out` measures on the last share of the calibration text
+and never opens the test text: for choices. Printed, and written as Parquet and figures: mean and
+standard deviation over seeds of the gap (log-perplexity over the dense model's, nats per token),
+and its ratio to the reference method's gap for the same point, calibration and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.synthetic import command
+from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.plots import figure_and_axes, save
+from sparse_expansion.report import columns_of, table, write_table
+from sparse_expansion.store import Store
+
+SETTINGS = Path(__file__).with_name("settings.json")
+ROWS = "rows.json"
+Row = dict[str, Any]
+
+
+def wanted(settings: dict[str, Any]) -> Iterator[Row]:
+    """A row without results for every point, calibration, seed and method; cheap ones first."""
+    left_out = {tuple(pair) for pair in settings.get("leave_out", ())}
+    for seed in settings["seeds"]:
+        for calibration, size in settings["calibrations"].items():
+            for point, shape in settings["points"].items():
+                for method, how in settings["methods"].items():
+                    if (point, method) not in left_out:
+                        yield {
+                            "point": point,
+                            "calibration": calibration,
+                            "method": method,
+                            "seed": seed,
+                            "flags": f"{settings['common']} {size} {shape} {how} --seed {seed}",
+                        }
+
+
+def held_out(dataset: str, share: float, folder: Path) -> Path:
+    """A folder whose test text is the end of the calibration text, which loses it."""
+    text = load_corpus(dataset).calibration
+    cut = text.rindex(" ", 0, round(len(text) * (1 - share)))
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
+    (folder / "test.txt").write_text(text[cut:], encoding="utf-8")
+    return folder
+
+
+def summary(rows: list[Row], reference: str) -> list[Row]:
+    """Over seeds: gaps, and ratios to the reference's gaps seed by seed."""
+    gaps = {(r["point"], r["calibration"], r["method"], r["seed"]): r["gap"] for r in rows}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["point"], row["calibration"], row["method"]), []).append(row)
+    found = []
+    for (point, calibration, method), same in groups.items():
+        each = [row["gap"] for row in same]
+        ratios = [
+            row["gap"] / gaps[point, calibration, reference, row["seed"]]
+            for row in same
+            if (point, calibration, reference, row["seed"]) in gaps
+        ]
+        found.append(
+            {
+                "point": point,
+                "calibration": calibration,
+                "method": method,
+                "seeds": len(same),
+                "perplexity": statistics.mean(row["perplexity"] for row in same),
+                "gap": statistics.mean(each),
+                "gap_deviation": statistics.stdev(each) if len(each) > 1 else 0.0,
+                "ratio": statistics.mean(ratios) if ratios else float("nan"),
+                "ratio_deviation": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
+                "cost": statistics.mean(row["cost"] for row in same),
+            }
+        )
+    return found
+
+
+def summary_table(found: list[Row], reference: str) -> str:
+    """The summary for people."""
+    cells: list[tuple[str, ...]] = [
+        ("point, calibration, method", "seeds", "perplexity", "gap", f"of {reference}", "cost")
+    ]
+    cells += [
+        (
+            f"{row['point']}, {row['calibration']}, {row['method']}",
+            str(row["seeds"]),
+            f"{row['perplexity']:.3f}",
+            f"{row['gap']:.4f} ({row['gap_deviation']:.4f})",
+            f"{row['ratio']:.3f} ({row['ratio_deviation']:.3f})",
+            f"{row['cost']:.3f}",
+        )
+        for row in found
+    ]
+    return f"{table(cells, header=True)}\n\ndense perplexity and flags are in {ROWS}"
+
+
+def ratios_figure(found: list[Row], calibration: str, reference: str) -> Any:
+    """Ratios to the reference's gap, points beside each other, a colour per method."""
+    rows = [row for row in found if row["calibration"] == calibration]
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = figure_and_axes("", f"gap over that of {reference}")
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        same = [row for row in rows if row["method"] == method]
+        places = [points.index(row["point"]) + (number + 0.5) * width - 0.4 for row in same]
+        heights = [row["ratio"] for row in same]
+        spread = [row["ratio_deviation"] for row in same]
+        axes.bar(places, heights, width, yerr=spread, label=method, color=f"C{number}")
+    axes.axhline(1, color="0.5", linestyle=":")
+    axes.set_xticks(range(len(points)), points)
+    axes.set_title(calibration, fontsize="medium", loc="left")
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Run what is missing, and print the summary of all there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("dataset")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--settings", type=Path, default=SETTINGS)
+    parser.add_argument(
+        "--hold-out", type=float, help="share of the calibration text to measure on"
+    )
+    args = parser.parse_args()
+    settings = json.loads(args.settings.read_text(encoding="utf-8"))
+    store = Store(args.output)
+    rows: list[Row] = store.read_json(ROWS) if store.exists(ROWS) else []
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = args.dataset
+        if args.hold_out is not None:
+            dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
+        text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
+        done = {(row["flags"], row["model"], row["dataset"], row["hold_out"]) for row in rows}
+        for row in wanted(settings):
+            if (row["flags"], *text.values()) in done:
+                continue
+            metrics = command(
+                "run", "--model", args.model, "--dataset", dataset, *row["flags"].split()
+            )
+            rows.append(row | text | found_in(metrics))
+            store.write_json(ROWS, rows)
+    # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
+    asked = {row["flags"] for row in wanted(settings)}
+    here = [
+        row
+        for row in rows
+        if row["flags"] in asked and all(row[name] == value for name, value in text.items())
+    ]
+    found = summary(here, settings["reference"])
+    write_table(columns_of(found), str(args.output / "summary.parquet"))
+    figures = {
+        f"ratios-{number}": ratios_figure(found, calibration, settings["reference"])
+        for number, calibration in enumerate(settings["calibrations"])
+    }
+    save(figures, args.output)
+    print(summary_table(found, settings["reference"]))
+
+
+def found_in(metrics: dict[str, Any]) -> Row:
+    """What a row keeps of a run."""
+    dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
+    flops = metrics["mlp_flops_per_token"]
+    return {
+        "perplexity_dense": dense,
+        "perplexity": expanded,
+        "gap": math.log(expanded / dense),
+        "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+        "starved_experts": metrics["starved_experts"],
+        "num_eval_tokens": metrics["num_eval_tokens"],
+        "seconds": metrics["seconds"]["expand"],
+    }
+
+
+if __name__ == "__main__":
+    main()
