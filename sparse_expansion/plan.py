@@ -141,19 +141,21 @@ def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float
     """Operations of all MLP linears on one token: dense, kept weights alone, and routers."""
     found = {"dense": 0.0, "experts": 0.0, "router": 0.0}
     for group in shape.groups:
-        features = config.routing.num_components(group.width)
         kept = PackedLayout.of(group.rows, group.width, config.compression).num_kept
         found["dense"] += 2.0 * shape.num_layers * group.rows * group.width
         found["experts"] += 2.0 * shape.num_layers * kept
-        if config.routing.num_clusters > 1:
-            projection = config.routing.pca_reduction_factor is not None
-            found["router"] += (
-                2.0
-                * shape.num_layers
-                * features
-                * (config.routing.num_clusters + (group.width if projection else 0))
-            )
+        found["router"] += shape.num_layers * routing_flops(config, group.width)
     return found
+
+
+def routing_flops(config: RunConfig, width: int) -> float:
+    """Operations to route one token: see ``clustering.route``."""
+    clusters, features = config.routing.num_clusters, config.routing.num_components(width)
+    if clusters == 1:
+        return 0.0
+    if config.routing.pca_reduction_factor is None or clusters <= features:
+        return 2.0 * width * clusters
+    return 2.0 * features * (width + clusters)
 
 
 def experts_flops(group: GroupShape, block_size: int, tokens: float) -> float:
@@ -257,7 +259,6 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
             )
         for g, group in enumerate(shape.groups):
             at = f"{where}/{group.name}"
-            features = config.routing.num_components(group.width)
             units.append(
                 Unit(
                     key=f"{at}/router",
@@ -306,7 +307,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                             rank=4,
                             cost=count
                             * (
-                                2.0 * expected * group.width * features
+                                expected * routing_flops(config, group.width)
                                 + (hessian if summed else 0.0)
                             ),
                             move_cost=shard_tokens * block_flops,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,6 +32,26 @@ class Router:
     def num_clusters(self) -> int:
         """K."""
         return self.centroids_KP.shape[0]
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether centroids are taken back to the inputs' space: fewer products where K <= P."""
+        return self.components_PD is None or self.num_clusters <= self.components_PD.shape[0]
+
+    @cached_property
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A`` and ``b`` with ``||z - c_k||^2 = ||z||^2 + b_k - 2 (A v)_k`` (float32).
+
+        ``v`` is the input itself where the router is folded, else ``z``, the projected input.
+        """
+        centroids = self.centroids_KP.double()
+        offset_K = centroids.square().sum(dim=1)
+        if self.is_folded:
+            mean = self.mean_D.double()
+            if self.components_PD is not None:
+                centroids = centroids @ self.components_PD.double()
+            offset_K += 2 * (centroids @ mean)
+        return centroids.float(), offset_K.float()
 
 
 @dataclass(frozen=True)

@@ -91,23 +91,26 @@ def project(
     X_TD: torch.Tensor, mean_D: torch.Tensor, components_PD: torch.Tensor | None
 ) -> torch.Tensor:
     """``(x - mean) components^T`` in float32; without components, ``x - mean``."""
-    centred = X_TD.float() - mean_D
-    return centred if components_PD is None else centred @ components_PD.T
+    X = X_TD.float()
+    if components_PD is None:
+        return X - mean_D
+    return torch.addmm(-(components_PD @ mean_D), X, components_PD.T)
 
 
 def route(X_TD: torch.Tensor, router: Router) -> torch.Tensor:
     """Expert of every token, ``argmin_k ||project(x) - centroid_k||^2`` (int64).
 
     The same function labels tokens in calibration and routes them at inference, so the two cannot
-    disagree. On equal distances the lowest k wins.
+    disagree. On equal distances the lowest k wins. ``||z||^2`` is the same for every k and left
+    out; with few clusters one product of ``x`` with K vectors is all that remains.
     """
     if router.num_clusters == 1:
         return torch.zeros(X_TD.shape[0], dtype=torch.int64, device=X_TD.device)
-    Z_TP = project(X_TD, router.mean_D, router.components_PD)
-    centroids = router.centroids_KP
-    # ||z||^2 is the same for every k and is left out.
-    offsets = centroids.square().sum(dim=1)
-    return torch.addmm(offsets, Z_TP, centroids.T, alpha=-2).argmin(dim=1)
+    matrix, offset_K = router.scores
+    inputs = X_TD.float()
+    if not router.is_folded:
+        inputs = project(X_TD, router.mean_D, router.components_PD)
+    return torch.addmm(offset_K, inputs, matrix.T, alpha=-2).argmin(dim=1)
 
 
 def fit_kmeans(

@@ -397,8 +397,11 @@ def _relative_errors(
             _dot(gram, H) for gram, H in zip(gram_DD.split(FEW), H_KDD[k].split(FEW), strict=True)
         )
         norm = 0.0
+        has_dead = bool(dead_KD[k].any())
         for dense, expert in zip(W_OD.split(FEW), expert_OD.split(FEW), strict=True):
-            delta = (dense - expert).masked_fill_(dead_KD[k], 0)
+            delta = dense - expert
+            if has_dead:
+                delta.masked_fill_(dead_KD[k], 0)
             norm += _dot(delta, delta)
         lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
         errors.append(lost / energy if energy > 0 else 0.0)

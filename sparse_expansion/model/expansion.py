@@ -121,11 +121,19 @@ class GroupRouter(nn.Module):
         )
         self.centroids = _frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
         self._last: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
+        self._made: tuple[tuple[Any, ...], Router] | None = None
 
     def router(self) -> Router:
-        """The router as plain tensors."""
+        """The router as plain tensors; made anew when the model was moved or loaded again."""
         components = self._parameters["components"]
-        return Router(self.mean, components, self.centroids)
+        parts = [part for part in (self.mean, components, self.centroids) if part is not None]
+        state = tuple(
+            (part.data_ptr(), part.device, None if part.is_inference() else part._version)
+            for part in parts
+        )
+        if self._made is None or self._made[0] != state:
+            self._made = state, Router(self.mean, components, self.centroids)
+        return self._made[1]
 
     def forward(self, X: torch.Tensor) -> Routing:
         """Route ``X [..., D]``; linears of the group that get the same tensor route once."""
@@ -148,6 +156,7 @@ class GroupRouter(nn.Module):
             copy = None if parameter is None else _frozen(parameter.detach().clone())
             clone.register_parameter(name, copy)
         clone._last = None
+        clone._made = None
         return clone
 
 

@@ -64,14 +64,24 @@ def test_too_few_tokens():
         fit_kmeans(torch.randn(3, 2), num_clusters=4, restarts=1, max_iterations=1, seed=0)
 
 
-def test_routing_is_the_nearest_centroid_in_float64():
-    X = torch.randn(200, 10) * 5
-    router = Router(torch.randn(10), torch.randn(4, 10), torch.randn(6, 4))
-    Z = (X.double() - router.mean_D.double()) @ router.components_PD.double().T
+@pytest.mark.parametrize("clusters", [2, 4, 5, 9])
+@pytest.mark.parametrize("components", [4, None])
+def test_routing_is_the_nearest_centroid_in_float64(clusters, components):
+    """With as many clusters as features or fewer the projection is folded away."""
+    X = torch.randn(200, 10) * 5 + 3
+    features = components or 10
+    matrix = None if components is None else torch.randn(components, 10)
+    router = Router(torch.randn(10), matrix, torch.randn(clusters, features))
+    assert router.is_folded == (components is None or clusters <= 4)
+    Z = X.double() - router.mean_D.double()
+    Z = Z if matrix is None else Z @ matrix.double().T
     nearest = torch.cdist(Z, router.centroids_KP.double()).argmin(dim=1)
     assert torch.equal(route(X, router), nearest)
-    plain = Router(torch.zeros(10), None, X[:6].clone())
-    assert route(X[:6], plain).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_centroids_are_their_own_cluster():
+    X = torch.randn(6, 10)
+    assert route(X, Router(torch.zeros(10), None, X.clone())).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_routing_ties_go_to_the_lowest():

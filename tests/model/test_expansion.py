@@ -12,9 +12,11 @@ from sparse_expansion.algorithms import matvec
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.algorithms.kernels import can_spread
 from sparse_expansion.cli import main
+from sparse_expansion.config import RoutingConfig
 from sparse_expansion.model import expansion
-from sparse_expansion.model.expansion import ExpandedLinear, SparseExpansionConfig
+from sparse_expansion.model.expansion import ExpandedLinear, GroupRouter, SparseExpansionConfig
 from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.types import Router
 from tests import tiny
 from tests.model.test_streaming import stream
 
@@ -226,3 +228,20 @@ def test_config_from_a_newer_format_is_refused():
     with pytest.raises(ValueError, match="expert_residency"):
         SparseExpansionConfig(expert_residency="cloud")
     assert "SparseExpansionConfig" in sparse_expansion.__all__
+
+
+def test_a_router_that_was_loaded_again_routes_anew():
+    config = RoutingConfig(num_clusters=3, pca_reduction_factor=2)
+    router = GroupRouter(8, config)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 8, generator=generator)
+
+    def state():
+        shapes = {name: value.shape for name, value in router.state_dict().items()}
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    for assign in (False, True, False):
+        router.load_state_dict(state(), assign=assign)
+        wanted = route(X, Router(router.mean, router.components, router.centroids))
+        assert router.router() is router.router()
+        assert torch.equal(router(X.clone()).order_T, torch.argsort(wanted, stable=True))
