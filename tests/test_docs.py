@@ -140,6 +140,17 @@ def test_every_submitted_job_parses():
         build_parser().parse_args(normalise_flags([command, *shlex.split(line)]))
 
 
+def test_every_benchmark_that_is_named_is_there():
+    named = set()
+    for page in PAGES:
+        text = page.read_text()
+        named |= set(re.findall(r"python (?:-m benchmarks\.|benchmarks/)(\w+)", text))
+    assert len(named) >= 8
+    for name in named:
+        file, package = ROOT / "benchmarks" / f"{name}.py", ROOT / "benchmarks" / name
+        assert file.exists() or (package / "__main__.py").exists(), name
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
