@@ -1,10 +1,13 @@
 """The schedules: what a block is calibrated on, how often it runs, what a starved expert gets."""
 
+import ctypes
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_expansion import jobs
+from sparse_expansion import jobs, stages
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import (
@@ -182,3 +185,25 @@ def test_a_blocks_experts_are_unpacked_once_for_all_shards(
     _, _, measured = make(llama_folder, text_folder, tmp_path / "o", clusters=2, data_shards=3)
     assert measured.stages["advance"].units == 2 * 3
     assert made == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+def test_holes_in_the_heap_are_given_back(monkeypatch):
+    monkeypatch.setattr(stages, "FREED_BYTES_KEPT", 64 << 20)
+    stages.keep_freed_memory()
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Large things that go, and between them small ones that stay.
+    large, small = [], []
+    for _ in range(40):
+        large.append(torch.ones(1 << 20))
+        small.append(torch.ones(64))
+    full = resident()
+    del large
+    kept = resident()
+    stages.return_excess_memory()
+    assert resident() < full - (100 << 20)
+    assert resident() <= kept and len(small) == 40
