@@ -80,7 +80,8 @@ def test_operations_per_token_by_hand():
         "dense": 3 * 2 * (8 * 12 + 6 * 8),
         # Of six columns, the last two are half a group: one of them is kept.
         "experts": 3 * 2 * (4 * 12 + 3 * 8),
-        "router": 3 * 2 * (4 * (8 + 4) + 3 * (6 + 4)),
+        # Four clusters are no more than up's four features, but more than down's three.
+        "router": 3 * 2 * (8 * 4 + 3 * (6 + 4)),
     }
     one = RunConfig(routing=RoutingConfig(num_clusters=1))
     assert mlp_flops_per_token(one, shape)["router"] == 0
