@@ -360,6 +360,18 @@ def numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def _routing(
+    args: argparse.Namespace, num_clusters: int, *, clustering: str = CLUSTERINGS[0]
+) -> RoutingConfig:
+    return RoutingConfig(
+        num_clusters=num_clusters,
+        pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
+        restarts=args.kmeans_restarts,
+        fit_tokens=max(args.kmeans_tokens, 1),
+        clustering=clustering,
+    )
+
+
 def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -> RunConfig:
     """Settings of an experiment: all of its windows are one shard of dense inputs.
 
@@ -375,12 +387,7 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
     }
     if args.command == "sweep-clusters":
         compression["min_tokens_per_expert"] = args.min_tokens_per_expert
-        routing = RoutingConfig(
-            num_clusters=max(numbers(args.num_clusters, "--num_clusters", int)),
-            pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
-            restarts=args.kmeans_restarts,
-            fit_tokens=max(args.kmeans_tokens, 1),
-        )
+        routing = _routing(args, max(numbers(args.num_clusters, "--num_clusters", int)))
     return RunConfig(
         compression=CompressionConfig(**compression),
         routing=routing,
@@ -606,13 +613,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             damping_fraction=args.damping_fraction,
             min_tokens_per_expert=args.min_tokens_per_expert,
         ),
-        routing=RoutingConfig(
-            num_clusters=args.num_clusters,
-            pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
-            restarts=args.kmeans_restarts,
-            fit_tokens=max(args.kmeans_tokens, 1),
-            clustering=args.clustering,
-        ),
+        routing=_routing(args, args.num_clusters, clustering=args.clustering),
         calibration=CalibrationConfig(
             dataset=getattr(args, "dataset", "wikitext2"),
             dataset_size=args.dataset_size,
