@@ -565,7 +565,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
-    from sparse_expansion.store import TIMELINE_FILE
+    from sparse_expansion.store import read_timeline
 
     store = _run_store(args.folder)
     result, text = run_report(store)
@@ -579,8 +579,8 @@ def _report(args: argparse.Namespace) -> int:
     if args.plots:
         from sparse_expansion import plots
 
-        timeline = store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
-        plots.save(plots.run_figures(result.get("experts", []), timeline), args.plots)
+        figures = plots.run_figures(result.get("experts", []), read_timeline(store))
+        plots.save(figures, args.plots)
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
     return 0
 

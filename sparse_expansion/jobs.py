@@ -34,7 +34,7 @@ from sparse_expansion.plan import (
     needed_units,
 )
 from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
-from sparse_expansion.store import TIMELINE_FILE, Store, open_run
+from sparse_expansion.store import TIMELINE_FILE, Store, open_run, read_timeline
 from sparse_expansion.types import NllSum
 
 
@@ -95,9 +95,7 @@ class Timeline:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.rows: list[dict[str, Any]] = (
-            store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
-        )
+        self.rows = read_timeline(store)
 
     def observed_by(self, observer: Observer) -> Observer:
         """The observer, and this."""

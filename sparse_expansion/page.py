@@ -18,7 +18,7 @@ from sparse_expansion.report import (
     size,
     summary_rows,
 )
-from sparse_expansion.store import TIMELINE_FILE, Store
+from sparse_expansion.store import Store, read_timeline
 
 _PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
 
@@ -37,7 +37,7 @@ def report_page(
     metrics = result.get("metrics")
     rows = result.get("experts", [])
     facts = linear_facts(rows)
-    timeline = store.read_json(TIMELINE_FILE) if store.exists(TIMELINE_FILE) else []
+    timeline = read_timeline(store)
     name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
     asked = (
         f"{describe_clusters(config['routing'])}, "

@@ -418,11 +418,11 @@ def cluster_units(
     """
     units = _dense_pass(config, shape, layer)
     capture = units[-1]
+    tokens = config.calibration.dataset_size * config.calibration.seqlen
     shapes = {group.name: group for group in shape.groups}
     for linear, group in linears.items():
         for count in clusters:
             sweeps = experts_flops(shapes[group], config.compression.block_size, 0.0) * count
-            tokens = config.calibration.dataset_size * config.calibration.seqlen
             units.append(
                 Unit(
                     key=f"layer-{layer:03d}/{linear}/clusters-{count:04d}",

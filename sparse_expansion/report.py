@@ -442,6 +442,18 @@ def pruned_table(rows: list[dict[str, Any]], dense: float, num_tokens: int) -> s
     )
 
 
+def gap_and_cost(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a finished run is judged by: see ``comparison``."""
+    flops = metrics["mlp_flops_per_token"]
+    dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
+    return {
+        "perplexity_dense": dense,
+        "perplexity": expanded,
+        "gap": math.log(expanded / dense),
+        "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+    }
+
+
 def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
     """Finished runs beside each other: perplexity, and what a token and the files cost.
 
@@ -459,17 +471,12 @@ def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
         metrics = store.read_json(METRICS_FILE)
         if "perplexity_dense" not in metrics:
             raise ValueError(f"{store.root} was not evaluated: compare the folders of `run`")
-        flops = metrics["mlp_flops_per_token"]
-        dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
         rows.append(
             {
                 "name": store.root.rstrip("/").rpartition("/")[2],
                 "setting": f"{describe_clusters(metrics['config']['routing'])}, "
                 f"{describe_compression(metrics['config']['compression'])}",
-                "perplexity_dense": dense,
-                "perplexity": expanded,
-                "gap": math.log(expanded / dense),
-                "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+                **gap_and_cost(metrics),
                 "bytes": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
             }
         )

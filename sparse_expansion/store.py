@@ -218,6 +218,14 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
+def read_timeline(store: Store) -> list[dict[str, Any]]:
+    """Rows of the run's timeline so far, none before its first expansion has ended."""
+    if not store.exists(TIMELINE_FILE):
+        return []
+    rows: list[dict[str, Any]] = store.read_json(TIMELINE_FILE)
+    return rows
+
+
 def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
     """Claim the output folder for a run with this identity, or continue that very run.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import Any
 from benchmarks.synthetic import command
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.plots import figure_and_axes, save
-from sparse_expansion.report import columns_of, table, write_table
+from sparse_expansion.report import columns_of, gap_and_cost, table, write_table
 from sparse_expansion.store import Store
 
 SETTINGS = Path(__file__).with_name("settings.json")
@@ -176,13 +175,8 @@ def main() -> None:
 
 def found_in(metrics: dict[str, Any]) -> Row:
     """What a row keeps of a run."""
-    dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
-    flops = metrics["mlp_flops_per_token"]
     return {
-        "perplexity_dense": dense,
-        "perplexity": expanded,
-        "gap": math.log(expanded / dense),
-        "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+        **gap_and_cost(metrics),
         "starved_experts": metrics["starved_experts"],
         "num_eval_tokens": metrics["num_eval_tokens"],
         "seconds": metrics["seconds"]["expand"],
