@@ -862,12 +862,16 @@ def return_excess_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, without the object store that it shares with others."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak if sys.platform == "darwin" else peak * 1024
+    """Peak resident memory of this process, without the object store that it shares with others.
+
+    Linux keeps ``ru_maxrss`` over ``exec``: a command started by a large process, a notebook say,
+    would report that one's peak. ``VmHWM`` is of this program alone.
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssShmem:"):
-                peak -= 1024 * int(line.split()[1])
-    return peak
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in fields:
+            shared = fields.get("RssShmem", "0 kB")
+            return 1024 * (int(fields["VmHWM"].split()[0]) - int(shared.split()[0]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
