@@ -25,8 +25,9 @@ SUBSPACE_TOLERANCE = 1e-5
 def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading principal components from ``sum x``, ``sum x x^T`` and the count.
 
-    The covariance ``sum x x^T / T - mean mean^T`` is formed and diagonalised in float64, so that
-    the tokens never have to be in memory at once. Signs are fixed (largest entry positive).
+    The covariance ``sum x x^T / T - mean mean^T`` is formed in float64, so that the tokens never
+    have to be in memory at once, and diagonalised in float64, or iterated on in float32. Signs are
+    fixed (largest entry positive).
 
     Returns:
         ``mean_D`` and ``components_PD`` in float32, by falling variance.
@@ -43,7 +44,7 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
     covariance = moments.gram.sum_DD.double().div_(count).addr_(mean_D, mean_D, alpha=-1)
     first = max(0, width - num_components)
     if takes_subspace_iteration(width, num_components):
-        vectors = _leading_vectors(covariance, num_components)
+        vectors = _leading_vectors(covariance.float(), num_components)
     elif covariance.is_cuda:
         vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
     else:

@@ -55,6 +55,24 @@ def n_m_mask(saliency_KMO: torch.Tensor, num_pruned: int) -> torch.Tensor:
     return mask.scatter_(1, order[:, :num_pruned], True)
 
 
+def n_m_masks(values_DO: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
+    """``n_m_mask`` of every M rows of a (transposed) matrix; a last, shorter group loses its share.
+
+    Args:
+        values_DO: what the weights are worth, input columns first.
+        pattern: N:M.
+    """
+    assert pattern.group is not None and pattern.pruned is not None
+    width, rows = values_DO.shape
+    rest = width % pattern.group
+    grouped = values_DO[: width - rest].view(-1, pattern.group, rows)
+    mask = n_m_mask(grouped, pattern.pruned).view(-1, rows)
+    if not rest:
+        return mask
+    last = n_m_mask(values_DO[None, -rest:], rest * pattern.pruned // pattern.group)
+    return torch.cat([mask, last[0]])
+
+
 def score(pruner: str, W_OD: torch.Tensor, H_DD: torch.Tensor) -> torch.Tensor:
     """What a weight is worth to a pruner that looks at every weight by itself, ``[O, D]``.
 
@@ -86,12 +104,7 @@ def score_mask(
     """
     rows, width = score_OD.shape
     if pattern.group is not None:
-        assert pattern.pruned is not None
-        parts = []
-        for part_OM in score_OD.split(pattern.group, dim=1):
-            count = part_OM.shape[1] * pattern.pruned // pattern.group
-            parts.append(n_m_mask(part_OM.T[None], count)[0].T)
-        return torch.cat(parts, dim=1)
+        return n_m_masks(score_OD.T.contiguous(), pattern).T.contiguous()
     total = rows * width - pattern.num_kept(rows, width, block_size)
     if not by_row:
         return unstructured_mask(score_OD[None], total)[0]

@@ -90,9 +90,10 @@ def sweep(
     grid: AffineGrid | None,
     block_size: int,
     columns_KD: torch.Tensor | None = None,
+    kept_KDO: torch.Tensor | None = None,
     compiled: bool | None = None,
     decide: Callable[[Block], None] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """One pass over the columns, in place: mask, round, and push the error onward.
 
     For column ``j`` of a block: ``q_j`` is ``w_j`` masked and rounded,
@@ -112,21 +113,24 @@ def sweep(
         grid: rounding grid of the dense weight, None to prune only.
         block_size: columns per block; the last block may be shorter.
         columns_KD: original index of every (reordered) column, None when in order.
+        kept_KDO: the mask where it is given: weights are only rounded then.
         compiled: whether masks and columns are decided by compiled loops; by default on a CPU.
         decide: what decides a block's columns; by default the compiled loop, Triton's kernel on a
             GPU that has Triton, else ``decide_columns``.
 
     Returns:
-        The mask of kept weights ``[K, D, O]`` (bool), the codes (uint8, or None), and each
-        expert's loss ``sum_j |e_j|^2``, which is ``tr(E (H + damping) E^T)`` exactly.
+        The mask of kept weights ``[K, D, O]`` (bool), the codes (uint8, or None), each expert's
+        loss ``sum_j |e_j|^2``, which is ``tr(E (H + damping) E^T)`` exactly, and ``|E|^2``, where
+        ``E`` is what was changed.
     """
     num_experts, width, rows = W_KDO.shape
-    kept = torch.ones_like(W_KDO, dtype=torch.bool)
+    kept = torch.ones_like(W_KDO, dtype=torch.bool) if kept_KDO is None else kept_KDO
     codes = None if grid is None else torch.zeros_like(W_KDO, dtype=torch.uint8)
     if grid is None and pattern.num_kept(rows, width, block_size) == rows * width:
-        return kept, None, W_KDO.new_zeros(num_experts)
+        return kept, None, W_KDO.new_zeros(num_experts), W_KDO.new_zeros(num_experts)
     loss_K = W_KDO.new_zeros(num_experts, dtype=torch.float64)
-    n_m = pattern.group is not None
+    change_K = torch.zeros_like(loss_K)
+    n_m = pattern.group is not None and kept_KDO is None
     if compiled is None:
         compiled = not W_KDO.is_cuda
     if decide is None and compiled:
@@ -159,7 +163,9 @@ def sweep(
         errors = torch.empty_like(W1)
         mask = torch.zeros_like(W1, dtype=torch.bool)
         num_pruned = 0 if n_m else pattern.num_pruned(count * rows)
-        if num_pruned and compiled:
+        if kept_KDO is not None:
+            mask = ~kept_KDO[:, start:stop]
+        elif num_pruned and compiled:
             _smallest_compiled(W1, diagonal_KB, num_pruned, mask)
         elif num_pruned:
             mask = unstructured_mask(saliency(W1, diagonal_KB), num_pruned)
@@ -170,12 +176,19 @@ def sweep(
             if columns_KD is not None:
                 columns = columns_KD[:, start:stop]
             block_grid = BlockGrid(*grid.columns(columns), codes[:, start:stop], grid.max_code)
-        decide(Block(W1, U1, mask, errors, pattern.group or 0, pattern.pruned or 0, block_grid))
+        group, pruned = (pattern.group or 0, pattern.pruned or 0) if n_m else (0, 0)
+        decide(Block(W1, U1, mask, errors, group, pruned, block_grid))
         kept[:, start:stop] = ~mask
-        loss_K += torch.stack([torch.dot(error, error) for error in errors.flatten(1)])
+        loss_K += _energies(errors)
         torch.sub(W_KDO[:, start:stop], W1, out=change_KDO[:, start:stop])
+        change_K += _energies(change_KDO[:, start:stop])
         W_KDO[:, start:stop] = W1
-    return kept, codes, loss_K
+    return kept, codes, loss_K, change_K
+
+
+def _energies(A_KBO: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of every expert's (contiguous) part."""
+    return torch.stack([torch.dot(A_BO.reshape(-1), A_BO.reshape(-1)) for A_BO in A_KBO])
 
 
 def decide_columns(block: Block) -> None:
@@ -300,20 +313,21 @@ def compress_linears(
         }
     num_experts = H_KDD.shape[0]
     H_original_KDD = H_KDD
-    dead_KD = H_KDD.diagonal(dim1=1, dim2=2) == 0
     order_KD: torch.Tensor | None = None
     if config.act_order:
         diagonal = H_KDD.diagonal(dim1=1, dim2=2)
         order_KD = torch.argsort(diagonal, dim=1, descending=True, stable=True)
         H_KDD = torch.stack([H[order][:, order] for H, order in zip(H_KDD, order_KD, strict=True)])
     factor = upper_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
+    dead_K = tuple(int(n) for n in factor.dead_KD.sum(dim=1))
     result = {}
     for name, W_OD in weights.items():
         W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
         if order_KD is not None:
             W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
-        W_KDO.masked_fill_(factor.dead_KD[:, :, None], 0)
-        kept_KDO, codes_KDO, loss_K = sweep(
+        if any(dead_K):
+            W_KDO.masked_fill_(factor.dead_KD[:, :, None], 0)
+        kept_KDO, codes_KDO, loss_K, change_K = sweep(
             W_KDO,
             factor.factor_KDD,
             pattern=config.sparsity,
@@ -334,9 +348,9 @@ def compress_linears(
             codes_KOD=codes,
             damping_fraction_K=factor.damping_fraction_K,
             damping_attempts_K=factor.attempts_K,
-            num_dead_K=tuple(int(n) for n in factor.dead_KD.sum(dim=1)),
+            num_dead_K=dead_K,
             relative_error_K=_relative_errors(
-                W_OD.float(), W_KOD, H_original_KDD, dead_KD, factor.damping_K, loss_K
+                W_OD.float(), H_original_KDD, loss_K - factor.damping_K * change_K
             ),
         )
     return result
@@ -376,35 +390,27 @@ def _pruned_by_score(
 
 
 def _relative_errors(
-    W_OD: torch.Tensor,
-    experts_KOD: torch.Tensor,
-    H_KDD: torch.Tensor,
-    dead_KD: torch.Tensor,
-    damping_K: torch.Tensor,
-    loss_K: torch.Tensor,
+    W_OD: torch.Tensor, H_KDD: torch.Tensor, lost_K: torch.Tensor
 ) -> tuple[float, ...]:
     """Relative output errors from the sweep's loss, at O(K D^2) instead of O(K O D^2).
 
-    The loss counts the damping as if it were data: ``tr(E H E^T) = loss - damping |E|^2``, without
-    the dead columns, which reach no output. ``tr(W H W^T) = <W^T W, H>`` shares one product, of a
-    sketch of W where it has many rows: see ``_sketch``.
+    ``tr(W H W^T) = <W^T W, H>`` shares one product, of a sketch of W where it has many rows: see
+    ``_sketch``.
+
+    Args:
+        W_OD: the dense weight, float32.
+        H_KDD: Hessian sums.
+        lost_K: ``tr(E H E^T)``. The sweep's loss counts the damping as if it were data: that is
+            its loss less ``damping |E|^2``, without dead columns, which reach no output.
     """
     gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
     gram_into(_sketch(W_OD), gram_DD)
     errors = []
-    for k, expert_OD in enumerate(experts_KOD):
+    for H_DD, lost in zip(H_KDD, lost_K.tolist(), strict=True):
         energy = sum(
-            _dot(gram, H) for gram, H in zip(gram_DD.split(FEW), H_KDD[k].split(FEW), strict=True)
+            _dot(gram, H) for gram, H in zip(gram_DD.split(FEW), H_DD.split(FEW), strict=True)
         )
-        norm = 0.0
-        has_dead = bool(dead_KD[k].any())
-        for dense, expert in zip(W_OD.split(FEW), expert_OD.split(FEW), strict=True):
-            delta = dense - expert
-            if has_dead:
-                delta.masked_fill_(dead_KD[k], 0)
-            norm += _dot(delta, delta)
-        lost = max(0.0, float(loss_K[k]) - float(damping_K[k]) * norm)
-        errors.append(lost / energy if energy > 0 else 0.0)
+        errors.append(max(0.0, lost) / energy if energy > 0 else 0.0)
     return tuple(errors)
 
 

@@ -53,7 +53,7 @@ def test_the_kernel_decides_as_pytorch_does(shape, sparsity, bits):
     results = []
     for decide in (sweeps.decide_columns, triton_kernels.decide):
         weight = W.clone()
-        kept, codes, loss = sweeps.sweep(
+        kept, codes, loss, _ = sweeps.sweep(
             weight, V, pattern=pattern, grid=grid, block_size=16, decide=decide
         )
         results.append((weight, kept, codes, loss))
