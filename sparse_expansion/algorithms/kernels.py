@@ -642,20 +642,31 @@ def _to_float32(builder: ir.IRBuilder, vector: Any, element: ir.Type) -> Any:
     return vector
 
 
+def _suffix(vector: ir.VectorType) -> str:
+    """How LLVM's names of operations on it end."""
+    return f"v{vector.count}{'f32' if vector.element == _F32 else vector.element}"
+
+
 def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, bits: Any, others: Any) -> Any:
     """The values from ``start`` on, in order, in the lanes whose bit is set; else ``others``.
 
     Sixteen are loaded and then spread, which some CPUs do several times faster than both at once;
-    near the end only those are loaded that there are.
+    near the end only those are loaded that there are. Where ``others`` are zeros of float32 and the
+    values are not, these are converted first: CPUs spread 32 bits faster than 16 or 8.
     """
-    vector = others.type
-    name = f"v{LANES}{'f32' if vector.element == _F32 else vector.element}"
+    vector, stored = others.type, _vector(base.type.pointee)
+    converted = stored.element != vector.element
     mask = builder.bitcast(bits, _vector(ir.IntType(1)))
     at_load = cgutils.get_or_insert_function(
         builder.module,
-        ir.FunctionType(vector, [base.type, mask.type, vector]),
-        f"llvm.masked.expandload.{name}",
+        ir.FunctionType(stored, [base.type, mask.type, stored]),
+        f"llvm.masked.expandload.{_suffix(stored)}",
     )
+    missing = _splat(stored.element, 0) if converted else others
+
+    def as_wanted(values: Any) -> Any:
+        return _to_float32(builder, values, stored.element) if converted else values
+
     kept = cgutils.alloca_once(builder, vector)
     has_room = builder.icmp_signed("<=", builder.add(start, _I64(LANES)), size)
     with builder.if_else(has_room) as (whole, rest):
@@ -664,17 +675,17 @@ def _spread(builder: ir.IRBuilder, base: Any, start: Any, size: Any, bits: Any, 
                 in_register = cgutils.get_or_insert_function(
                     builder.module,
                     ir.FunctionType(vector, [vector, vector, mask.type]),
-                    f"llvm.x86.avx512.mask.expand.{name}",
+                    f"llvm.x86.avx512.mask.expand.{_suffix(vector)}",
                 )
-                loaded = _load(builder, base, start, vector)
+                loaded = as_wanted(_load(builder, base, start, stored))
                 spread = builder.call(in_register, [loaded, others, mask])
             else:
-                halves = _spread_halves(builder, base, start, bits, vector.element)
-                spread = builder.select(mask, halves, others)
+                halves = _spread_halves(builder, base, start, bits, stored.element)
+                spread = as_wanted(builder.select(mask, halves, missing))
             builder.store(spread, kept)
         with rest:
             place = builder.gep(base, [start])
-            builder.store(builder.call(at_load, [place, mask, others]), kept)
+            builder.store(as_wanted(builder.call(at_load, [place, mask, missing])), kept)
     return builder.load(kept)
 
 
@@ -773,12 +784,12 @@ def _kept_dot(
         element = context.get_data_type(signature.args[2].dtype)
         dot = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
         here = cgutils.alloca_once_value(builder, _splat(_F32, 0.0))
-        zeros = _splat(element, 0)
+        zeros = _splat(_F32, 0)
         with _chunks(context, builder, signature.args, arguments, zeros, arguments[6]) as chunk:
             number, mask, kept, _ = chunk
             column = builder.add(arguments[5], builder.mul(number, _I64(LANES)))
             part = _load(builder, x_at, column, _vector(_F32))
-            _sum_of_products(builder, dot, _to_float32(builder, kept, element), part)
+            _sum_of_products(builder, dot, kept, part)
             if element == _I8:
                 seen = builder.select(mask, part, _splat(_F32, 0.0))
                 builder.store(builder.fadd(builder.load(here), seen), here)
