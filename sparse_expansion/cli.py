@@ -20,13 +20,12 @@ from typing import Any, NoReturn
 from sparse_expansion.config import RANKINGS, RunConfig
 from sparse_expansion.flags import (
     EXIT_BAD_INPUT,
-    build_parser,
     check_execution,
     check_tasks,
     cluster_settings,
     experiment_config,
-    normalise_flags,
     numbers,
+    parse_arguments,
     parse_size,
     run_config,
 )
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 failed at work, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        args = build_parser().parse_args(normalise_flags(given))
+        args = parse_arguments(given)
     except SystemExit as stop:
         return int(stop.code or 0)
     args.line = shlex.join(["sparse-expansion", *given])

@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-CALIBRATION_INPUTS = ("compressed", "dense")
+CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
 CLUSTERINGS = ("kmeans", "random")
-PRUNERS = ("sparsegpt", "wanda", "magnitude")
+PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
 RANKINGS = ("wasserstein", "mean", "variance", "magnitude", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -106,8 +106,11 @@ class CompressionConfig:
     sparsity: SparsityPattern = field(default_factory=lambda: SparsityPattern(fraction=0.5))
     """Share and shape of the zeros."""
     pruner: str = "sparsegpt"
-    """``sparsegpt``: the column sweep, which makes up for what it removes; ``wanda`` and
-    ``magnitude`` choose by a score of the dense weights and leave the kept ones as they are."""
+    """``sparsegpt``: the column sweep, which makes up for what it removes; ``admm``: mask and
+    weights solved for together, and the sweep rounds; ``wanda`` and ``magnitude`` choose by a
+    score of the dense weights and leave the kept ones as they are."""
+    solver_iterations: int = 12
+    """Of ``admm``."""
     bits: int | None = None
     """Bits per kept weight (2 to 8), None for no quantization."""
     symmetric: bool = False
@@ -145,9 +148,13 @@ class CompressionConfig:
         )
         _require(self.pruner in PRUNERS, f"pruner {self.pruner!r} is none of {', '.join(PRUNERS)}")
         _require(
-            self.pruner == "sparsegpt" or (self.bits is None and not self.act_order),
+            self.pruner in ("sparsegpt", "admm") or (self.bits is None and not self.act_order),
             f"pruner {self.pruner} leaves kept weights as they are: drop --quantize and "
             "--act-order, or use --pruner sparsegpt",
+        )
+        _require(
+            1 <= self.solver_iterations <= 1000,
+            f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
         )
         group = self.sparsity.group
         if group is not None:
@@ -232,7 +239,8 @@ class CalibrationConfig:
     """Seed of the windows and of KMeans."""
     calibration_inputs: str = "compressed"
     """``compressed``: every block sees what the compressed blocks before it put out (the
-    paper's); ``dense``: every block sees the dense model's activations."""
+    paper's); ``sequential``: and inside a block later linears see what compressed earlier ones put
+    out, and make up for it; ``dense``: every block sees the dense model's activations."""
     data_shards: int = 4
     """Shards of the windows. Sums are merged in shard order, so the result depends on this
     number and never on the number of workers."""
@@ -253,6 +261,16 @@ class CalibrationConfig:
         _require(
             self.data_shards >= 1, f"data_shards {self.data_shards} must be at least 1, e.g. 4"
         )
+
+    @property
+    def follows_compression(self) -> bool:
+        """Whether a block waits for the compressed blocks before it."""
+        return self.calibration_inputs != "dense"
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a block's later groups wait for the compressed groups before them."""
+        return self.calibration_inputs == "sequential"
 
     @property
     def num_shards(self) -> int:

@@ -22,6 +22,25 @@ from sparse_expansion.config import (
 
 EXIT_BAD_INPUT = 2
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "pruner": "sparsegpt",
+        "block_size": 128,
+        "damping_fraction": 0.01,
+        "calibration_inputs": "compressed",
+        "num_clusters": 16,
+        "pca_reduction_factor": 32,
+    },
+    "best": {
+        "pruner": "admm",
+        "damping_fraction": 0.03,
+        "calibration_inputs": "sequential",
+        "num_clusters": 16,
+        "pca_reduction_factor": 32,
+    },
+}
+"""Flags' values under a name; what is given beside it counts for more."""
+
 _RUN_EXAMPLES = """examples:
   # a local or hub model, 16 experts at 50 %, offline text
   sparse-expansion run --model ./SmolLM2-135M --dataset pydoc --sparsity 0.5 \\
@@ -111,8 +130,24 @@ def normalise_flags(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parsed flags, those of a preset filled in.
+
+    Raises:
+        SystemExit: help was asked for, or a flag is wrong.
+    """
+    flags = normalise_flags(arguments)
+    args = build_parser().parse_args(flags)
+    preset = getattr(args, "preset", None)
+    return args if preset is None else build_parser(PRESETS[preset]).parse_args(flags)
+
+
+def build_parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser of all subcommands.
+
+    Args:
+        defaults: values of a preset.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -188,6 +223,12 @@ def build_parser() -> argparse.ArgumentParser:
         _add_pruning(sub)
         _add_quantization(sub)
         _add_routing(sub)
+        sub.add_argument(
+            "--preset",
+            choices=tuple(PRESETS),
+            help="paper: the published settings; best: those that measured best (slower); flags "
+            "beside it count for more",
+        )
     _add_model(evaluate)
     for sub in (run, expand, evaluate):
         _add_data(sub)
@@ -228,6 +269,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--price", type=float, metavar="PER_HOUR", help="price of a worker, to state a cost"
     )
+    for sub in (run, expand, plan):
+        sub.set_defaults(**(defaults or {}))
     every = (run, expand, evaluate, plan, analyze, export, report, compare, sweep, prune)
     for sub in every:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -262,7 +305,11 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         "--pruner",
         choices=PRUNERS,
         default="sparsegpt",
-        help="wanda and magnitude are cheap, and do not make up for what they remove",
+        help="admm solves for mask and weights together: better, and slower; wanda and magnitude "
+        "are cheap, and do not make up for what they remove",
+    )
+    group.add_argument(
+        "--solver-iterations", type=int, default=12, metavar="N", help="of admm (default 12)"
     )
     group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
     group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
@@ -382,6 +429,7 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
     compression = {
         "sparsity": SparsityPattern.parse(args.sparsity),
         "pruner": args.pruner,
+        "solver_iterations": args.solver_iterations,
         "block_size": args.block_size,
         "damping_fraction": args.damping_fraction,
     }
@@ -464,8 +512,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration-inputs",
         choices=CALIBRATION_INPUTS,
         default="compressed",
-        help="what a block is calibrated on: the compressed blocks' output (the "
-        "paper's) or the dense model's activations; default compressed",
+        help="what a block is calibrated on: the compressed blocks' output (the paper's), this "
+        "and inside a block the compressed linears' before (sequential), or the dense model's "
+        "activations; default compressed",
     )
     group.add_argument(
         "--data-shards",
@@ -605,6 +654,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
         compression=CompressionConfig(
             sparsity=SparsityPattern.parse(args.sparsity),
             pruner=args.pruner,
+            solver_iterations=args.solver_iterations,
             bits=(4 if args.bits is None else args.bits) if args.quantize else None,
             symmetric=args.symmetric,
             group_size=args.group_size,

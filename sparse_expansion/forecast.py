@@ -196,7 +196,8 @@ def worker_memory(
         + batch * (6 * hidden + 3 * sizes.intermediate) * item
     )
     stages = {"capture": forward, "trunk": _trunk_bytes(shape, sizes)}
-    for group in shape.groups:
+    for g, group in enumerate(shape.groups):
+        paired = calibration.is_sequential and g > 0
         width = group.width
         features = config.routing.num_components(width)
         # Gram matrices being added; the float64 covariance; for a full decomposition its copy, the
@@ -207,20 +208,26 @@ def worker_memory(
             router += (4 if full else 1) * width**2 * 8
         router += 4 * fit * features * FLOAT32_BYTES
         stages["router"] = max(stages.get("router", 0), router)
-        of_expert = gathered_bytes(config, width, item)
+        of_expert = gathered_bytes(config, width, item, paired=paired)
         count = len(gathered_ranges(ranges, of_expert, calibration.num_shards)[0])
         rows = per_unit * count * of_expert
         stages["gather"] = max(stages.get("gather", 0), 2 * rows)
         stages["experts"] = max(
-            stages.get("experts", 0), _experts_bytes(config, group, per_unit, item)
+            stages.get("experts", 0),
+            _experts_bytes(config, group, per_unit, item)
+            # What inputs lack, times inputs; the target, and a triangular solve on its way to it.
+            + (per_unit * FLOAT32_BYTES * width * (width + 3 * group.rows) if paired else 0),
         )
-    if calibration.calibration_inputs == "compressed":
+    if calibration.follows_compression:
         packed = sum(
             PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
             for group in shape.groups
         )
         dense = sizes.dense_mlp * config.routing.num_clusters * item
         stages["advance"] = forward + config.routing.num_clusters * packed + dense
+    if calibration.is_sequential:
+        # Later groups' inputs are held as they are in the dense block too.
+        widths += sum(group.width for group in shape.groups[1:])
     captured = tokens * widths * item
     share = (
         1.0 if cluster.num_workers == 1 else 1 / min(cluster.num_workers, calibration.num_shards)
@@ -232,7 +239,11 @@ def worker_memory(
     }
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
-        gathered = max(_gathered_bytes(config, group.width, item) for group in shape.groups)
+        gathered = max(
+            _gathered_bytes(config, group.width, item)
+            * (2 if calibration.is_sequential and g > 0 else 1)
+            for g, group in enumerate(shape.groups)
+        )
         held["values"] = max(fit * widths * item, gathered)
     # Whatever is freed is kept for what comes next, which needs it in other sizes.
     ever = max(stages.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
@@ -282,6 +293,9 @@ def _experts_bytes(config: RunConfig, group: GroupShape, per_unit: int, item: in
     largest = weights // group.num_linears
     swept += per_unit * largest * (each + FLOAT32_BYTES)
     swept += 2 * FLOAT32_BYTES * weights
+    if config.compression.pruner == "admm":
+        # The inverses; scaled weights, their target, what is projected away, and a product.
+        swept += per_unit * (square + 4 * FLOAT32_BYTES * largest)
     packed = per_unit * PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
     return hessians + weights * item + max(factoring, swept + 2 * packed)
 
@@ -304,7 +318,7 @@ def _time(
 
     def seconds(unit: Unit) -> float:
         moved = sum(handed[key] for key, _ in unit.inputs) if cluster.num_workers > 1 else 0.0
-        if unit.stage in ("capture", "advance"):
+        if unit.stage in ("capture", "recapture", "advance"):
             moved += sizes.block_parameters * sizes.item
         return (
             cluster.seconds_per_unit

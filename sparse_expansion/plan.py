@@ -22,7 +22,7 @@ from torch import nn
 
 from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout
-from sparse_expansion.config import RunConfig
+from sparse_expansion.config import CompressionConfig, RunConfig
 from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.stages import Unit, range_name
 
@@ -103,13 +103,14 @@ def hands_on_sums(config: RunConfig, width: int, item_bytes: int) -> bool:
     return rows * item_bytes > REDUCE_FAN_IN * 4 * 4.0 * width
 
 
-def gathered_bytes(config: RunConfig, width: int, item_bytes: int) -> int:
-    """What one shard hands on for one expert."""
+def gathered_bytes(config: RunConfig, width: int, item_bytes: int, *, paired: bool = False) -> int:
+    """What one shard hands on for one expert; twice as much with what the inputs lack."""
+    count = 2 if paired else 1
     if hands_on_sums(config, width, item_bytes):
-        return 4 * width**2
+        return count * 4 * width**2
     calibration = config.calibration
     shard_tokens = calibration.dataset_size * calibration.seqlen / calibration.num_shards
-    return int(shard_tokens / config.routing.num_clusters * item_bytes * width)
+    return int(count * shard_tokens / config.routing.num_clusters * item_bytes * width)
 
 
 def gathered_ranges(
@@ -158,15 +159,27 @@ def routing_flops(config: RunConfig, width: int) -> float:
     return 2.0 * features * (width + clusters)
 
 
-def experts_flops(group: GroupShape, block_size: int, tokens: float) -> float:
-    """Operations of one expert: Hessian (half of it), factor, sweep, and its error.
+def experts_flops(
+    group: GroupShape, compression: CompressionConfig, tokens: float, *, paired: bool = False
+) -> float:
+    """Operations of one expert: Hessian (half of it), what its pruner does, and its error.
 
-    A factorization takes ``D^3 / 3``; errors of earlier blocks ``O D^2``, inside blocks
-    ``O D block_size``.
+    The sweep: a factorization takes ``D^3 / 3``, errors of earlier blocks ``O D^2``, inside blocks
+    ``O D block_size``. ADMM: an inverse (``D^3``), and a product with it per iteration; one more
+    is its target, and one its error. Scores: their error. ``paired``: with what the inputs lack,
+    another (full) sum, a product and two triangular solves.
     """
     width, rows = float(group.width), float(group.rows)
-    sweep = rows * width * (width + block_size)
-    return tokens * width**2 + width**3 / 3 + sweep
+    found = tokens * width**2 * (3 if paired else 1)
+    if compression.pruner == "sparsegpt" or compression.bits is not None:
+        found += width**3 / 3 + rows * width * (width + compression.block_size)
+    if paired:
+        found += 4 * rows * width**2
+    if compression.pruner == "admm":
+        found += width**3 + 2 * rows * width**2 * (compression.solver_iterations - 1)
+    if compression.pruner != "sparsegpt":
+        found += 2 * rows * width**2 * (2 if compression.pruner == "admm" else 1)
+    return found
 
 
 def packed_bytes(config: RunConfig, group: GroupShape, item_bytes: int) -> int:
@@ -225,7 +238,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     """All units that make an expanded model."""
     calibration = config.calibration
     shards = range(calibration.num_shards)
-    compressed = calibration.calibration_inputs == "compressed"
+    compressed = calibration.follows_compression
     ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
     tokens = calibration.dataset_size * calibration.seqlen
     shard_tokens = tokens / len(shards)
@@ -234,7 +247,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     hidden_bytes = int(shard_tokens * shape.hidden_size * item)
     units = [Unit(key="trunk", stage="trunk", is_persistent=True, layer=-1, cost=1.0)]
     units += [_embed_unit(shape, s, shard_tokens) for s in shards]
-    widths = sum(group.width for group in shape.groups)
+    # Later groups' routers wait for the inputs that they will have.
+    handed = shape.groups[:1] if calibration.is_sequential else shape.groups
     block_flops = shape.block_flops(calibration.seqlen)
     for i in range(shape.num_layers):
         where = f"layer-{i:03d}"
@@ -253,12 +267,36 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     s,
                     after=before,
                     is_persistent=not compressed and i + 1 < shape.num_layers,
-                    outputs=tuple(group.name for group in shape.groups),
-                    output_bytes=int(fit_tokens / len(shards) * widths * item),
+                    outputs=tuple(group.name for group in handed),
+                    output_bytes=int(
+                        fit_tokens / len(shards) * sum(group.width for group in handed) * item
+                    ),
                 )
             )
+        made: list[str] = []
         for g, group in enumerate(shape.groups):
             at = f"{where}/{group.name}"
+            paired = calibration.is_sequential and g > 0
+            seen_in = f"{at}/recapture" if paired else f"{where}/capture"
+            if paired:
+                units += [
+                    Unit(
+                        key=f"{seen_in}/shard-{s:03d}",
+                        stage="recapture",
+                        params={"layer": i, "shard": s, "group": group.name, "experts": ranges},
+                        after=(*made, f"{where}/capture/shard-{s:03d}"),
+                        outputs=(group.name,),
+                        affinity=affinity[s],
+                        layer=i,
+                        rank=0,
+                        cost=shard_tokens * block_flops,
+                        move_cost=shard_tokens * block_flops,
+                        cache_bytes=int(shard_tokens * group.width * item),
+                        output_bytes=int(fit_tokens / len(shards) * group.width * item),
+                        traffic_bytes=2 * hidden_bytes + int(shard_tokens * group.width * item),
+                    )
+                    for s in shards
+                ]
             units.append(
                 Unit(
                     key=f"{at}/router",
@@ -268,7 +306,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         "group": group.name,
                         "seed": calibration.seed + i * len(shape.groups) + g,
                     },
-                    inputs=tuple((f"{where}/capture/shard-{s:03d}", group.name) for s in shards),
+                    inputs=tuple((f"{seen_in}/shard-{s:03d}", group.name) for s in shards),
                     outputs=("gram",),
                     is_persistent=True,
                     layer=i,
@@ -280,8 +318,8 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
             )
             expected = shard_tokens / config.routing.num_clusters
             summed = hands_on_sums(config, group.width, item)
-            moved = gathered_bytes(config, group.width, item)
-            hessian = expected * group.width**2
+            moved = gathered_bytes(config, group.width, item, paired=paired)
+            hessian = expected * group.width**2 * (3 if paired else 1)
             source: dict[tuple[int, int], str] = {}
             for part in gathered_ranges(ranges, moved, len(shards)):
                 first, last = part[0][0], part[-1][1]
@@ -299,8 +337,9 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                                 "group": group.name,
                                 "ranges": part,
                                 "summed": summed,
+                                **({"recaptured": ranges} if paired else {}),
                             },
-                            after=(f"{at}/router", f"{where}/capture/shard-{s:03d}"),
+                            after=(f"{at}/router", f"{seen_in}/shard-{s:03d}"),
                             outputs=tuple(range_name(experts) for experts in part),
                             affinity=affinity[s],
                             layer=i,
@@ -353,18 +392,15 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         cost=count
                         * experts_flops(
                             group,
-                            config.compression.block_size,
+                            config.compression,
                             0.0 if summed else expected * len(shards),
+                            paired=paired,
                         ),
                         traffic_bytes=count * (len(parts) * moved + expert_bytes(config, group)),
                     )
                 )
+            made += [f"{at}/router", *(f"{at}/experts-{range_name(part)}" for part in ranges)]
         if compressed and i + 1 < shape.num_layers:
-            made = tuple(
-                f"{where}/{group.name}/{kind}"
-                for group in shape.groups
-                for kind in ["router", *(f"experts-{range_name(experts)}" for experts in ranges)]
-            )
             for s in shards:
                 units.append(
                     Unit(
@@ -422,7 +458,7 @@ def cluster_units(
     shapes = {group.name: group for group in shape.groups}
     for linear, group in linears.items():
         for count in clusters:
-            sweeps = experts_flops(shapes[group], config.compression.block_size, 0.0) * count
+            sweeps = experts_flops(shapes[group], config.compression, 0.0) * count
             units.append(
                 Unit(
                     key=f"layer-{layer:03d}/{linear}/clusters-{count:04d}",
@@ -480,7 +516,7 @@ def pruning_units(
                     layer=i,
                     rank=1,
                     cost=tokens * group.rows * (2.0 * group.width + SORT_FLOPS)
-                    + experts_flops(group, config.compression.block_size, tokens),
+                    + experts_flops(group, config.compression, tokens),
                     move_cost=capture.cost,
                 )
             )

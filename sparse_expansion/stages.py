@@ -47,6 +47,8 @@ from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllS
 
 CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
+DENSE = " in the dense block"
+"""Ends the name of a group's inputs in the dense block where it has others too."""
 FREED_BYTES_KEPT = 256 << 20
 UNITS_PER_TRIM = 32
 """Units between looks at the heap's holes: after each they made a run a fifth slower."""
@@ -140,7 +142,7 @@ class Worker:
         self._captured: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
         self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
         self._tokens: torch.Tensor | None = None
-        self._expanded: tuple[int, nn.Module] | None = None
+        self._expanded: tuple[tuple[int, str], nn.Module] | None = None
         self._units = 0
         keep_freed_memory()
 
@@ -151,7 +153,7 @@ class Worker:
             CompressionError: the unit cannot be done; the message starts with its key.
         """
         start = time.perf_counter()
-        if unit.stage != "advance":
+        if unit.stage not in ("advance", "recapture"):
             # Unpacked experts are as large as any stage's arrays: the next stage has its own.
             self._expanded = None
         method: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = getattr(
@@ -222,13 +224,25 @@ class Worker:
         """Run the dense block on one shard; keep its group inputs; hand on a sample of them."""
         hidden = self._capture(layer, shard)
         stats: dict[str, Any] = {"tokens": hidden.shape[0] * hidden.shape[1]}
-        if self.config.calibration.calibration_inputs == "dense":
+        calibration = self.config.calibration
+        if not calibration.follows_compression:
             if layer + 1 < self._shell().num_blocks:
                 stats |= self._write_hidden(layer + 1, shard, hidden)
         captured = self._captured[layer, shard]
         for X_TD in captured.values():
             check_finite(X_TD)
-        return stats, {name: self._sample(X_TD) for name, X_TD in captured.items()}
+        # Later groups' routers wait for the inputs that they will have.
+        count = 1 if calibration.is_sequential else None
+        names = [group.name for group in self._shell().family.groups][:count]
+        return stats, {name: self._sample(captured[name]) for name in names}
+
+    def stage_recapture(
+        self, *, layer: int, shard: int, group: str, experts: list[tuple[int, int]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A group's inputs once the groups before it are compressed; hand on a sample of them."""
+        X_TD = self._inputs(layer, shard, group, experts)[group]
+        check_finite(X_TD)
+        return {}, {group: self._sample(X_TD)}
 
     def stage_router(
         self, *samples: torch.Tensor, layer: int, group: str, seed: int
@@ -262,18 +276,34 @@ class Worker:
         return {"files": files, "fit_tokens": fit_tokens}, {"gram": handed}
 
     def stage_gather(
-        self, *, layer: int, shard: int, group: str, ranges: list[tuple[int, int]], summed: bool
+        self,
+        *,
+        layer: int,
+        shard: int,
+        group: str,
+        ranges: list[tuple[int, int]],
+        summed: bool,
+        recaptured: list[tuple[int, int]] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One shard's inputs of ranges of experts: their rows, or the rows' Hessian sums."""
-        X_TD = self._inputs(layer, shard)[group]
+        """One shard's inputs of ranges of experts: their rows, or the rows' Hessian sums.
+
+        Where the inputs were captured again (behind the ranges of experts given), every row is
+        followed by what it lacks of the dense block's.
+        """
+        inputs = self._inputs(layer, shard, group, recaptured)
+        X_TD, dense_TD = inputs[group], inputs.get(group + DENSE)
         labels_T = self._shard_labels(layer, shard, group)
 
         def inputs_of(expert: int) -> torch.Tensor | HessianSum:
-            part_TD = X_TD[torch.nonzero(labels_T == expert).flatten()]
+            chosen = torch.nonzero(labels_T == expert).flatten()
+            part_TE = X_TD[chosen]
+            if dense_TD is not None:
+                part_TE = torch.cat([part_TE, dense_TD[chosen] - part_TE], dim=1)
             if not summed:
-                return part_TD
-            total = self._hessian(part_TD)
-            return HessianSum(outside_heap(total.sum_DD), total.num_tokens)
+                return part_TE
+            total = self._hessian(part_TE, X_TD.shape[1])
+            cross_DD = None if total.cross_DD is None else outside_heap(total.cross_DD)
+            return HessianSum(outside_heap(total.sum_DD), total.num_tokens, cross_DD)
 
         return {}, {
             range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
@@ -299,6 +329,7 @@ class Worker:
         # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
         # whole group, which makes it the plain SparseGPT expert.
         H_KDD = torch.empty(experts[1] - experts[0] + 1, width, width, device=self.device)
+        cross_KDD: torch.Tensor | None = None
         tokens = []
         for k, parts in enumerate(zip(*shards, strict=True)):
             # All shards hand on sums, or all hand on rows: one product of many rows is faster.
@@ -306,10 +337,17 @@ class Worker:
             merged = (
                 merge_hessians(sums)
                 if sums
-                else self._hessian(torch.cat([part for part in parts if torch.is_tensor(part)]))
+                else self._hessian(
+                    torch.cat([part for part in parts if torch.is_tensor(part)]), width
+                )
             )
             tokens.append(merged.num_tokens)
-            H_KDD[k] = (gram if merged.num_tokens < floor else merged).sum_DD
+            is_starved = merged.num_tokens < floor
+            H_KDD[k] = (gram if is_starved else merged).sum_DD
+            if merged.cross_DD is not None:
+                cross_KDD = torch.zeros_like(H_KDD) if cross_KDD is None else cross_KDD
+                if not is_starved:
+                    cross_KDD[k] = merged.cross_DD
             # Before the next one is made: for a wide layer each is gigabytes.
             del merged
         prefix = self._shell().block_prefix(layer)
@@ -323,7 +361,7 @@ class Worker:
                 zero = stored[f"{prefix}{name}.grid.zero_point"].to(self.device)
                 size = min(compression.group_size or width, width)
                 grids[name] = AffineGrid(scale, zero, compression.bits, size)
-        made = compress_linears(weights, H_KDD, compression, grids)
+        made = compress_linears(weights, H_KDD, compression, grids, cross_KDD=cross_KDD)
         tensors = {}
         stats: dict[str, Any] = {
             "tokens": tokens,
@@ -358,10 +396,7 @@ class Worker:
         """Run the compressed block on one shard: what the next block is calibrated on."""
         shell = self._shell()
         tokens = self._shard_tokens(shard)
-        if self._expanded is None or self._expanded[0] != layer:
-            self._expanded = None
-            self._expanded = layer, self.expanded_block(layer, experts)
-        block = self._expanded[1]
+        block = self._expanded_before(layer, None, experts)
         hidden = self._read_hidden(layer, shard)
         out = torch.empty_like(hidden)
         with torch.no_grad():
@@ -573,14 +608,31 @@ class Worker:
 
     # -- pieces --------------------------------------------------------------------------------
 
-    def expanded_block(self, layer: int, experts: list[tuple[int, int]]) -> nn.Module:
-        """A block with its experts as they were committed: the same module that is served."""
+    def _expanded_before(
+        self, layer: int, group: str | None, experts: list[tuple[int, int]]
+    ) -> nn.Module:
+        """``expanded_block`` of the groups before one (None: all), kept for the next shard."""
+        key = layer, group or ""
+        if self._expanded is None or self._expanded[0] != key:
+            self._expanded = None
+            groups = self._shell().family.groups
+            names = [each.name for each in groups]
+            count = len(groups) if group is None else names.index(group)
+            self._expanded = key, self.expanded_block(layer, experts, groups[:count])
+        return self._expanded[1]
+
+    def expanded_block(
+        self, layer: int, experts: list[tuple[int, int]], groups: tuple[LinearGroup, ...]
+    ) -> nn.Module:
+        """A block with groups' experts as they were committed: the same modules that are served.
+
+        Other linears are the dense ones.
+        """
         shell = self._shell()
         block = copy.deepcopy(shell.meta_block(layer))
-        groups = tuple(group.linears for group in shell.family.groups)
         expand_block(
             block,
-            groups,
+            tuple(group.linears for group in groups),
             self.config.compression,
             self.config.routing,
             cache=ExpertCache(None),
@@ -588,7 +640,7 @@ class Worker:
         )
         prefix = shell.block_prefix(layer)
         state: dict[str, torch.Tensor] = {}
-        for group in shell.family.groups:
+        for group in groups:
             names = [router_file(layer, group.name)]
             names += [experts_file(layer, group.name, part) for part in experts]
             for name in names:
@@ -643,22 +695,46 @@ class Worker:
         name = hidden_file(layer, shard)
         return {"files": {name: self.store.write_tensors(name, {"hidden": hidden})}}
 
-    def _inputs(self, layer: int, shard: int) -> dict[str, torch.Tensor]:
+    def _inputs(
+        self,
+        layer: int,
+        shard: int,
+        group: str | None = None,
+        recaptured: list[tuple[int, int]] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Captured inputs by group.
+
+        With ranges of experts the group's are those behind the compressed groups before it; the
+        dense block's are then under its name and ``DENSE``.
+        """
         if (layer, shard) not in self._captured:
             self._capture(layer, shard)
-        return self._captured[layer, shard]
+        captured = self._captured[layer, shard]
+        if group is not None and recaptured is not None and group + DENSE not in captured:
+            block = self._expanded_before(layer, group, recaptured)
+            _, found = self._run_block(layer, shard, block, (self._group(group),))
+            captured |= {group + DENSE: captured[group], **found}
+        return captured
 
     def _capture(self, layer: int, shard: int) -> torch.Tensor:
         """Run the dense block; its group inputs are kept in ``_captured``."""
+        self._make_room(layer)
+        shell = self._shell()
+        out, found = self._run_block(layer, shard, shell.load_block(layer), shell.family.groups)
+        self._captured[layer, shard] = found
+        return out
+
+    def _run_block(
+        self, layer: int, shard: int, block: nn.Module, groups: tuple[LinearGroup, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A block's output on a shard's hidden states, and the inputs of groups in it."""
         shell = self._shell()
         tokens = self._shard_tokens(shard)
-        self._make_room(layer)
-        block = shell.load_block(layer)
         hidden = self._read_hidden(layer, shard)
         out = torch.empty_like(hidden)
         buffers: dict[str, torch.Tensor] = {}
         row = 0
-        with torch.no_grad(), GroupInputs(block, shell.family.groups) as seen:
+        with torch.no_grad(), GroupInputs(block, groups) as seen:
             for part in shell.batches(tokens):
                 call = shell.call(layer, tokens[part])
                 out[part] = call.run(block, hidden[part].to(self.device)).cpu()
@@ -669,8 +745,7 @@ class Worker:
                         buffers[name] = self.buffers.allocate(shape, X_TD.dtype)
                     buffers[name][row : row + count] = X_TD.cpu()
                 row += count
-        self._captured[layer, shard] = buffers
-        return out
+        return out, buffers
 
     def _make_room(self, layer: int) -> None:
         """Drop the oldest other blocks' shards until another shard of the largest size fits."""
@@ -701,10 +776,18 @@ class Worker:
     def _moments(self, X_TD: torch.Tensor) -> MomentSum:
         return merge_moments(moment_sum(part.to(self.device)) for part in X_TD.split(CHUNK_TOKENS))
 
-    def _hessian(self, X_TD: torch.Tensor) -> HessianSum:
-        """Summed in chunks of fixed size, so that it does not matter who sums."""
-        parts = X_TD.split(CHUNK_TOKENS)
-        return merge_hessians(hessian_sum(part.to(self.device)) for part in parts)
+    def _hessian(self, X_TE: torch.Tensor, width: int | None = None) -> HessianSum:
+        """Summed in chunks of fixed size, so that it does not matter who sums.
+
+        Rows wider than ``width`` go on with what they lack of the dense block's.
+        """
+        width = width or X_TE.shape[1]
+
+        def summed(part_TE: torch.Tensor) -> HessianSum:
+            lack_TD = part_TE[:, width:] if part_TE.shape[1] > width else None
+            return hessian_sum(part_TE[:, :width], lack_TD)
+
+        return merge_hessians(summed(part.to(self.device)) for part in X_TE.split(CHUNK_TOKENS))
 
     def _fit_router(
         self, samples: Sequence[torch.Tensor], num_clusters: int, seed: int

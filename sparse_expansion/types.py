@@ -60,6 +60,8 @@ class HessianSum:
 
     sum_DD: torch.Tensor
     num_tokens: int
+    cross_DD: torch.Tensor | None = None
+    """``sum d x^T``, where ``d`` is what ``x`` lacks of what it would be in the dense block."""
 
 
 @dataclass(frozen=True)

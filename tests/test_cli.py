@@ -10,7 +10,7 @@ import pytest
 
 from sparse_expansion.cli import main
 from sparse_expansion.config import CompressionConfig, RunConfig
-from sparse_expansion.flags import build_parser, normalise_flags, parse_size, run_config
+from sparse_expansion.flags import parse_arguments, parse_size, run_config
 from sparse_expansion.report import model_card
 from tests.tiny import digests
 
@@ -21,7 +21,7 @@ SMALL = (
 
 
 def parse(*flags):
-    return build_parser().parse_args(normalise_flags(flags))
+    return parse_arguments(flags)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,24 @@ def test_flags_reach_the_settings():
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     parsed = run_config(parse("run", "--model", "x", "--sparsity", "(2, 4)"), 64)
     assert (parsed.compression.sparsity.pruned, parsed.compression.sparsity.group) == (2, 4)
+
+
+def test_a_preset_gives_flags_that_others_override():
+    def settings(line):
+        return run_config(parse_arguments(shlex.split(line)), 512)
+
+    paper = settings("run --model m --preset paper")
+    assert paper.compression.pruner == "sparsegpt"
+    assert paper.calibration.calibration_inputs == "compressed"
+    best = settings("expand --model m --output o --preset best")
+    assert best.compression.pruner == "admm"
+    mixed = settings("plan --model m --preset best --num_clusters 4 --damping-fraction 0.2")
+    assert mixed.compression.pruner == "admm"
+    assert mixed.routing.num_clusters == 4
+    assert mixed.compression.damping_fraction == 0.2
+    with pytest.raises(SystemExit) as stop:
+        settings("run --model m --preset good")
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(

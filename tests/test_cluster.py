@@ -89,6 +89,6 @@ def test_rayjob():
     assert spec["enableInTreeAutoscaling"] and spec["authOptions"]["mode"] == "token"
     (group,) = spec["workerGroupSpecs"]
     assert group["minReplicas"] == 0 and group["template"]["spec"]["restartPolicy"] == "Never"
-    from sparse_expansion.flags import build_parser, normalise_flags
+    from sparse_expansion.flags import parse_arguments
 
-    build_parser().parse_args(normalise_flags(job["spec"]["entrypoint"].split()[1:]))
+    parse_arguments(job["spec"]["entrypoint"].split()[1:])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
-from sparse_expansion.flags import build_parser, normalise_flags
+from sparse_expansion.flags import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +44,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_every_command_parses(page, command):
-    build_parser().parse_args(normalise_flags(command))
+    parse_arguments(command)
 
 
 SMALL = {
@@ -137,7 +137,7 @@ def test_every_submitted_job_parses():
     assert len(jobs) >= 2
     for command, line in jobs:
         assert (ROOT / "ray_jobs" / f"{command}.py").exists()
-        build_parser().parse_args(normalise_flags([command, *shlex.split(line)]))
+        parse_arguments([command, *shlex.split(line)])
 
 
 def test_every_benchmark_that_is_named_is_there():

@@ -28,7 +28,7 @@ def arguments(model, text, output):
     ]
 
 
-@pytest.mark.parametrize("schedule", ["compressed", "dense"])
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
 def test_sigkill_and_resume_give_the_same_bytes(schedule, tmp_path, neox_folder, text_folder):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     extra = ["--calibration-inputs", schedule]

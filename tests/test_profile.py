@@ -68,7 +68,18 @@ def test_operations_of_a_block_against_a_count(folder, request):
 
 def test_operations_of_an_expert_by_hand():
     # 10 tokens x 8^2 (half a Hessian) + 8^3 + 6 x 8 x (8 + 4)
-    assert experts_flops(GroupShape("up", 8, 6), 4, 10) == pytest.approx(640 + 512 / 3 + 576)
+    def flops(**settings):
+        config = CompressionConfig(block_size=4, **settings)
+        return experts_flops(GroupShape("up", 8, 6), config, 10)
+
+    sweep = 512 / 3 + 576
+    assert flops() == pytest.approx(640 + sweep)
+    # A product of 8 x 8 with 8 x 6 takes 768: five in six iterations, the target and the error.
+    solved = 512 + 7 * 768
+    assert flops(pruner="admm", solver_iterations=6) == pytest.approx(640 + solved)
+    found = flops(pruner="admm", solver_iterations=6, bits=4)
+    assert found == pytest.approx(640 + solved + sweep)
+    assert flops(pruner="wanda") == pytest.approx(640 + 768)
 
 
 def test_operations_per_token_by_hand():

@@ -17,7 +17,7 @@ DAMPING_GROWTH = 10.0
 GRAM_BASE = 256
 
 
-def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
+def hessian_sum(X_TD: torch.Tensor, lack_TD: torch.Tensor | None = None) -> HessianSum:
     """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32.
 
     The sum is left unscaled: SparseGPT's ``H = 2/T sum x x^T`` (arXiv 2301.00774, section 3)
@@ -25,6 +25,8 @@ def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
 
     Args:
         X_TD: inputs, any floating dtype.
+        lack_TD: what each of them lacks of the dense block's; its products with them are summed
+            too.
 
     Raises:
         CompressionError: an activation is NaN or infinite.
@@ -33,7 +35,11 @@ def hessian_sum(X_TD: torch.Tensor) -> HessianSum:
     sum_DD = X.new_empty(X.shape[1], X.shape[1])
     gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
-    return HessianSum(sum_DD, X.shape[0])
+    cross_DD = None
+    if lack_TD is not None:
+        cross_DD = lack_TD.float().T @ X
+        check_finite(lack_TD)
+    return HessianSum(sum_DD, X.shape[0], cross_DD)
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
@@ -85,13 +91,16 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
         ValueError: ``sums`` is empty.
     """
     total: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
     count = 0
     for part in sums:
         total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
+        if part.cross_DD is not None:
+            cross = part.cross_DD.clone() if cross is None else cross.add_(part.cross_DD)
         count += part.num_tokens
     if total is None:
         raise ValueError("no Hessian sums to merge")
-    return HessianSum(total, count)
+    return HessianSum(total, count, cross)
 
 
 def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
@@ -111,6 +120,18 @@ def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
     gram = merge_hessians(grams())
     assert sum_D is not None
     return MomentSum(sum_D, gram)
+
+
+def check_hessians(H_KDD: torch.Tensor) -> None:
+    """Refuse Hessians with NaN or infinite entries.
+
+    Raises:
+        CompressionError: with the index in the batch.
+    """
+    for k, H_DD in enumerate(H_KDD):
+        # The extremes are finite only if every entry is: NaN counts as both.
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(H_DD)):
+            raise CompressionError(f"Hessian {k} of the batch is not finite (NaN or infinity)")
 
 
 @dataclass(frozen=True)
@@ -155,10 +176,7 @@ def upper_cholesky_factor(
     """
     num_experts, width, _ = H_KDD.shape
     diag_KD = H_KDD.diagonal(dim1=1, dim2=2)
-    for k in range(num_experts):
-        # The extremes are finite only if every entry is: NaN counts as both.
-        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(H_KDD[k])):
-            raise CompressionError(f"Hessian {k} of the batch is not finite (NaN or infinity)")
+    check_hessians(H_KDD)
     dead_KD = diag_KD == 0
     mean_K = diag_KD.mean(dim=1)
     scale_K = torch.where(mean_K > 0, mean_K, torch.ones_like(mean_K))

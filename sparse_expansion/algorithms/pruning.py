@@ -6,8 +6,10 @@ transposed (input columns first) because it walks columns; scores of a whole mat
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from sparse_expansion.algorithms import kernels
 from sparse_expansion.config import SparsityPattern
 
 
@@ -41,6 +43,29 @@ def unstructured_mask(saliency_KBO: torch.Tensor, num_pruned: int) -> torch.Tens
         extra = torch.nonzero(ties[k]).flatten()[int(missing[k]) :]
         ties[k, extra] = False
     return (mask | ties).reshape(saliency_KBO.shape)
+
+
+def smallest(V_KDO: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """True at the ``num_pruned`` smallest ``|v|`` of every matrix; ties go by index."""
+    if V_KDO.is_cuda or num_pruned == 0:
+        return unstructured_mask(V_KDO.abs(), num_pruned)
+    mask_KDO = torch.empty_like(V_KDO, dtype=torch.bool)
+    smallest_compiled(V_KDO, torch.ones(V_KDO.shape[:2]), num_pruned, mask_KDO)
+    return mask_KDO
+
+
+def smallest_compiled(
+    W_KBO: torch.Tensor, diagonal_KB: torch.Tensor, num_pruned: int, mask_KBO: torch.Tensor
+) -> None:
+    """Fill the mask as ``unstructured_mask`` of the saliencies does, on a CPU."""
+    W, diagonal = W_KBO.numpy(), diagonal_KB.contiguous().numpy()
+    mask = mask_KBO.numpy().view(np.uint8)
+
+    def work(first: int, last: int) -> None:
+        for k in range(first, last):
+            kernels.prune_block(W[k], diagonal[k], num_pruned, mask[k])
+
+    kernels.split(W.shape[0], 1, work, least=1)
 
 
 def n_m_mask(saliency_KMO: torch.Tensor, num_pruned: int) -> torch.Tensor:

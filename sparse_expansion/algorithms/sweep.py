@@ -14,13 +14,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparse_expansion.algorithms import kernels
-from sparse_expansion.algorithms.hessian import gram_into, upper_cholesky_factor
+from sparse_expansion.algorithms import admm, kernels
+from sparse_expansion.algorithms.hessian import (
+    HessianFactor,
+    check_hessians,
+    gram_into,
+    upper_cholesky_factor,
+)
 from sparse_expansion.algorithms.pruning import (
     n_m_mask,
     saliency,
     score,
     score_mask,
+    smallest_compiled,
     unstructured_mask,
 )
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize, quantize
@@ -166,7 +172,7 @@ def sweep(
         if kept_KDO is not None:
             mask = ~kept_KDO[:, start:stop]
         elif num_pruned and compiled:
-            _smallest_compiled(W1, diagonal_KB, num_pruned, mask)
+            smallest_compiled(W1, diagonal_KB, num_pruned, mask)
         elif num_pruned:
             mask = unstructured_mask(saliency(W1, diagonal_KB), num_pruned)
         block_grid = None
@@ -256,20 +262,6 @@ def decide_compiled(block: Block) -> None:
         block.grid.codes_KBO.copy_(codes_KBO)
 
 
-def _smallest_compiled(
-    W_KBO: torch.Tensor, diagonal_KB: torch.Tensor, num_pruned: int, mask_KBO: torch.Tensor
-) -> None:
-    """Fill the mask as ``unstructured_mask`` does, on a CPU."""
-    W, diagonal = W_KBO.numpy(), diagonal_KB.contiguous().numpy()
-    mask = mask_KBO.numpy().view(np.uint8)
-
-    def work(first: int, last: int) -> None:
-        for k in range(first, last):
-            kernels.prune_block(W[k], diagonal[k], num_pruned, mask[k])
-
-    kernels.split(W.shape[0], 1, work, least=1)
-
-
 def compress_experts(
     W_OD: torch.Tensor,
     H_KDD: torch.Tensor,
@@ -296,6 +288,7 @@ def compress_linears(
     config: CompressionConfig,
     grids: dict[str, AffineGrid | None],
     *,
+    cross_KDD: torch.Tensor | None = None,
     compiled: bool | None = None,
 ) -> dict[str, ExpertWeights]:
     """``compress_experts`` for several linears that share their inputs, factored once.
@@ -305,9 +298,11 @@ def compress_linears(
         H_KDD: as in ``compress_experts``.
         config: as in ``compress_experts``.
         grids: a grid, or None, for every name.
+        cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
+            be, None where that is ``W x``: see ``_made_up``.
         compiled: as in ``sweep``.
     """
-    if config.pruner != "sparsegpt":
+    if config.pruner in ("wanda", "magnitude"):
         return {
             name: _pruned_by_score(W_OD.float(), H_KDD, config) for name, W_OD in weights.items()
         }
@@ -317,41 +312,71 @@ def compress_linears(
     if config.act_order:
         diagonal = H_KDD.diagonal(dim1=1, dim2=2)
         order_KD = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-        H_KDD = torch.stack([H[order][:, order] for H, order in zip(H_KDD, order_KD, strict=True)])
-    factor = upper_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
-    dead_K = tuple(int(n) for n in factor.dead_KD.sum(dim=1))
+        H_KDD = _reordered(H_KDD, order_KD)
+        cross_KDD = None if cross_KDD is None else _reordered(cross_KDD, order_KD)
+    factor: HessianFactor | None = None
+    if config.pruner == "sparsegpt" or config.bits is not None or cross_KDD is not None:
+        factor = upper_cholesky_factor(H_KDD, damping_fraction=config.damping_fraction)
+    else:
+        check_hessians(H_KDD)
+    dead_KD = H_KDD.diagonal(dim1=1, dim2=2) == 0
+    dead_K = tuple(int(n) for n in dead_KD.sum(dim=1))
     result = {}
     for name, W_OD in weights.items():
+        rows, width = W_OD.shape
         W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
         if order_KD is not None:
             W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
         if any(dead_K):
-            W_KDO.masked_fill_(factor.dead_KD[:, :, None], 0)
-        kept_KDO, codes_KDO, loss_K, change_K = sweep(
-            W_KDO,
-            factor.factor_KDD,
-            pattern=config.sparsity,
-            grid=grids[name],
-            block_size=config.block_size,
-            columns_KD=order_KD,
-            compiled=compiled,
-        )
+            W_KDO.masked_fill_(dead_KD[:, :, None], 0)
+        kept_KDO = codes_KDO = lost_K = None
+        if cross_KDD is not None:
+            assert factor is not None
+            W_KDO = _made_up(W_KDO, cross_KDD, factor)
+        # Of use to the solver alone, which makes new weights; the sweep works in place.
+        target_KDO = W_KDO
+        if config.pruner == "admm":
+            W_KDO, kept_KDO = admm.solve(
+                W_KDO,
+                H_KDD,
+                pattern=config.sparsity,
+                num_pruned=rows * width - config.sparsity.num_kept(rows, width, config.block_size),
+                damping_fraction=config.damping_fraction,
+                iterations=config.solver_iterations,
+            )
+        if config.pruner == "sparsegpt" or grids[name] is not None:
+            assert factor is not None
+            kept_KDO, codes_KDO, loss_K, change_K = sweep(
+                W_KDO,
+                factor.factor_KDD,
+                pattern=config.sparsity,
+                grid=grids[name],
+                block_size=config.block_size,
+                columns_KD=order_KD,
+                kept_KDO=kept_KDO,
+                compiled=compiled,
+            )
+            lost_K = loss_K - factor.damping_K * change_K
+        assert kept_KDO is not None
         W_KOD, kept = W_KDO.transpose(1, 2).contiguous(), kept_KDO.transpose(1, 2).contiguous()
         codes = None if codes_KDO is None else codes_KDO.transpose(1, 2).contiguous()
         if order_KD is not None:
             back = torch.argsort(order_KD, dim=1)[:, None].expand_as(W_KOD)
             W_KOD, kept = W_KOD.gather(2, back), kept.gather(2, back)
             codes = None if codes is None else codes.gather(2, back)
+        if lost_K is None or config.pruner == "admm":
+            # The sweep's loss is against what the solver found, not against its target.
+            lost_K = _lost(target_KDO.mT, W_KDO.mT, H_KDD)
         result[name] = ExpertWeights(
             weight_KOD=W_KOD,
             kept_KOD=kept,
             codes_KOD=codes,
-            damping_fraction_K=factor.damping_fraction_K,
-            damping_attempts_K=factor.attempts_K,
+            damping_fraction_K=(config.damping_fraction,) * num_experts
+            if factor is None
+            else factor.damping_fraction_K,
+            damping_attempts_K=(1,) * num_experts if factor is None else factor.attempts_K,
             num_dead_K=dead_K,
-            relative_error_K=_relative_errors(
-                W_OD.float(), H_original_KDD, loss_K - factor.damping_K * change_K
-            ),
+            relative_error_K=_relative_errors(W_OD.float(), H_original_KDD, lost_K),
         )
     return result
 
@@ -372,27 +397,50 @@ def _pruned_by_score(
             for H_DD in H_KDD
         ]
     )
-    errors = []
-    for H_DD, kept_OD in zip(H_KDD, kept, strict=True):
-        lost_OD = W_OD.masked_fill(kept_OD, 0)
-        energy, lost = (float(((part @ H_DD) * part).sum()) for part in (W_OD, lost_OD))
-        errors.append(lost / energy if energy > 0 else 0.0)
+    weight_KOD = W_OD * kept
     dead_K = (H_KDD.diagonal(dim1=1, dim2=2) == 0).sum(dim=1)
     return ExpertWeights(
-        weight_KOD=W_OD * kept,
+        weight_KOD=weight_KOD,
         kept_KOD=kept,
         codes_KOD=None,
         damping_fraction_K=(0.0,) * num_experts,
         damping_attempts_K=(0,) * num_experts,
         num_dead_K=tuple(int(n) for n in dead_K),
-        relative_error_K=tuple(errors),
+        relative_error_K=_relative_errors(
+            W_OD, H_KDD, _lost(W_OD.expand_as(weight_KOD), weight_KOD, H_KDD)
+        ),
     )
+
+
+def _reordered(H_KDD: torch.Tensor, order_KD: torch.Tensor) -> torch.Tensor:
+    return torch.stack([H[order][:, order] for H, order in zip(H_KDD, order_KD, strict=True)])
+
+
+def _made_up(W_KDO: torch.Tensor, cross_KDD: torch.Tensor, factor: HessianFactor) -> torch.Tensor:
+    """The dense weight that does best on inputs which differ from the dense block's.
+
+    Least squares of ``|W (x + d) - V x|^2`` with a pull towards ``W``, the factor's damping:
+    ``V = W + W (sum d x^T) (H + damping)^-1``. What no weight can do is the same for all of them:
+    compressing ``V`` on ``H`` is compressing ``W`` on both.
+    """
+    wanted_KDO = cross_KDD.mT @ W_KDO
+    half_KDO = torch.linalg.solve_triangular(factor.factor_KDD, wanted_KDO, upper=True)
+    return W_KDO + torch.linalg.solve_triangular(factor.factor_KDD.mT, half_KDO, upper=False)
+
+
+def _lost(target_KOD: torch.Tensor, weight_KOD: torch.Tensor, H_KDD: torch.Tensor) -> torch.Tensor:
+    """``tr(E H E^T)`` of every expert, by its product."""
+    found = []
+    for target_OD, weight_OD, H_DD in zip(target_KOD, weight_KOD, H_KDD, strict=True):
+        E_OD = target_OD - weight_OD
+        found.append(((E_OD @ H_DD) * E_OD).sum(dtype=torch.float64))
+    return torch.stack(found)
 
 
 def _relative_errors(
     W_OD: torch.Tensor, H_KDD: torch.Tensor, lost_K: torch.Tensor
 ) -> tuple[float, ...]:
-    """Relative output errors from the sweep's loss, at O(K D^2) instead of O(K O D^2).
+    """``tr(E H E^T) / tr(W H W^T)``; the energies take O(K D^2) operations instead of O(K O D^2).
 
     ``tr(W H W^T) = <W^T W, H>`` shares one product, of a sketch of W where it has many rows: see
     ``_sketch``.
@@ -400,8 +448,8 @@ def _relative_errors(
     Args:
         W_OD: the dense weight, float32.
         H_KDD: Hessian sums.
-        lost_K: ``tr(E H E^T)``. The sweep's loss counts the damping as if it were data: that is
-            its loss less ``damping |E|^2``, without dead columns, which reach no output.
+        lost_K: ``tr(E H E^T)``. The sweep's loss counts the damping as if it were data: it is its
+            loss less ``damping |E|^2``, without dead columns, which reach no output.
     """
     gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
     gram_into(_sketch(W_OD), gram_DD)

@@ -71,11 +71,11 @@ def test_counts_weights_and_error(pruner, sparsity):
         assert made.relative_error_K[k] == pytest.approx(wanted, rel=1e-4, abs=1e-7)
 
 
-def test_the_sweep_loses_least(neox_folder, text_folder, capsys):
+def test_pruners_that_make_up_for_what_they_remove_lose_least(neox_folder, text_folder, capsys):
     where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.7"]
     flags = [*SMALL_RUN, "--num_clusters", "1", "--dataset-size", "60", "--eval-windows", "6"]
     found = {}
-    for pruner in ("sparsegpt", "wanda", "magnitude"):
+    for pruner in ("admm", "sparsegpt", "wanda", "magnitude"):
         assert main(["run", *where, *flags, "--pruner", pruner, "--json"]) == 0
         found[pruner] = json.loads(capsys.readouterr().out)
     perplexity = [found[name]["perplexity_expanded"] for name in found]
@@ -92,6 +92,7 @@ def test_the_sweep_loses_least(neox_folder, text_folder, capsys):
         (["--pruner", "wanda", "--quantize"], "pruner wanda leaves kept weights as they are"),
         (["--pruner", "magnitude", "--act-order"], "use --pruner sparsegpt"),
         (["--pruner", "alps"], "invalid choice"),
+        (["--pruner", "admm", "--solver-iterations", "0"], "is outside 1 to 1000"),
     ],
 )
 def test_bad_input(flags, message, neox_folder, text_folder, capsys):

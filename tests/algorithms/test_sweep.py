@@ -311,3 +311,29 @@ def test_compiled_selection_counts_exactly_with_ties(rows, columns, seed):
         order = np.argsort((W**2).reshape(-1), kind="stable")[:num_pruned]
         assert set(np.flatnonzero(mask)) == set(order)
         assert int(mask.max()) == 1
+
+
+def test_what_inputs_lack_is_made_up_for():
+    """Nothing pruned: least squares for the outputs on the dense inputs, with a pull to W."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(5, 12, generator=generator)
+    X = torch.randn(2, 80, 12, generator=generator)
+    lack = 0.3 * X.roll(1, dims=2) + 0.1 * torch.randn(2, 80, 12, generator=generator)
+    H, cross = X.transpose(1, 2) @ X, lack.transpose(1, 2) @ X
+    dense = CompressionConfig(sparsity=SparsityPattern.parse("0"))
+    made = sweeps.compress_linears({"": W}, H, dense, {"": None}, cross_KDD=cross)[""]
+    half = CompressionConfig(sparsity=SparsityPattern.parse("0.5"), block_size=4)
+    pruned = sweeps.compress_linears({"": W}, H, half, {"": None}, cross_KDD=cross)[""]
+    plain = sweeps.compress_linears({"": W}, H, half, {"": None})[""]
+    for k in range(2):
+        pull = (0.01 * H[k].diagonal().mean()).double().sqrt()
+        rows = torch.cat([X[k].double(), pull * torch.eye(12, dtype=torch.float64)])
+        outputs = (X[k] + lack[k]).double() @ W.double().T
+        wanted = torch.cat([outputs, pull * W.double().T])
+        solution = torch.linalg.lstsq(rows, wanted).solution.T
+        torch.testing.assert_close(made.weight_KOD[k].double(), solution, rtol=1e-4, atol=1e-4)
+
+        def lost(found, k=k, outputs=outputs):
+            return float((X[k].double() @ found.weight_KOD[k].double().T - outputs).square().sum())
+
+        assert lost(pruned) < 0.9 * lost(plain)

@@ -29,7 +29,7 @@ def reference(tmp_path_factory, neox_folder, text_folder):
     folder = tmp_path_factory.mktemp("reference")
     return {
         schedule: Run(neox_folder, text_folder, folder / schedule, config(schedule)).local()
-        for schedule in ("compressed", "dense")
+        for schedule in ("compressed", "sequential", "dense")
     }
 
 
@@ -68,8 +68,10 @@ class small_cluster:
         self.cluster.shutdown()
 
 
-@pytest.mark.parametrize("schedule", ["compressed", "dense"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("schedule", "workers"),
+    [("compressed", 1), ("compressed", 2), ("sequential", 2), ("dense", 1), ("dense", 2)],
+)
 def test_any_number_of_workers_gives_the_local_bytes(
     schedule, workers, cluster, tmp_path, neox_folder, text_folder, reference
 ):
@@ -257,6 +259,7 @@ def test_wire_format():
         torch.randn(2, 3),
         torch.randn(4).bfloat16(),
         HessianSum(torch.eye(2), 3),
+        HessianSum(torch.eye(2), 3, torch.ones(2, 2)),
         [HessianSum(torch.zeros(1, 1), 0)],
         5,
     ]
@@ -265,6 +268,8 @@ def test_wire_format():
         assert type(back) is type(value)
     assert torch.equal(from_wire(to_wire(values[1])), values[1])
     assert from_wire(to_wire(values[2])).num_tokens == 3
+    assert from_wire(to_wire(values[2])).cross_DD is None
+    assert torch.equal(from_wire(to_wire(values[3])).cross_DD, torch.ones(2, 2))
 
 
 def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
