@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "pruner": "admm",
-        "damping_fraction": 0.03,
+        "damping_fraction": 0.1,
         "calibration_inputs": "sequential",
         "num_clusters": 16,
         "pca_reduction_factor": 32,
