@@ -290,6 +290,8 @@ class RunConfig:
     """Calibration text and schedule."""
     dtype: str = "auto"
     """Storage and compute dtype; ``auto`` keeps the source's."""
+    tf32: bool = False
+    """Whether a GPU may round the factors of float32 products to TF32 (10 bits)."""
     experts_per_unit: int = 4
     """Experts that one unit of work makes and one file holds."""
 
@@ -315,6 +317,7 @@ class RunConfig:
             routing=RoutingConfig(**data["routing"]),
             calibration=CalibrationConfig(**data["calibration"]),
             dtype=data["dtype"],
+            tf32=data.get("tf32", False),
             experts_per_unit=data["experts_per_unit"],
         )
 

@@ -314,6 +314,11 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=int, default=128, help="columns per sweep block")
     group.add_argument("--damping-fraction", type=float, default=0.01, help="default 0.01")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="storage and compute dtype")
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let GPUs round factors of float32 products: faster, other masks",
+    )
 
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -448,6 +453,7 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
             data_shards=1,
         ),
         dtype=args.dtype,
+        tf32=args.tf32,
     )
 
 
@@ -673,6 +679,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             data_shards=args.data_shards,
         ),
         dtype=args.dtype,
+        tf32=args.tf32,
         experts_per_unit=args.experts_per_unit,
     )
 

@@ -132,8 +132,8 @@ class Worker:
         self.store = Store(spec.store)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
-        # Products of float32 stay float32: TF32 would change masks and grids.
-        torch.backends.cuda.matmul.allow_tf32 = False
+        # Products of float32 stay float32 unless asked: TF32 changes masks and grids.
+        torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
         self.device = spec.device
         if spec.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,6 +65,7 @@ def test_a_preset_gives_flags_that_others_override():
     assert paper.calibration.calibration_inputs == "compressed"
     best = settings("expand --model m --output o --preset best")
     assert best.compression.pruner == "admm"
+    assert best.tf32 is False and settings("run --model m --tf32").tf32 is True
     mixed = settings("plan --model m --preset best --num_clusters 4 --damping-fraction 0.2")
     assert mixed.compression.pruner == "admm"
     assert mixed.routing.num_clusters == 4

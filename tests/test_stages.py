@@ -271,3 +271,10 @@ def test_holes_in_the_heap_are_given_back(monkeypatch):
     stages.return_excess_memory()
     assert resident() < full - (100 << 20)
     assert resident() <= kept and len(small) == 40
+
+
+def test_tf32_only_where_it_is_asked_for(tmp_path, llama_folder):
+    source = resolve_name(str(llama_folder))
+    for asked in (True, False):
+        Worker(WorkerSpec(store=str(tmp_path), source=source, config=RunConfig(tf32=asked)))
+        assert torch.backends.cuda.matmul.allow_tf32 is asked
