@@ -171,15 +171,16 @@ def test_interrupt(tmp_path, neox_folder, text_folder):
         "-m",
         "sparse_expansion.cli",
         *arguments(neox_folder, text_folder, output),
+        # Long enough not to be over first on a machine with much else to do.
         "--dataset-size",
-        "200",
+        "2000",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (output / "run" / "units").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert "interrupted: finished units are kept" in error and "Traceback" not in error
 
 
