@@ -53,6 +53,7 @@ SMALL = {
     "--dataset-size": "12",
     "--num_clusters": "4",
     "--windows": "4",
+    "--layer": "1",
 }
 
 
@@ -78,17 +79,22 @@ def python_blocks(page):
 
 @pytest.mark.parametrize(
     ("page", "block"),
-    [item for item in blocks() if item[0] != "tutorial.md" and "./my-model" in item[1][0]],
+    [
+        item
+        for item in blocks()
+        if item[0] != "tutorial.md" and {"./my-model", "./smollm2"} & set(item[1][0])
+    ],
 )
 def test_commands_on_a_local_model_run(
-    page, block, tmp_path, monkeypatch, neox_folder, text_folder
+    page, block, tmp_path, monkeypatch, neox_folder, llama_folder, text_folder
 ):
     """As written, but for a smaller text, window and model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(neox_folder)
+    (tmp_path / "smollm2").symlink_to(llama_folder)
     for command in block:
         assert main(made_small(command, text_folder)) == 0
-        if command[0] == "run":
+        if command[0] == "run" and "./expanded" in command:
             metrics = json.loads((tmp_path / "expanded" / "metrics.json").read_text())
             assert metrics["perplexity_expanded"] > 1
     if page == "README.md":
