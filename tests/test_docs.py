@@ -54,6 +54,7 @@ SMALL = {
     "--num_clusters": "4",
     "--windows": "4",
     "--layer": "1",
+    "--neuron": "3",
 }
 
 
