@@ -197,7 +197,7 @@ def worker_memory(
     )
     stages = {"capture": forward, "trunk": _trunk_bytes(shape, sizes)}
     for g, group in enumerate(shape.groups):
-        paired = calibration.is_sequential and g > 0
+        paired = calibration.is_paired(g)
         width = group.width
         features = config.routing.num_components(width)
         # Gram matrices being added; the float64 covariance; for a full decomposition its copy, the
@@ -240,8 +240,7 @@ def worker_memory(
     if cluster.num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
         gathered = max(
-            _gathered_bytes(config, group.width, item)
-            * (2 if calibration.is_sequential and g > 0 else 1)
+            _gathered_bytes(config, group.width, item, paired=calibration.is_paired(g))
             for g, group in enumerate(shape.groups)
         )
         held["values"] = max(fit * widths * item, gathered)
@@ -261,13 +260,13 @@ def worker_memory(
     return memory
 
 
-def _gathered_bytes(config: RunConfig, width: int, item: int) -> int:
+def _gathered_bytes(config: RunConfig, width: int, item: int, *, paired: bool) -> int:
     """What all shards together hand on for a group at a time."""
     clusters, shards = config.routing.num_clusters, config.calibration.num_shards
     if hands_on_sums(config, width, item):
         # Added up as soon as there are enough: one level of the tree, and the one above it.
         shards = min(shards, 2 * REDUCE_FAN_IN)
-    return clusters * shards * gathered_bytes(config, width, item)
+    return clusters * shards * gathered_bytes(config, width, item, paired=paired)
 
 
 def _trunk_bytes(shape: ModelShape, sizes: _Sizes) -> int:

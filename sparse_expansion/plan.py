@@ -276,7 +276,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
         made: list[str] = []
         for g, group in enumerate(shape.groups):
             at = f"{where}/{group.name}"
-            paired = calibration.is_sequential and g > 0
+            paired = calibration.is_paired(g)
             seen_in = f"{at}/recapture" if paired else f"{where}/capture"
             if paired:
                 units += [

@@ -394,15 +394,8 @@ class Worker:
         self, *, layer: int, shard: int, experts: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the compressed block on one shard: what the next block is calibrated on."""
-        shell = self._shell()
-        tokens = self._shard_tokens(shard)
         block = self._expanded_before(layer, None, experts)
-        hidden = self._read_hidden(layer, shard)
-        out = torch.empty_like(hidden)
-        with torch.no_grad():
-            for part in shell.batches(tokens):
-                call = shell.call(layer, tokens[part])
-                out[part] = call.run(block, hidden[part].to(self.device)).cpu()
+        out, _ = self._run_block(layer, shard, block, ())
         return self._write_hidden(layer + 1, shard, out), {}
 
     def stage_trunk(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -364,9 +364,10 @@ def compress_linears(
             back = torch.argsort(order_KD, dim=1)[:, None].expand_as(W_KOD)
             W_KOD, kept = W_KOD.gather(2, back), kept.gather(2, back)
             codes = None if codes is None else codes.gather(2, back)
-        if lost_K is None or config.pruner == "admm":
+        if config.pruner == "admm":
             # The sweep's loss is against what the solver found, not against its target.
             lost_K = _lost(target_KDO.mT, W_KDO.mT, H_KDD)
+        assert lost_K is not None
         result[name] = ExpertWeights(
             weight_KOD=W_KOD,
             kept_KOD=kept,
