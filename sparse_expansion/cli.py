@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from sparse_expansion.config import RANKINGS, RunConfig
 from sparse_expansion.flags import (
+    ALL_WINDOWS,
     EXIT_BAD_INPUT,
     check_execution,
     check_tasks,
@@ -237,6 +238,7 @@ def _run(args: argparse.Namespace) -> int:
     prepared, windows = jobs.prepare(
         config, folder, dataset=args.dataset, cache_dir=args.cache_dir, model_name=source.location
     )
+    config = prepared.config
     if advice := jobs.slow_dtype(prepared.shell.dtype):
         line.say(advice)
     evaluating = args.command == "run"
@@ -412,7 +414,10 @@ def _evaluate_tasks(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    run_config(args, args.seqlen or 2048)
+    if run_config(args, args.seqlen or 2048).calibration.whole_text:
+        raise ValueError(
+            f"--dataset-size {ALL_WINDOWS}: plan reads no text, give the number of windows"
+        )
     cluster = cluster_settings(args)
     from sparse_expansion.model.sources import fetch_config, resolve_name
 

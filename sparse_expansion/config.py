@@ -233,6 +233,9 @@ class CalibrationConfig:
     """``wikitext2``, ``c4``, ``pydoc``, or a folder or file."""
     dataset_size: int = 128
     """Calibration windows."""
+    whole_text: bool = False
+    """Whether the windows are all those of the text, end to end, and ``dataset_size`` their number
+    once the text is read; else they start at random places."""
     seqlen: int = 2048
     """Tokens per window."""
     seed: int = 0

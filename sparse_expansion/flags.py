@@ -22,6 +22,8 @@ from sparse_expansion.config import (
 
 EXIT_BAD_INPUT = 2
 
+ALL_WINDOWS = "all"
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "pruner": "sparsegpt",
@@ -399,6 +401,12 @@ def _add_experiments(sweep: argparse.ArgumentParser, prune: argparse.ArgumentPar
     )
 
 
+def _windows(text: str) -> int | str:
+    if text != ALL_WINDOWS and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {ALL_WINDOWS}")
+    return text if text == ALL_WINDOWS else int(text)
+
+
 def numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
     """A comma-separated list of numbers, without repetitions.
 
@@ -508,10 +516,11 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-ds",
         "--dataset-size",
-        type=int,
+        type=_windows,
         default=128,
         metavar="N",
-        help="calibration windows (default 128)",
+        help="calibration windows at random places of the text (default 128), or all: the whole "
+        "text, end to end",
     )
     group.add_argument("--seed", type=int, default=0, help="default 0")
     group.add_argument(
@@ -672,7 +681,8 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
         routing=_routing(args, args.num_clusters, clustering=args.clustering),
         calibration=CalibrationConfig(
             dataset=getattr(args, "dataset", "wikitext2"),
-            dataset_size=args.dataset_size,
+            dataset_size=1 if args.dataset_size == ALL_WINDOWS else args.dataset_size,
+            whole_text=args.dataset_size == ALL_WINDOWS,
             seqlen=seqlen,
             seed=args.seed,
             calibration_inputs=args.calibration_inputs,

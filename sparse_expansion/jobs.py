@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparse_expansion.data.corpora import (
     calibration_windows,
     evaluation_windows,
     load_corpus,
+    whole_windows,
 )
 from sparse_expansion.execution.base import Executor, Observer, Progress
 from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
@@ -205,7 +206,7 @@ def prepare(
     """Everything that can fail early: model, tokenizer, text, windows, shapes.
 
     Returns:
-        The prepared run and the calibration windows ``[N, L]``.
+        The prepared run (its config knows how many windows there are) and the windows ``[N, L]``.
     """
     shell = ModelShell(folder, dtype=config.dtype)
     if shell.expansion is not None:
@@ -220,13 +221,19 @@ def prepare(
     corpus = load_corpus(dataset, cache_dir=cache_dir)
     encode = encoder(load_tokenizer(folder))
     calibration = config.calibration
-    windows = calibration_windows(
-        corpus.calibration,
-        encode,
-        num_windows=calibration.dataset_size,
-        seqlen=calibration.seqlen,
-        seed=calibration.seed,
-    )
+    if calibration.whole_text:
+        windows = whole_windows(
+            corpus.calibration, encode, seqlen=calibration.seqlen, kind="calibration"
+        )
+        config = replace(config, calibration=replace(calibration, dataset_size=len(windows)))
+    else:
+        windows = calibration_windows(
+            corpus.calibration,
+            encode,
+            num_windows=calibration.dataset_size,
+            seqlen=calibration.seqlen,
+            seed=calibration.seed,
+        )
     check_vocabulary(windows, int(shell.config.vocab_size))
     identity = {
         "config": config.to_dict(),

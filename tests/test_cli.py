@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from sparse_expansion.cli import main
 from sparse_expansion.config import CompressionConfig, RunConfig
+from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.flags import parse_arguments, parse_size, run_config
+from sparse_expansion.jobs import encoder, load_tokenizer
 from sparse_expansion.report import model_card
 from tests.tiny import digests
 
@@ -254,6 +257,25 @@ def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp
     assert perplexity["8"] < perplexity["1"]
 
 
+def test_the_whole_text(neox_folder, text_folder, tmp_path, capsys):
+    flags = [*SMALL, "--dataset-size", "all", "--json"]
+    base = ["--model", str(neox_folder), *flags]
+    run = ["run", *base, "--dataset", str(text_folder), "--output", str(tmp_path)]
+    assert main(run) == 0
+    made = json.loads(capsys.readouterr().out)
+    tokens = load_file(tmp_path / "run" / "calibration.safetensors")["tokens"]
+    assert made["config"]["calibration"]["dataset_size"] == len(tokens) > 32
+    # End to end: the tokens are the text's, but for the remainder.
+    encode = encoder(load_tokenizer(neox_folder))
+    whole = encode(load_corpus(str(text_folder)).calibration)
+    assert tokens.flatten().tolist() == whole[: tokens.numel()]
+    assert len(whole) - tokens.numel() < tokens.shape[1]
+    assert main([*run, "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *[flag for flag in base if flag not in ("--eval-windows", "3")]]) == 2
+    assert "give the number of windows" in capsys.readouterr().err
+
+
 def test_without_output_nothing_is_kept(neox_folder, text_folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["run", "--model", str(neox_folder), "--dataset", str(text_folder), *SMALL]) == 0
@@ -275,6 +297,7 @@ def test_without_output_nothing_is_kept(neox_folder, text_folder, capsys, tmp_pa
         (["--symmetric"], "--symmetric needs --quantize"),
         (["--PCA_reduction_factor", "0"], "PCA_reduction_factor 0"),
         (["--dataset-size", "0"], "dataset_size 0"),
+        (["--dataset-size", "some"], "'some' is neither a number nor all"),
         (["--seqlen", "1"], "seqlen 1"),
         (["--seqlen", "300"], "more than the model's 256 positions"),
         (["--eval-windows", "0"], "--eval-windows 0"),

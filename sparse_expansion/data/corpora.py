@@ -198,25 +198,36 @@ def calibration_windows(
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
+def whole_windows(
+    text: str, encode: Callable[[str], list[int]], *, seqlen: int, kind: str
+) -> torch.Tensor:
+    """All windows of the tokenised text, end to end from its start; the remainder is dropped.
+
+    Raises:
+        ValueError: the text of this ``kind`` has too few tokens for one window.
+    """
+    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise ValueError(
+            f"the {kind} text has {len(tokens)} tokens, {seqlen} are needed for a window: give "
+            "a longer text or a smaller --seqlen"
+        )
+    return tokens[: count * seqlen].reshape(count, seqlen)
+
+
 def evaluation_windows(
     text: str, encode: Callable[[str], list[int]], *, seqlen: int, max_windows: int | None
 ) -> torch.Tensor:
-    """Non-overlapping windows from the start of the tokenised text, the remainder dropped.
+    """Windows from the start of the tokenised text, end to end; all of them without a maximum.
 
     Raises:
         ValueError: the text has too few tokens for one window, or for ``max_windows``.
     """
-    tokens = torch.tensor(encode(text), dtype=torch.int64)
-    available = len(tokens) // seqlen
-    if available == 0:
-        raise ValueError(
-            f"the evaluation text has {len(tokens)} tokens, {seqlen} are needed for a window: give "
-            "a longer text or a smaller --seqlen"
-        )
-    if max_windows is not None and max_windows > available:
+    windows = whole_windows(text, encode, seqlen=seqlen, kind="evaluation")
+    if max_windows is not None and max_windows > len(windows):
         raise ValueError(
             f"--eval-windows {max_windows} of {seqlen} tokens need {max_windows * seqlen} tokens, "
-            f"the evaluation text has {len(tokens)}: use --eval-windows {available}"
+            f"the evaluation text has {len(windows)} windows: use --eval-windows {len(windows)}"
         )
-    count = available if max_windows is None else max_windows
-    return tokens[: count * seqlen].reshape(count, seqlen)
+    return windows[:max_windows]

@@ -10,6 +10,7 @@ from sparse_expansion.data.corpora import (
     check_dataset,
     evaluation_windows,
     load_corpus,
+    whole_windows,
 )
 
 
@@ -92,6 +93,13 @@ def test_calibration_windows_are_seeded_slices():
     assert bool(((steps == 1) | (steps == -49)).all())
 
 
+def test_whole_windows_are_the_text_end_to_end():
+    windows = whole_windows("a bb ccc dddd eeeee", words, seqlen=2, kind="calibration")
+    assert windows.tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="the calibration text has 1 tokens, 2 are needed"):
+        whole_windows("a", words, seqlen=2, kind="calibration")
+
+
 def test_evaluation_windows_drop_the_remainder():
     windows = evaluation_windows("a bb ccc dddd eeeee", words, seqlen=2, max_windows=None)
     assert windows.tolist() == [[1, 2], [3, 4]]
@@ -102,5 +110,5 @@ def test_short_texts_say_how_many_tokens():
         calibration_windows("a b c", words, num_windows=1, seqlen=4, seed=0)
     with pytest.raises(ValueError, match="has 3 tokens, 4 are needed"):
         evaluation_windows("a b c", words, seqlen=4, max_windows=None)
-    with pytest.raises(ValueError, match="need 6 tokens, the evaluation text has 5.*windows 2"):
+    with pytest.raises(ValueError, match="need 6 tokens, the evaluation text has 2 windows"):
         evaluation_windows("a b c d e", words, seqlen=2, max_windows=3)
