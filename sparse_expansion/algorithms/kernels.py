@@ -400,6 +400,30 @@ def prune_block(W: Array, diagonal: Array, num_pruned: int, mask: Array) -> None
         position += 1
 
 
+@_jit
+def prune_groups(saliency: Array, num_pruned: int, mask: Array) -> None:
+    """Mark the smallest of every group; equal ones go by index.
+
+    Args:
+        saliency: float32 ``[groups, M, O]``.
+        num_pruned: how many of M.
+        mask: bytes of the same shape.
+    """
+    groups, members, width = saliency.shape
+    before = np.empty((members, width), dtype=np.uint8)
+    for group in range(groups):
+        before[:] = 0
+        for j in range(1, members):
+            for i in range(j):
+                for o in range(width):
+                    is_first = saliency[group, i, o] <= saliency[group, j, o]
+                    before[j, o] += is_first
+                    before[i, o] += not is_first
+        for j in range(members):
+            for o in range(width):
+                mask[group, j, o] = before[j, o] < num_pruned
+
+
 @_tile_jit
 def _choose(w: Array, factor: Array, keep: Array, first: int, last: int, pruned: int) -> None:
     """Drop the ``pruned`` smallest saliencies of a group of columns; the first on a tie."""

@@ -251,6 +251,15 @@ def test_masks_with_ties():
     assert mask[0].T.tolist() == [[True, True, False, False]] * 3
 
 
+@pytest.mark.parametrize("shape", [(300, 4, 500), (5, 3, 7), (2, 16, 5), (0, 4, 5)])
+def test_n_m_mask_against_a_sort(shape):
+    saliency = torch.randint(0, 3, shape).float()
+    for pruned in range(shape[1] + 1):
+        order = torch.argsort(saliency, dim=1, stable=True)
+        expected = torch.zeros(shape, dtype=torch.bool).scatter_(1, order[:, :pruned], True)
+        assert torch.equal(n_m_mask(saliency, pruned), expected)
+
+
 def test_mask_count_out_of_bounds():
     with pytest.raises(ValueError, match="outside 0 to 4"):
         unstructured_mask(torch.ones(1, 2, 2), 5)
