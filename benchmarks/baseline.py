@@ -292,7 +292,7 @@ def main() -> None:
             seed=0,
         )
         flags = f"--dataset-size {args.windows} --seqlen {args.seqlen} --dtype float32 "
-        flags += f"--num_clusters {args.clusters} --sparsity {args.sparsity} "
+        flags += f"--preset paper --num_clusters {args.clusters} --sparsity {args.sparsity} "
         flags += f"--threads {args.threads} --calibration-inputs compressed"
         where = ["--model", model, "--dataset", args.dataset, "--output", f"{folder}/out"]
         ours = command("expand", *where, *flags.split())

@@ -35,7 +35,9 @@ def seconds(folder: Path, layers: int, windows: int, clusters: int) -> dict[str,
             max_position_embeddings=SEQLEN,
         )
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        flags = f"--dataset-size {windows} --seqlen {SEQLEN} --num_clusters {clusters} "
+        flags = (
+            f"--preset paper --dataset-size {windows} --seqlen {SEQLEN} --num_clusters {clusters} "
+        )
         flags += "--threads 2 --min-tokens-per-expert 0"
         where = ["--model", model, "--dataset", "pydoc", "--output", output]
         found = command("expand", *where, *flags.split())

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--pair", type=int, choices=(0, 1), help="only this comparison")
     args = parser.parse_args()
     pairs = SAME if args.pair is None else [SAME[args.pair]]
-    settings = args.flags or ["--dataset-size 16 --seqlen 512 --num_clusters 4"]
+    settings = args.flags or ["--preset paper --dataset-size 16 --seqlen 512 --num_clusters 4"]
     where = ["--model", args.model, "--dataset", args.dataset]
     ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for _ in range(args.repeat):

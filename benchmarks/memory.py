@@ -24,7 +24,7 @@ def flags(tokens: int) -> list[str]:
     """Settings of a run over so many tokens."""
     windows = tokens // SEQLEN
     found = f"--dataset-size {windows} --data-shards {max(1, tokens // SHARD_TOKENS)} "
-    found += f"--seqlen {SEQLEN} --num_clusters 8 --experts-per-unit 4 "
+    found += f"--preset paper --seqlen {SEQLEN} --num_clusters 8 --experts-per-unit 4 "
     found += "--calibration-inputs dense --activation-memory 64MiB"
     return found.split()
 

@@ -45,7 +45,7 @@ def main() -> None:
             **sizes,
         )
         flags = f"--dataset-size {args.windows} --seqlen {args.seqlen} --experts-per-unit 1 "
-        flags += f"--num_clusters {args.clusters} --calibration-inputs dense "
+        flags += f"--preset paper --num_clusters {args.clusters} --calibration-inputs dense "
         flags += "--min-tokens-per-expert 0 --activation-memory 1GiB"
         plan = command("plan", "--model", model, *flags.split())
         output = Path(folder) / "out"

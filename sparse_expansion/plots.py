@@ -244,7 +244,8 @@ def neuron_distributions(
         axes.hist(outputs, edges, density=True, histtype="step", color="C3", label=name)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right")
+        # Beside the panel: a distribution can be anywhere inside.
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[0, 0].set_title(title, fontsize="medium", loc="left")
     grid[-1, 0].set_xlabel("output before the activation function")
     return figure

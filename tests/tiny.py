@@ -77,13 +77,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 512 entries."""
+def train_tokenizer(text: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -107,16 +107,26 @@ def save_random(model_type: str, folder: Path, tokenizer: Any, **changes: Any) -
     return folder
 
 
-def save_trained_neox(folder: Path, tokenizer: Any, text: str) -> Path:
-    """A GPT-NeoX trained for a few seconds on the text."""
-    model = random_model("gpt_neox")
+def save_trained_neox(
+    folder: Path,
+    tokenizer: Any,
+    text: str,
+    *,
+    steps: int = 250,
+    batch_shape: tuple[int, int] = (16, 64),
+    rate: float = 3e-3,
+    **changes: Any,
+) -> Path:
+    """A GPT-NeoX trained on random windows of the text, for a few seconds by default."""
+    model = random_model("gpt_neox", **changes)
+    windows, seqlen = batch_shape
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     model.train()
     generator = torch.Generator().manual_seed(0)
-    for _ in range(250):
-        starts = torch.randint(0, len(tokens) - 65, (16,), generator=generator)
-        batch = torch.stack([tokens[start : start + 64] for start in starts])
+    for _ in range(steps):
+        starts = torch.randint(0, len(tokens) - seqlen - 1, (windows,), generator=generator)
+        batch = torch.stack([tokens[start : start + seqlen] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
