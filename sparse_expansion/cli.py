@@ -125,6 +125,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         "compare": _compare,
         "sweep-clusters": _experiment,
         "prune-neurons": _experiment,
+        "allocate": _experiment,
     }
     return handlers[args.command](args)
 
@@ -592,7 +593,15 @@ def _report(args: argparse.Namespace) -> int:
 def _experiment(args: argparse.Namespace) -> int:
     check_execution(args)
     _check_table(args.table)
-    experiment_config(args, 1, args.seqlen or 2048)
+    pattern = experiment_config(args, 1, args.seqlen or 2048).compression.sparsity
+    if args.command == "allocate" and args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output {args.output}: {Path(args.output).parent} is no folder")
+    if args.command == "allocate" and pattern.group is not None:
+        raise ValueError(
+            f"--sparsity {pattern}: only a share of zeros can differ by block, e.g. 0.7"
+        )
+    if args.command == "allocate" and args.eval_windows < 1:
+        raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
     _asked(args)
     from sparse_expansion.data.corpora import calibration_windows, check_dataset, load_corpus
     from sparse_expansion.model.sources import fetch_model, resolve_name
@@ -610,20 +619,28 @@ def _experiment(args: argparse.Namespace) -> int:
     shell = ModelShell(folder, dtype=args.dtype)
     if shell.expansion is not None:
         raise ValueError(f"{folder} is an expanded model: experiments need the dense one")
-    sweeping = args.command == "sweep-clusters"
+    sweeping, allocating = (args.command == name for name in ("sweep-clusters", "allocate"))
     if sweeping:
         experiments.mlp_linears(shell, args.layer, args.linear, args.neuron)
     seqlen = _seqlen(args, shell.config)
     corpus = load_corpus(args.dataset, cache_dir=args.cache_dir)
     encode = jobs.encoder(jobs.load_tokenizer(folder))
     calibration = calibration_windows(
-        corpus.calibration, encode, num_windows=args.dataset_size, seqlen=seqlen, seed=args.seed
+        corpus.calibration,
+        encode,
+        # An allocation is a choice: it is made on the calibration text alone.
+        num_windows=args.dataset_size + allocating * args.eval_windows,
+        seqlen=seqlen,
+        seed=args.seed,
     )
     vocabulary = int(shell.config.vocab_size)
     jobs.check_vocabulary(calibration, vocabulary)
-    held = jobs.evaluation_tokens(
-        corpus, encode, seqlen=seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
-    )
+    if allocating:
+        calibration, held = calibration.split((args.dataset_size, args.eval_windows))
+    else:
+        held = jobs.evaluation_tokens(
+            corpus, encode, seqlen=seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
+        )
     # Held-out text passes through the dense model as calibration text does.
     config = experiment_config(args, len(calibration) + sweeping * len(held), seqlen)
     line = ProgressLine()
@@ -635,7 +652,11 @@ def _experiment(args: argparse.Namespace) -> int:
             "executor": executor,
             "observer": line.update,
         }
-        work = _sweep_clusters if sweeping else _prune_neurons
+        work = {
+            "sweep-clusters": _sweep_clusters,
+            "prune-neurons": _prune_neurons,
+            "allocate": _allocate,
+        }[args.command]
         try:
             line.start(args.command, shell.num_blocks)
             result, text, figures = work(args, shell, calibration, held, shared)
@@ -691,6 +712,30 @@ def _prune_neurons(
     return asdict(found), text, {"pruned-neurons": plots.perplexity_over_share(found.rows, dense)}
 
 
+def _allocate(
+    args: argparse.Namespace, shell: Any, calibration: Any, held: Any, shared: dict[str, Any]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Result, its text, and its figures."""
+    from sparse_expansion import experiments, plots
+    from sparse_expansion.report import allocation_table
+    from sparse_expansion.store import Store
+
+    found = experiments.allocate(shell, calibration, held, **shared)
+    rows = [
+        {"layer": layer, "gap": gap, "sparsity": share}
+        for layer, (gap, share) in enumerate(zip(found.gaps, found.layer_sparsity, strict=True))
+    ]
+    result = {
+        "layer_sparsity": found.layer_sparsity,
+        "num_eval_tokens": found.num_eval_tokens,
+        "rows": rows,
+    }
+    if args.output:
+        file = Path(args.output)
+        Store(file.parent).write_json(file.name, result)
+    return result, allocation_table(rows), {"allocation": plots.allocation(rows)}
+
+
 def _asked(args: argparse.Namespace) -> tuple[list[str], list[float], list[int]]:
     """Rankings and shares, or numbers of clusters, of an experiment.
 
@@ -702,6 +747,8 @@ def _asked(args: argparse.Namespace) -> tuple[list[str], list[float], list[int]]
         if min(clusters) < 1:
             raise ValueError(f"--num_clusters {min(clusters)} must be at least 1")
         return [], [], clusters
+    if args.command == "allocate":
+        return [], [], []
     rankings = list(dict.fromkeys(args.rankings.split(",")))
     unknown = [name for name in rankings if name not in RANKINGS]
     if unknown:

@@ -105,6 +105,8 @@ class CompressionConfig:
 
     sparsity: SparsityPattern = field(default_factory=lambda: SparsityPattern(fraction=0.5))
     """Share and shape of the zeros."""
+    layer_sparsity: tuple[float, ...] = ()
+    """Share of zeros of every block, with the sparsity's as their mean; empty: all alike."""
     pruner: str = "sparsegpt"
     """``sparsegpt``: the column sweep, which makes up for what it removes; ``admm``: mask and
     weights solved for together, and the sweep rounds; ``wanda`` and ``magnitude`` choose by a
@@ -157,6 +159,8 @@ class CompressionConfig:
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
         )
         group = self.sparsity.group
+        if self.layer_sparsity:
+            self._check_layer_sparsity()
         if group is not None:
             _require(
                 self.block_size % group == 0,
@@ -168,6 +172,47 @@ class CompressionConfig:
                 f"act_order reorders columns, which N:M sparsity {self.sparsity} forbids: "
                 "drop one of the two",
             )
+
+    def _check_layer_sparsity(self) -> None:
+        _require(
+            self.sparsity.group is None,
+            f"layer_sparsity gives shares of zeros, {self.sparsity} is N:M: drop one of the two",
+        )
+        for share in self.layer_sparsity:
+            _require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
+        mean = sum(self.layer_sparsity) / len(self.layer_sparsity)
+        _require(
+            abs(mean - self.sparsity.fraction) < 1e-3,
+            f"layer_sparsity has mean {mean:.4g}, sparsity is {self.sparsity}: use --sparsity "
+            f"{mean:.4g}",
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Answer a list of blocks' sparsities that is another model's.
+
+        Raises:
+            ValueError: it has another length.
+        """
+        _require(
+            len(self.layer_sparsity) in (0, num_layers),
+            f"layer_sparsity is of {len(self.layer_sparsity)} blocks, the model has {num_layers}: "
+            "make it for this model",
+        )
+
+    def at(self, layer: int) -> CompressionConfig:
+        """The settings of one block, by its number from 0."""
+        if not self.layer_sparsity:
+            return self
+        pattern = SparsityPattern(fraction=self.layer_sparsity[layer])
+        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:
+        """Read back what ``dataclasses.asdict`` gave, also through JSON."""
+        given = dict(data)
+        given["sparsity"] = SparsityPattern(**given["sparsity"])
+        given["layer_sparsity"] = tuple(given.get("layer_sparsity", ()))
+        return cls(**given)
 
     def min_tokens(self, width: int) -> int:
         """Tokens below which an expert of ``width`` input features is starved."""
@@ -317,10 +362,8 @@ class RunConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:
         """Read back what ``to_dict`` wrote."""
-        compression = dict(data["compression"])
-        compression["sparsity"] = SparsityPattern(**compression["sparsity"])
         return cls(
-            compression=CompressionConfig(**compression),
+            compression=CompressionConfig.from_dict(data["compression"]),
             routing=RoutingConfig(**data["routing"]),
             calibration=CalibrationConfig(**data["calibration"]),
             dtype=data["dtype"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_expansion.config import (
@@ -99,6 +101,12 @@ _PRUNE_EXAMPLES = """examples:
   sparse-expansion prune-neurons --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 0.9 \\
       --shares 0.01,0.03,0.1 --rankings wasserstein,random --dataset-size 32 --seqlen 512 \\
       --eval-windows 16 --plots plots
+"""
+_ALLOCATE_EXAMPLES = """examples:
+  sparse-expansion allocate --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 0.7 \\
+      --dataset-size 16 --eval-windows 8 --seqlen 512 --output shares.json
+  sparse-expansion run --model ./SmolLM2-135M --dataset ./wikitext2 --sparsity 0.7 \\
+      --layer-sparsity shares.json --dataset-size 64 --seqlen 512 --output ./expanded
 """
 _COMPARE_EXAMPLES = """examples:
   sparse-expansion compare ./k1 ./k4 ./k16 ./k16-random
@@ -221,10 +229,18 @@ def build_parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentPar
         "Prune only the first neurons of several rankings, and measure the perplexity.",
         _PRUNE_EXAMPLES,
     )
-    _add_experiments(sweep, prune)
+    allocate = command(
+        "allocate",
+        "Measure what every block loses when it alone is pruned, and share out the zeros.",
+        _ALLOCATE_EXAMPLES,
+    )
+    allocate.add_argument(
+        "--output", metavar="FILE.json", help="also write the result, for run --layer-sparsity"
+    )
+    _add_experiments(sweep, prune, allocate)
     for sub in (run, expand, plan):
         _add_model(sub)
-        _add_pruning(sub)
+        _add_pruning(sub, by_block=True)
         _add_quantization(sub)
         _add_routing(sub)
         sub.add_argument(
@@ -268,7 +284,7 @@ def build_parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentPar
     analyze.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
     _add_neurons(analyze)
     _add_execution(analyze)
-    for sub in (analyze, report, compare, sweep, prune):
+    for sub in (analyze, report, compare, sweep, prune, allocate):
         sub.add_argument("--plots", metavar="DIR", help="also write figures, as SVG and PNG")
     report.add_argument("--html", metavar="FILE.html", help="also write it as one HTML page")
     report.add_argument(
@@ -276,7 +292,7 @@ def build_parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentPar
     )
     for sub in (run, expand, plan):
         sub.set_defaults(**(defaults or {}))
-    every = (run, expand, evaluate, plan, analyze, export, report, compare, sweep, prune)
+    every = (run, expand, evaluate, plan, analyze, export, report, compare, sweep, prune, allocate)
     for sub in every:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="more detail on stderr")
@@ -297,7 +313,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-cd", "--cache-dir", metavar="DIR", help="downloads and conversions")
 
 
-def _add_pruning(parser: argparse.ArgumentParser) -> None:
+def _add_pruning(parser: argparse.ArgumentParser, *, by_block: bool = False) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "-s",
@@ -306,6 +322,13 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of zeros (0.5), or N:M = N of every M removed (2:4, '(2, 4)'); default 0.5",
     )
+    if by_block:
+        group.add_argument(
+            "--layer-sparsity",
+            metavar="FILE.json",
+            help="shares of zeros block by block, with --sparsity as their mean: what `allocate` "
+            "writes, or a list",
+        )
     group.add_argument(
         "--pruner",
         choices=PRUNERS,
@@ -374,8 +397,12 @@ def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> N
     group.add_argument("--experts-per-unit", type=int, default=4, help="experts per unit and file")
 
 
-def _add_experiments(sweep: argparse.ArgumentParser, prune: argparse.ArgumentParser) -> None:
-    for sub in (sweep, prune):
+def _add_experiments(
+    sweep: argparse.ArgumentParser,
+    prune: argparse.ArgumentParser,
+    allocate: argparse.ArgumentParser,
+) -> None:
+    for sub in (sweep, prune, allocate):
         _add_model(sub)
         _add_data(sub)
         _add_pruning(sub)
@@ -674,6 +701,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     return RunConfig(
         compression=CompressionConfig(
             sparsity=SparsityPattern.parse(args.sparsity),
+            layer_sparsity=read_layer_sparsity(args.layer_sparsity),
             pruner=args.pruner,
             solver_iterations=args.solver_iterations,
             bits=(4 if args.bits is None else args.bits) if args.quantize else None,
@@ -698,6 +726,28 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
         tf32=args.tf32,
         experts_per_unit=args.experts_per_unit,
     )
+
+
+def read_layer_sparsity(path: str | None) -> tuple[float, ...]:
+    """Shares of zeros by block: a JSON list, or an object that holds it as ``layer_sparsity``.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if path is None:
+        return ()
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--layer-sparsity {path}: {error}") from None
+    if isinstance(found, dict):
+        found = found.get("layer_sparsity")
+    numbers_alone = isinstance(found, list) and all(
+        isinstance(share, int | float) and not isinstance(share, bool) for share in found
+    )
+    if not found or not numbers_alone:
+        raise ValueError(f"--layer-sparsity {path} holds no list of numbers, such as [0.6, 0.8]")
+    return tuple(map(float, found))
 
 
 def parse_size(text: str) -> int:

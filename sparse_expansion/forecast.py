@@ -97,7 +97,7 @@ def forecast(
     for unit in units:
         flops[unit.stage] += int(unit.cost)
     trunk = sizes.parameters - shape.num_layers * sizes.dense_mlp
-    experts = shape.num_layers * config.routing.num_clusters * expert_bytes
+    experts = config.routing.num_clusters * expert_bytes
     routers = shape.num_layers * routing_bytes
     tokens = config.calibration.dataset_size * config.calibration.seqlen
     memory = worker_memory(config, shape, sizes, cluster, activation_bytes=activation_bytes)
@@ -132,6 +132,7 @@ def _measure(config: RunConfig, model_config: Any) -> tuple[ModelShape, _Sizes, 
         model = AutoModelForCausalLM.from_config(model_config)
     block = block_list(model, family)[0]
     num_layers = len(block_list(model, family))
+    config.compression.check_layers(num_layers)
     dtype = config.dtype if config.dtype != "auto" else getattr(model_config, "dtype", None)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     item = torch.empty(0, dtype=dtype).element_size()
@@ -142,7 +143,10 @@ def _measure(config: RunConfig, model_config: Any) -> tuple[ModelShape, _Sizes, 
         width = shapes[0][1]
         groups.append(group_shape(block, group))
         for rows, _ in shapes:
-            expert_bytes += PackedLayout.of(rows, width, config.compression).num_bytes(item)
+            expert_bytes += sum(
+                PackedLayout.of(rows, width, config.compression.at(layer)).num_bytes(item)
+                for layer in range(num_layers)
+            )
             dense_mlp += rows * width
             routing_bytes += grid_bytes(rows, width, config.compression)
         routing_bytes += router_bytes(width, config.routing)

@@ -212,6 +212,7 @@ def prepare(
     if shell.expansion is not None:
         raise ValueError(f"{folder} is already an expanded model: expand the dense one")
     shape = model_shape(shell)
+    config.compression.check_layers(shape.num_layers)
     limit = getattr(shell.config, "max_position_embeddings", None)
     if limit is not None and config.calibration.seqlen > limit:
         raise ValueError(
@@ -377,7 +378,7 @@ def bare_bytes(prepared: Prepared) -> float:
         for group in shell.family.groups:
             for position, linear in enumerate(group.linears):
                 rows, width = linear_shape(shell.meta_block(layer), linear)
-                layout = PackedLayout.of(rows, width, config.compression)
+                layout = PackedLayout.of(rows, width, config.compression.at(layer))
                 total += config.routing.num_clusters * layout.bare_bits(item) / 8
                 total += grid_bytes(rows, width, config.compression)
                 if position == 0:

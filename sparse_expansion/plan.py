@@ -142,9 +142,10 @@ def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float
     """Operations of all MLP linears on one token: dense, kept weights alone, and routers."""
     found = {"dense": 0.0, "experts": 0.0, "router": 0.0}
     for group in shape.groups:
-        kept = PackedLayout.of(group.rows, group.width, config.compression).num_kept
         found["dense"] += 2.0 * shape.num_layers * group.rows * group.width
-        found["experts"] += 2.0 * shape.num_layers * kept
+        for layer in range(shape.num_layers):
+            layout = PackedLayout.of(group.rows, group.width, config.compression.at(layer))
+            found["experts"] += 2.0 * layout.num_kept
         found["router"] += shape.num_layers * routing_flops(config, group.width)
     return found
 
@@ -520,6 +521,33 @@ def pruning_units(
                     move_cost=capture.cost,
                 )
             )
+    return units
+
+
+def block_gap_units(
+    config: RunConfig,
+    shape: ModelShape,
+    windows: list[list[int]],
+    *,
+    pruned: str,
+    num_shards: int,
+) -> list[Unit]:
+    """Units that score windows with one block pruned at a time, a shard of windows each."""
+    num_shards = max(1, min(num_shards, len(windows)))
+    passes = (shape.num_layers + 1) * (shape.num_layers + 2) / 2
+    units = []
+    for s in range(num_shards):
+        part = windows[len(windows) * s // num_shards : len(windows) * (s + 1) // num_shards]
+        units.append(
+            Unit(
+                key=f"block-gaps/shard-{s:03d}",
+                stage="block_gaps",
+                params={"tokens": part, "pruned": pruned},
+                layer=shape.num_layers - 1,
+                rank=s,
+                cost=passes * shape.block_flops(config.calibration.seqlen) * sum(map(len, part)),
+            )
+        )
     return units
 
 

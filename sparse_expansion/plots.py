@@ -303,6 +303,22 @@ def perplexity_over_share(rows: list[dict[str, Any]], dense: float) -> Figure:
 # -- runs beside each other ----------------------------------------------------------------------
 
 
+def allocation(rows: list[dict[str, Any]]) -> Figure:
+    """Of ``allocate``: what each block alone loses, and the share of zeros that it gets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    layers = [row["layer"] for row in rows]
+    upper.bar(layers, [row["gap"] for row in rows], color="C3")
+    lower.bar(layers, [row["sparsity"] for row in rows], color="C0")
+    _label(upper, "", "gap when it\nalone is pruned")
+    _label(lower, "block", "share of zeros")
+    lower.set_ylim(0, 1)
+    _whole_numbers(lower)
+    return figure
+
+
 def perplexity_against_cost(rows: Sequence[dict[str, Any]]) -> Figure:
     """Perplexity of runs over operations per token and over bytes of the checkpoint.
 

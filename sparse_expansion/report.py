@@ -204,6 +204,9 @@ def describe_compression(compression: dict[str, Any]) -> str:
         text = f"{sparsity['pruned']}:{sparsity['group']} sparse"
     else:
         text = f"{100 * sparsity['fraction']:g} % sparse"
+        by_block = compression.get("layer_sparsity")
+        if by_block:
+            text += f" (blocks {100 * min(by_block):.0f} to {100 * max(by_block):.0f} %)"
     # Runs made before there was a choice have no such setting.
     if compression.get("pruner", "sparsegpt") != "sparsegpt":
         text += f" ({compression['pruner']})"
@@ -440,6 +443,13 @@ def pruned_table(rows: list[dict[str, Any]], dense: float, num_tokens: int) -> s
         f"{table(cells, header=True)}\n\nperplexity per token with so many of every linear's "
         f"neurons pruned; dense {dense:.3f}, on {num_tokens} tokens"
     )
+
+
+def allocation_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of ``allocate``: a line per block."""
+    cells = [("block", "gap", "sparsity")]
+    cells += [(str(row["layer"]), f"{row['gap']:.5f}", f"{row['sparsity']:.3f}") for row in rows]
+    return table(cells, header=True)
 
 
 def gap_and_cost(metrics: dict[str, Any]) -> dict[str, float]:

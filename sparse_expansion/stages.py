@@ -323,7 +323,7 @@ class Worker:
         experts: tuple[int, int],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sum the Hessians in shard order, compress, and write the experts' file."""
-        compression = self.config.compression
+        compression = self.config.compression.at(layer)
         width = gram.sum_DD.shape[0]
         floor = compression.min_tokens(width)
         # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
@@ -462,6 +462,43 @@ class Worker:
             logits = shell.head(windows[part], hidden[part])
             nll += window_nll(logits, windows[part].to(logits.device))
         return {"nll": [(part.total, part.num_tokens) for part in nll]}, {}
+
+    def stage_block_gaps(
+        self, *, tokens: list[list[int]], pruned: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Score windows by the dense model, and by it with one block pruned, for every block.
+
+        All variants go through the blocks together, so every block is read once.
+
+        Args:
+            tokens: the windows.
+            pruned: name of the pruned neurons that a block gets.
+        """
+        shell = self._shell()
+        windows = torch.tensor(tokens, dtype=torch.int64)
+        batches = shell.batches(windows)
+        # The dense model's stream, then that of every block pruned so far.
+        streams = [torch.cat([shell.embed(windows[part]).cpu() for part in batches])]
+        with torch.no_grad():
+            for layer in range(shell.num_blocks):
+                block = shell.load_block(layer)
+                other = shell.load_block(layer)
+                self._put_pruned(other, layer, pruned)
+                streams.append(streams[0].clone())
+                blocks = [*[block] * (len(streams) - 1), other]
+                for hidden, through in zip(streams, blocks, strict=True):
+                    for part in batches:
+                        call = shell.call(layer, windows[part])
+                        hidden[part] = call.run(through, hidden[part].to(self.device)).cpu()
+        nll = []
+        for hidden in streams:
+            parts = []
+            for index in range(len(windows)):
+                part = slice(index, index + 1)
+                logits = shell.head(windows[part], hidden[part])
+                parts += window_nll(logits, windows[part].to(logits.device))
+            nll.append([sum(part.total for part in parts), sum(part.num_tokens for part in parts)])
+        return {"nll": nll}, {}
 
     # -- analysis ------------------------------------------------------------------------------
 
@@ -626,7 +663,7 @@ class Worker:
         expand_block(
             block,
             tuple(group.linears for group in groups),
-            self.config.compression,
+            self.config.compression.at(layer),
             self.config.routing,
             cache=ExpertCache(None),
             dtype=shell.dtype,

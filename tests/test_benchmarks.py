@@ -66,8 +66,9 @@ def test_the_sweeps_benchmark_finds_equal_masks():
 
 def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, tmp_path):
     settings = {
-        "common": "--seqlen 48 --eval-windows 4 --block-size 16 --threads 1",
-        "calibrations": {"16 windows": "--dataset-size 16"},
+        "common": "--seqlen 48 --threads 1",
+        "evaluation": "--eval-windows 4",
+        "calibrations": {"16 windows": "--dataset-size 16 --block-size 16"},
         "points": {"70 %": "--sparsity 0.7", "4 bits": "--sparsity 0.5 --quantize"},
         "methods": {
             "one cluster": "--num_clusters 1",

@@ -3,11 +3,12 @@
     python -m benchmarks.quality MODEL TEXT --output DIR
     python -m benchmarks.quality MODEL TEXT --output DIR --settings my.json --hold-out 0.2
 
-Every row is one `sparse-expansion run` in a process of its own, named by its flags: rows that are
-in DIR/rows.json are not run again. `--hold-out` measures on the last share of the calibration text
-and never opens the test text: for choices. Printed, and written as Parquet and figures: mean and
-standard deviation over seeds of the gap (log-perplexity over the dense model's, nats per token),
-and its ratio to the reference method's gap for the same point, calibration and seed.
+Every row is one `sparse-expansion expand` and `evaluate`, named by its flags: rows that are in
+DIR/rows.json are not run again. The dense model is evaluated once. `--hold-out` measures on the
+last share of the calibration text and never opens the test text: for choices. Printed, and written
+as Parquet and figures: mean and standard deviation over seeds of the gap (log-perplexity over the
+dense model's, nats per token), and its ratio to the reference method's gap for the same point,
+calibration and seed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ def wanted(settings: dict[str, Any]) -> Iterator[Row]:
                             "method": method,
                             "seed": seed,
                             "flags": f"{settings['common']} {size} {shape} {how} --seed {seed}",
+                            "evaluation": f"{settings['common']} {settings['evaluation']}",
                         }
+
+
+def name_of(row: Row) -> tuple[Any, ...]:
+    """What makes a row another one: how it is expanded, then how it is evaluated."""
+    return tuple(row[key] for key in ("flags", "evaluation", "model", "dataset", "hold_out"))
 
 
 def held_out(dataset: str, share: float, folder: Path) -> Path:
@@ -147,22 +154,31 @@ def main() -> None:
         if args.hold_out is not None:
             dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
         text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
-        done = {(row["flags"], row["model"], row["dataset"], row["hold_out"]) for row in rows}
+        done = {name_of(row) for row in rows}
         for row in wanted(settings):
-            if (row["flags"], *text.values()) in done:
+            row |= text
+            if name_of(row) in done:
                 continue
-            metrics = command(
-                "run", "--model", args.model, "--dataset", dataset, *row["flags"].split()
-            )
-            rows.append(row | text | found_in(metrics))
+            evaluation = ["--dataset", dataset, *row["evaluation"].split()]
+            same = [each for each in rows if name_of(each)[1:] == name_of(row)[1:]]
+            if same:
+                dense = same[0]["perplexity_dense"]
+            else:
+                dense = command("evaluate", "--model", args.model, *evaluation)["perplexity"]
+            with tempfile.TemporaryDirectory() as output:
+                flags = ["--model", args.model, "--dataset", dataset, *row["flags"].split()]
+                metrics = command("expand", *flags, "--output", output)
+                scored = command("evaluate", "--model", output, *evaluation)
+            metrics |= {
+                "perplexity_dense": dense,
+                "perplexity_expanded": scored["perplexity"],
+                "num_eval_tokens": scored["num_eval_tokens"],
+            }
+            rows.append(row | found_in(metrics))
             store.write_json(ROWS, rows)
     # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
-    asked = {row["flags"] for row in wanted(settings)}
-    here = [
-        row
-        for row in rows
-        if row["flags"] in asked and all(row[name] == value for name, value in text.items())
-    ]
+    asked = {name_of(row | text) for row in wanted(settings)}
+    here = [row for row in rows if name_of(row) in asked]
     found = summary(here, settings["reference"])
     write_table(columns_of(found), str(args.output / "summary.parquet"))
     figures = {

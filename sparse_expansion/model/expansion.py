@@ -22,7 +22,7 @@ from sparse_expansion.algorithms.matvec import StoredMatrix, takes_stored_form
 from sparse_expansion.algorithms.packing import PackedLayout, unpack_expert
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.algorithms.semi_structured import for_matmul
-from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
+from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.types import Router
 
@@ -333,11 +333,12 @@ def expand_model(
     """Replace the MLP linears of every block; returns the cache that the model's experts share."""
     family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
     cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
-    for block in block_list(model, family):
+    compression = config.compression_config()
+    for layer, block in enumerate(block_list(model, family)):
         expand_block(
             block,
             tuple(tuple(group) for group in config.groups),
-            config.compression_config(),
+            compression.at(layer),
             config.routing_config(),
             cache=cache,
             dtype=dtype,
@@ -389,9 +390,7 @@ class SparseExpansionConfig(QuantizationConfigMixin):
 
     def compression_config(self) -> CompressionConfig:
         """The checked settings of pruning and quantization."""
-        data = dict(self.compression)
-        data["sparsity"] = SparsityPattern(**data["sparsity"])
-        return CompressionConfig(**data)
+        return CompressionConfig.from_dict(self.compression)
 
     def routing_config(self) -> RoutingConfig:
         """The checked settings of the routers."""

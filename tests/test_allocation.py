@@ -1,0 +1,171 @@
+"""Sparsities by block: measured, shared out, and used."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_expansion.cli import main
+from sparse_expansion.config import CompressionConfig, SparsityPattern
+from sparse_expansion.data.corpora import calibration_windows, load_corpus
+from sparse_expansion.experiments import LARGEST_CHANGE, STEEPNESS, shares_by_gap
+from sparse_expansion.jobs import encoder, load_tokenizer
+from sparse_expansion.model.streaming import ModelShell
+from tests.test_experiments import block_inputs
+from tests.tiny import SMALL_RUN
+
+ON = "--sparsity 0.7 --dataset-size 20 --eval-windows 6 --seqlen 48 --block-size 16".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, neox_folder, text_folder):
+    """The file that `allocate` wrote."""
+    file = tmp_path_factory.mktemp("allocation") / "shares.json"
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    assert main(["allocate", *where, *ON, "--threads", "1", "--output", str(file)]) == 0
+    return file
+
+
+def test_gaps_are_those_of_one_pruned_block(made, neox_folder, text_folder):
+    from transformers import AutoModelForCausalLM
+
+    from sparse_expansion.algorithms.hessian import hessian_sum
+    from sparse_expansion.algorithms.sweep import compress_experts
+
+    found = json.loads(made.read_text())
+    model = AutoModelForCausalLM.from_pretrained(neox_folder).eval()
+    encode = encoder(load_tokenizer(neox_folder))
+    text = load_corpus(str(text_folder)).calibration
+    tokens = calibration_windows(text, encode, num_windows=26, seqlen=48, seed=0)
+    scored = tokens[20:]
+    config = CompressionConfig(sparsity=SparsityPattern.parse("0.7"), block_size=16)
+
+    def loss():
+        with torch.no_grad():
+            scores = model(scored).logits[:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(scores, scored[:, 1:].flatten()))
+
+    dense = loss()
+    assert found["num_eval_tokens"] == 6 * 47
+    for layer, row in enumerate(found["rows"]):
+        kept = {}
+        for group in ModelShell(neox_folder).family.groups:
+            _, X = block_inputs(neox_folder, tokens[:20], layer, group.name)
+            (linear,) = group.linears
+            module = model.gpt_neox.layers[layer].get_submodule(linear)
+            weight = module.weight.detach()
+            result = compress_experts(weight, hessian_sum(X).sum_DD[None], config, None)
+            kept[module] = weight.clone()
+            with torch.no_grad():
+                module.weight.copy_(result.weight_KOD[0])
+        assert row["gap"] == pytest.approx(loss() - dense, rel=0.02, abs=1e-4)
+        with torch.no_grad():
+            for module, weight in kept.items():
+                module.weight.copy_(weight)
+
+
+def test_a_run_with_shares_by_block(made, neox_folder, text_folder, tmp_path, capsys):
+    shares = json.loads(made.read_text())["layer_sparsity"]
+    assert len(set(shares)) == 3
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.7"]
+    flags = [*where, "--layer-sparsity", str(made), *SMALL_RUN]
+    output = str(tmp_path / "o")
+    run = ["run", *flags, "--eval-windows", "3", "--output", output]
+    assert main(run) == 0
+    assert "% sparse (blocks" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    kept = metrics["mlp_flops_per_token"]
+    assert kept["experts"] / kept["dense"] == pytest.approx(0.3, abs=2e-3)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
+    for layer, share in enumerate(shares):
+        stored = {}
+        for file in (tmp_path / "o").glob(f"experts-{layer:03d}-*.safetensors"):
+            stored |= load_file(file)
+        values = sum(part.numel() for name, part in stored.items() if name.endswith(".values"))
+        block = model.gpt_neox.layers[layer]
+        dense = 4 * sum(
+            block.get_submodule(name).in_features * block.get_submodule(name).out_features
+            for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        )
+        assert values / dense == pytest.approx(1 - share, abs=2e-3)
+    # Saved and loaded it is the model that was scored.
+    evaluate = ["evaluate", "--model", output, "--dataset", str(text_folder), "--seqlen", "48"]
+    capsys.readouterr()
+    assert main([*evaluate, "--eval-windows", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"] == metrics["perplexity_expanded"]
+    assert main(["plan", *flags[:2], *flags[4:-2], "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    index = json.loads((tmp_path / "o" / "model.safetensors.index.json").read_text())
+    assert plan["checkpoint_bytes"] == index["metadata"]["total_size"]
+    # Without the file it is another run.
+    assert main([word for word in run if word not in ("--layer-sparsity", str(made))]) == 2
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_shares(made, neox_folder, text_folder, tmp_path):
+    file = tmp_path / "shares.json"
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--plots", str(tmp_path)]
+    flags = ["--executor", "ray", "--num-workers", "2", "--output", str(file)]
+    assert main(["allocate", *where, *ON, *flags]) == 0
+    shares = json.loads(file.read_text())["layer_sparsity"]
+    assert shares == pytest.approx(json.loads(made.read_text())["layer_sparsity"], abs=1e-4)
+    assert (tmp_path / "allocation.png").stat().st_size > 5000
+
+
+def test_shares_by_hand():
+    # The second block loses e times as much: it gets 1 / STEEPNESS fewer zeros.
+    first, second = shares_by_gap([0.1, 0.1 * math.e], 0.6)
+    assert first - second == pytest.approx(1 / STEEPNESS, abs=1e-6)
+    assert first + second == pytest.approx(1.2, abs=1e-6)
+    assert shares_by_gap([0.3, 0.3, 0.3], 0.5) == [0.5, 0.5, 0.5]
+
+
+def test_shares_have_bounds_and_keep_their_mean():
+    shares = shares_by_gap([1.0, 0.01, 0.02, 0.0, -0.5], 0.7)
+    assert sum(shares) / 5 == pytest.approx(0.7, abs=1e-5)
+    assert min(shares) == shares[0] == pytest.approx(0.7 - LARGEST_CHANGE)
+    assert shares[3] == shares[4] <= 0.7 + LARGEST_CHANGE + 1e-6
+    assert max(shares_by_gap([1.0, 0.1, 0.1, 0.1], 0.95)) == pytest.approx(0.95)
+    assert min(shares_by_gap([1.0, 0.1], 0.05)) >= 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sparsity", "message"),
+    [
+        ("[0.6, 0.8]", "0.7", "layer_sparsity is of 2 blocks, the model has 3"),
+        ("[0.6, 0.8, 0.9]", "0.7", "has mean 0.7667, sparsity is 0.7"),
+        ("[0.6, 0.7, 1.1]", "0.8", "layer_sparsity 1.1 is outside 0 to 1"),
+        ("[0.5, 0.5, 0.5]", "2:4", "2:4 is N:M: drop one of the two"),
+        ("{}", "0.7", "holds no list of numbers"),
+        ('["much"]', "0.7", "holds no list of numbers"),
+        ("[0.6,", "0.7", "--layer-sparsity"),
+    ],
+)
+def test_shares_that_do_not_fit(
+    content, sparsity, message, tmp_path, neox_folder, text_folder, capsys
+):
+    file = tmp_path / "shares.json"
+    file.write_text(content)
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder), *SMALL_RUN]
+    assert main(["run", *where, "--sparsity", sparsity, "--layer-sparsity", str(file)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "2:4"], "only a share of zeros can differ by block"),
+        (["--eval-windows", "0"], "--eval-windows 0 must be at least 1"),
+        (["--output", "/nowhere/shares.json"], "/nowhere is no folder"),
+    ],
+)
+def test_allocate_answers_bad_input(flags, message, neox_folder, text_folder, capsys):
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    assert main(["allocate", *where, *ON, *flags]) == 2
+    assert message in capsys.readouterr().err
