@@ -716,15 +716,20 @@ def _allocate(
     args: argparse.Namespace, shell: Any, calibration: Any, held: Any, shared: dict[str, Any]
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Result, its text, and its figures."""
-    from sparse_expansion import experiments, plots
+    from sparse_expansion import allocation, plots
+    from sparse_expansion.jobs import model_shape
     from sparse_expansion.report import allocation_table
     from sparse_expansion.store import Store
 
-    found = experiments.allocate(shell, calibration, held, **shared)
-    rows = [
-        {"layer": layer, "gap": gap, "sparsity": share}
-        for layer, (gap, share) in enumerate(zip(found.gaps, found.layer_sparsity, strict=True))
-    ]
+    found = allocation.measure(
+        shared["config"],
+        model_shape(shell),
+        calibration,
+        held,
+        executor=shared["executor"],
+        observer=shared["observer"],
+    )
+    rows = found.rows()
     result = {
         "layer_sparsity": found.layer_sparsity,
         "num_eval_tokens": found.num_eval_tokens,

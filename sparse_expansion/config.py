@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+ALLOCATIONS = ("uniform", "measured")
 CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
 CLUSTERINGS = ("kmeans", "random")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
@@ -107,6 +108,9 @@ class CompressionConfig:
     """Share and shape of the zeros."""
     layer_sparsity: tuple[float, ...] = ()
     """Share of zeros of every block, with the sparsity's as their mean; empty: all alike."""
+    allocation: str = "uniform"
+    """``measured``: an unstructured run first finds ``layer_sparsity`` by what each block loses
+    when it alone is pruned; ``uniform``: as given there."""
     pruner: str = "sparsegpt"
     """``sparsegpt``: the column sweep, which makes up for what it removes; ``admm``: mask and
     weights solved for together, and the sweep rounds; ``wanda`` and ``magnitude`` choose by a
@@ -159,6 +163,15 @@ class CompressionConfig:
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
         )
         group = self.sparsity.group
+        _require(
+            self.allocation in ALLOCATIONS,
+            f"allocation {self.allocation!r} is none of {', '.join(ALLOCATIONS)}",
+        )
+        _require(
+            self.allocation == "uniform" or self.sparsity.group is None,
+            f"allocation measured gives shares of zeros, {self.sparsity} is N:M: drop one of the "
+            "two",
+        )
         if self.layer_sparsity:
             self._check_layer_sparsity()
         if group is not None:
@@ -204,7 +217,7 @@ class CompressionConfig:
         if not self.layer_sparsity:
             return self
         pattern = SparsityPattern(fraction=self.layer_sparsity[layer])
-        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=())
+        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=(), allocation="uniform")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.jobs import Measurements, evaluate, model_shape
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.plan import block_gap_units, cluster_units, pruning_units
+from sparse_expansion.plan import cluster_units, pruning_units
 from sparse_expansion.stages import CALIBRATION_FILE, clusters_file, pruned_name
 from sparse_expansion.store import Store
 
@@ -187,84 +186,3 @@ def prune_neurons(
         for share in shares
     ]
     return PrunedNeurons(dense, tokens, rows)
-
-
-STEEPNESS = 7.0
-"""Growth of a block's gap with its sparsity: ``exp(7 * 0.1)`` is twice the gap for a tenth more.
-SmolLM2-135M's gap with one cluster grows fourfold from 50 to 70 %."""
-LARGEST_CHANGE = 0.2
-LARGEST_SHARE = 0.95
-
-
-@dataclass
-class Allocation:
-    """Sparsities of all blocks with a given mean."""
-
-    layer_sparsity: list[float]
-    gaps: list[float]
-    """By block: log-perplexity over the dense model's with this block alone pruned."""
-    num_eval_tokens: int
-
-
-def allocate(
-    shell: ModelShell,
-    windows: torch.Tensor,
-    scored: torch.Tensor,
-    *,
-    config: RunConfig,
-    store: Store,
-    executor: Executor,
-    observer: Observer,
-) -> Allocation:
-    """Prune every block by itself, score the model, and give sensitive blocks fewer zeros.
-
-    Args:
-        shell: of the dense model.
-        windows: ``[N, L]`` to prune on.
-        scored: ``[M, L]`` of the same text, to measure on.
-        config: with the windows as its calibration (``dense`` inputs, one shard).
-        store: for hidden states and results; shared by all workers.
-        executor: does the units.
-        observer: is told of every finished unit.
-    """
-    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
-    shape = model_shape(shell)
-    units = pruning_units(config, shape, rankings=["magnitude"], shares=[1.0])
-    executor.run(units, observer)
-    store.delete_folder("run/hidden")
-    units = block_gap_units(
-        config,
-        shape,
-        scored.tolist(),
-        pruned=pruned_name("magnitude", 1.0),
-        num_shards=getattr(executor, "num_workers", 1),
-    )
-    reports = executor.run(units, observer)
-    totals = np.array([reports[unit.key].stats["nll"] for unit in units]).sum(axis=0)
-    losses = totals[:, 0] / totals[:, 1]
-    gaps = (losses[1:] - losses[0]).tolist()
-    shares = shares_by_gap(gaps, config.compression.sparsity.fraction)
-    return Allocation(shares, gaps, int(totals[0, 1]))
-
-
-def shares_by_gap(gaps: Sequence[float], sparsity: float) -> list[float]:
-    """Sparsities by block, of this mean, for which the sum of the blocks' gaps is least.
-
-    A block's gap is taken to grow as ``g_l exp(STEEPNESS (s_l - s))``: the sum is least where all
-    are equal, ``s_l = s - log(g_l) / STEEPNESS + constant``. No share moves by more than
-    ``LARGEST_CHANGE``, or above ``LARGEST_SHARE``; gaps below a thousandth of the largest are noise
-    and count as that.
-    """
-    floor = max(max(gaps) / 1000, 1e-9)
-    wanted = np.array([-math.log(max(gap, floor)) / STEEPNESS for gap in gaps])
-    low = max(0.0, sparsity - LARGEST_CHANGE)
-    high = max(sparsity, min(sparsity + LARGEST_CHANGE, LARGEST_SHARE))
-    # The mean of the bounded shares grows with the constant: bisection finds it.
-    below, above = low - wanted.max(), high - wanted.min()
-    for _ in range(60):
-        constant = (below + above) / 2
-        if np.clip(wanted + constant, low, high).mean() < sparsity:
-            below = constant
-        else:
-            above = constant
-    return [round(float(share), 6) for share in np.clip(wanted + above, low, high)]

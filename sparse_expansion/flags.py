@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_expansion.config import (
+    ALLOCATIONS,
     CALIBRATION_INPUTS,
     CLUSTERINGS,
     DTYPES,
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pruner": "sparsegpt",
         "block_size": 128,
         "damping_fraction": 0.01,
+        "layer_sparsity": "uniform",
         "calibration_inputs": "compressed",
         "num_clusters": 16,
         "pca_reduction_factor": 32,
@@ -38,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "pruner": "admm",
         "damping_fraction": 0.1,
+        "layer_sparsity": "measured",
         "calibration_inputs": "sequential",
         "num_clusters": 16,
         "pca_reduction_factor": 32,
@@ -325,9 +328,11 @@ def _add_pruning(parser: argparse.ArgumentParser, *, by_block: bool = False) -> 
     if by_block:
         group.add_argument(
             "--layer-sparsity",
-            metavar="FILE.json",
-            help="shares of zeros block by block, with --sparsity as their mean: what `allocate` "
-            "writes, or a list",
+            default="uniform",
+            metavar="HOW",
+            help="measured: every block's share of zeros by what it loses when it alone is pruned, "
+            "with --sparsity as their mean (the default; N:M is alike everywhere); uniform; or a "
+            "file of shares: what `allocate` writes, or a list",
         )
     group.add_argument(
         "--pruner",
@@ -692,6 +697,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     Raises:
         ValueError: a value is out of bounds, or flags contradict each other.
     """
+    pattern = SparsityPattern.parse(args.sparsity)
     if args.bits is not None and not args.quantize:
         raise ValueError(f"--bits {args.bits} needs --quantize: add it, or drop --bits")
     for flag in ("group_size", "symmetric", "act_order"):
@@ -700,7 +706,12 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             raise ValueError(f"{name} needs --quantize: add it, or drop {name}")
     return RunConfig(
         compression=CompressionConfig(
-            sparsity=SparsityPattern.parse(args.sparsity),
+            sparsity=pattern,
+            allocation=(
+                "measured"
+                if args.layer_sparsity == "measured" and pattern.group is None
+                else "uniform"
+            ),
             layer_sparsity=read_layer_sparsity(args.layer_sparsity),
             pruner=args.pruner,
             solver_iterations=args.solver_iterations,
@@ -728,13 +739,13 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     )
 
 
-def read_layer_sparsity(path: str | None) -> tuple[float, ...]:
+def read_layer_sparsity(path: str) -> tuple[float, ...]:
     """Shares of zeros by block: a JSON list, or an object that holds it as ``layer_sparsity``.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
     """
-    if path is None:
+    if path in ALLOCATIONS:
         return ()
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))

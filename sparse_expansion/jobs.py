@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sparse_expansion import allocation
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import RunConfig, digest
 from sparse_expansion.data.corpora import (
@@ -275,6 +276,20 @@ def expand(
     if not store.exists(CALIBRATION_FILE):
         store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
 
+    timeline = Timeline(store)
+    compression = prepared.config.compression
+    if compression.allocation == "measured":
+        shares = allocation.shares_of(
+            store,
+            prepared.config,
+            model_shape(prepared.shell),
+            windows,
+            executor=executor,
+            observer=timeline.observed_by(observer),
+        )
+        compression = replace(compression, layer_sparsity=shares)
+        prepared.config = replace(prepared.config, compression=compression)
+
     def is_committed(unit: Unit) -> bool:
         record = store.record(unit.key)
         return record is not None and store.is_intact(record)
@@ -287,7 +302,6 @@ def expand(
         cleaner.finished(progress.unit)
         observer(progress)
 
-    timeline = Timeline(store)
     try:
         reports = executor.run(todo, timeline.observed_by(observe))
     finally:

@@ -15,6 +15,8 @@ capture waits for; with ``dense`` the next capture waits for this one alone.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -527,28 +529,38 @@ def pruning_units(
 def block_gap_units(
     config: RunConfig,
     shape: ModelShape,
-    windows: list[list[int]],
+    pruned: list[list[int]],
+    scored: list[list[int]],
     *,
-    pruned: str,
-    num_shards: int,
+    num_ranges: int,
 ) -> list[Unit]:
-    """Units that score windows with one block pruned at a time, a shard of windows each."""
-    num_shards = max(1, min(num_shards, len(windows)))
-    passes = (shape.num_layers + 1) * (shape.num_layers + 2) / 2
-    units = []
-    for s in range(num_shards):
-        part = windows[len(windows) * s // num_shards : len(windows) * (s + 1) // num_shards]
-        units.append(
-            Unit(
-                key=f"block-gaps/shard-{s:03d}",
-                stage="block_gaps",
-                params={"tokens": part, "pruned": pruned},
-                layer=shape.num_layers - 1,
-                rank=s,
-                cost=passes * shape.block_flops(config.calibration.seqlen) * sum(map(len, part)),
-            )
+    """Units that score windows with one block pruned at a time, for a range of blocks each."""
+    num_ranges = max(1, min(num_ranges, shape.num_layers))
+    bounds = [shape.num_layers * r // num_ranges for r in range(num_ranges + 1)]
+    return [
+        Unit(
+            key=f"block-gaps/{range_name((first, end - 1))}",
+            stage="block_gaps",
+            params={"pruned": pruned, "scored": scored, "layers": (first, end - 1)},
+            rank=r,
+            cost=block_gap_flops(config, shape, (first, end - 1), len(pruned), len(scored)),
         )
-    return units
+        for r, (first, end) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def block_gap_flops(
+    config: RunConfig, shape: ModelShape, layers: tuple[int, int], pruned: int, scored: int
+) -> float:
+    """Operations of such a unit, for so many windows."""
+    seqlen = config.calibration.seqlen
+    first, last = layers
+    # The dense stream, and every pruned block's from that block on.
+    passes = shape.num_layers + sum(shape.num_layers - i for i in range(first, last + 1))
+    windows = scored * passes + pruned * (last + 1)
+    plain = dataclasses.replace(config.compression, pruner="sparsegpt", bits=None)
+    sweeps = sum(experts_flops(group, plain, float(pruned * seqlen)) for group in shape.groups)
+    return windows * seqlen * shape.block_flops(seqlen) + (last - first + 1) * sweeps
 
 
 def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str]) -> list[Unit]:

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sparse_expansion.algorithms.packing import PackedLayout, pack_expert
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
 from sparse_expansion.algorithms.sweep import compress_linears
-from sparse_expansion.config import CLUSTERINGS, RunConfig
+from sparse_expansion.config import CLUSTERINGS, CompressionConfig, RunConfig
 from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
 from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
@@ -45,6 +45,7 @@ from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
 
+ALLOCATION_FILE = "run/allocation.json"
 CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
 DENSE = " in the dense block"
@@ -143,6 +144,7 @@ class Worker:
         self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
         self._tokens: torch.Tensor | None = None
         self._expanded: tuple[tuple[int, str], nn.Module] | None = None
+        self._shares: tuple[float, ...] = ()
         self._units = 0
         keep_freed_memory()
 
@@ -323,7 +325,7 @@ class Worker:
         experts: tuple[int, int],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sum the Hessians in shard order, compress, and write the experts' file."""
-        compression = self.config.compression.at(layer)
+        compression = self._compression(layer)
         width = gram.sum_DD.shape[0]
         floor = compression.min_tokens(width)
         # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
@@ -437,68 +439,115 @@ class Worker:
         """
         shell = self._shell(model)
         windows = torch.tensor(tokens, dtype=torch.int64)
-        batches = shell.batches(windows)
-        if hidden is None:
-            hidden = torch.cat([shell.embed(windows[part]).cpu() for part in batches])
-        else:
-            hidden = hidden.clone()
+        hidden = self._embedded(windows, model) if hidden is None else hidden.clone()
         with torch.no_grad():
             for layer in range(layers[0], layers[1] + 1):
                 block = shell.load_block(layer)
                 if pruned is not None:
                     self._put_pruned(block, layer, pruned)
-                for part in batches:
-                    call = shell.call(layer, windows[part])
-                    hidden[part] = call.run(block, hidden[part].to(self.device)).cpu()
+                self._pass(layer, block, windows, hidden, model)
                 del block
                 if shell.expansion is not None:
                     shell.cache.clear()
         if layers[1] + 1 < shell.num_blocks:
             return {}, {"hidden": hidden}
-        nll: list[NllSum] = []
-        for index in range(len(windows)):
-            # One window at a time: the logits of a batch are larger than anything before them.
-            part = slice(index, index + 1)
-            logits = shell.head(windows[part], hidden[part])
-            nll += window_nll(logits, windows[part].to(logits.device))
+        nll = self._scores(windows, hidden, model)
         return {"nll": [(part.total, part.num_tokens) for part in nll]}, {}
 
     def stage_block_gaps(
-        self, *, tokens: list[list[int]], pruned: str
+        self, *, pruned: list[list[int]], scored: list[list[int]], layers: tuple[int, int]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Score windows by the dense model, and by it with one block pruned, for every block.
+        """Loss of the dense model, and of it with one block pruned, for each of a range of blocks.
 
         All variants go through the blocks together, so every block is read once.
 
         Args:
-            tokens: the windows.
-            pruned: name of the pruned neurons that a block gets.
+            pruned: windows whose Hessians the blocks are pruned with, by a sweep.
+            scored: windows whose loss is measured.
+            layers: first and last block to prune.
         """
         shell = self._shell()
-        windows = torch.tensor(tokens, dtype=torch.int64)
-        batches = shell.batches(windows)
-        # The dense model's stream, then that of every block pruned so far.
-        streams = [torch.cat([shell.embed(windows[part]).cpu() for part in batches])]
+        to_prune, to_score = (torch.tensor(part, dtype=torch.int64) for part in (pruned, scored))
+        calibration, dense = self._embedded(to_prune), self._embedded(to_score)
+        streams: list[torch.Tensor] = []
         with torch.no_grad():
             for layer in range(shell.num_blocks):
                 block = shell.load_block(layer)
-                other = shell.load_block(layer)
-                self._put_pruned(other, layer, pruned)
-                streams.append(streams[0].clone())
-                blocks = [*[block] * (len(streams) - 1), other]
-                for hidden, through in zip(streams, blocks, strict=True):
-                    for part in batches:
-                        call = shell.call(layer, windows[part])
-                        hidden[part] = call.run(through, hidden[part].to(self.device)).cpu()
-        nll = []
-        for hidden in streams:
-            parts = []
-            for index in range(len(windows)):
-                part = slice(index, index + 1)
-                logits = shell.head(windows[part], hidden[part])
-                parts += window_nll(logits, windows[part].to(logits.device))
-            nll.append([sum(part.total for part in parts), sum(part.num_tokens for part in parts)])
-        return {"nll": nll}, {}
+                if layers[0] <= layer <= layers[1]:
+                    other = self._pruned_block(layer, block, to_prune, calibration)
+                    streams.append(dense.clone())
+                    self._pass(layer, other, to_score, streams[-1])
+                    del other
+                elif layer < layers[0]:
+                    self._pass(layer, block, to_prune, calibration)
+                earlier = streams[:-1] if layers[0] <= layer <= layers[1] else streams
+                for hidden in (dense, *earlier):
+                    self._pass(layer, block, to_score, hidden)
+        losses = [sum(nll.total for nll in self._scores(to_score, h)) for h in (dense, *streams)]
+        count = to_score.shape[0] * (to_score.shape[1] - 1)
+        return {"dense": losses[0], "pruned": losses[1:], "num_tokens": count}, {}
+
+    def _pruned_block(
+        self, layer: int, block: nn.Module, windows: torch.Tensor, hidden: torch.Tensor
+    ) -> nn.Module:
+        """A copy whose MLP is swept on the windows, which also go through the dense block."""
+        shell = self._shell()
+        sums: dict[str, HessianSum] = {}
+        with GroupInputs(block, shell.family.groups) as seen:
+            for part in shell.batches(windows):
+                call = shell.call(layer, windows[part])
+                hidden[part] = call.run(block, hidden[part].to(self.device)).cpu()
+                for name, X_TD in seen.inputs.items():
+                    found = [sums[name]] if name in sums else []
+                    sums[name] = merge_hessians([*found, self._hessian(X_TD)])
+        # The block's own share is found by this: a plain sweep tells which blocks are sensitive.
+        plain = CompressionConfig(
+            sparsity=self.config.compression.sparsity, block_size=self.config.compression.block_size
+        )
+        other = shell.load_block(layer)
+        for group in shell.family.groups:
+            weights = {
+                name: self._dense_weight(layer, name).to(self.device) for name in group.linears
+            }
+            H_KDD = sums[group.name].sum_DD[None]
+            made = compress_linears(weights, H_KDD, plain, dict.fromkeys(weights))
+            for name, result in made.items():
+                weight = result.weight_KOD[0].to(shell.dtype)
+                other.get_submodule(name).register_parameter(
+                    "weight", nn.Parameter(weight, requires_grad=False)
+                )
+        return other
+
+    def _embedded(self, windows: torch.Tensor, model: str = "dense") -> torch.Tensor:
+        """Hidden states that enter the first block, on the CPU."""
+        shell = self._shell(model)
+        return torch.cat([shell.embed(windows[part]).cpu() for part in shell.batches(windows)])
+
+    def _pass(
+        self,
+        layer: int,
+        block: nn.Module,
+        windows: torch.Tensor,
+        hidden: torch.Tensor,
+        model: str = "dense",
+    ) -> None:
+        """Run a block on the hidden states of windows, in place."""
+        shell = self._shell(model)
+        for part in shell.batches(windows):
+            call = shell.call(layer, windows[part])
+            hidden[part] = call.run(block, hidden[part].to(self.device)).cpu()
+
+    def _scores(
+        self, windows: torch.Tensor, hidden: torch.Tensor, model: str = "dense"
+    ) -> list[NllSum]:
+        """Each window's loss, from what the last block put out."""
+        nll: list[NllSum] = []
+        for index in range(len(windows)):
+            # One window at a time: the logits of a batch are larger than anything before them.
+            part = slice(index, index + 1)
+            logits = self._shell(model).head(windows[part], hidden[part])
+            nll += window_nll(logits, windows[part].to(logits.device))
+        return nll
 
     # -- analysis ------------------------------------------------------------------------------
 
@@ -663,7 +712,7 @@ class Worker:
         expand_block(
             block,
             tuple(group.linears for group in groups),
-            self.config.compression.at(layer),
+            self._compression(layer),
             self.config.routing,
             cache=ExpertCache(None),
             dtype=shell.dtype,
@@ -695,6 +744,15 @@ class Worker:
                 folder = Path(model)
             self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
         return self._shells[model]
+
+    def _compression(self, layer: int) -> CompressionConfig:
+        """A block's settings; what was measured at the run's start is in its folder."""
+        compression = self.config.compression
+        if compression.allocation == "measured":
+            if not self._shares:
+                self._shares = tuple(self.store.read_json(ALLOCATION_FILE)["layer_sparsity"])
+            compression = replace(compression, layer_sparsity=self._shares)
+        return compression.at(layer)
 
     def _group(self, name: str) -> LinearGroup:
         for group in self._shell().family.groups:

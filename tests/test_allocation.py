@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparse_expansion.allocation import LARGEST_CHANGE, STEEPNESS, shares_by_gap, split_windows
 from sparse_expansion.cli import main
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 from sparse_expansion.data.corpora import calibration_windows, load_corpus
-from sparse_expansion.experiments import LARGEST_CHANGE, STEEPNESS, shares_by_gap
 from sparse_expansion.jobs import encoder, load_tokenizer
 from sparse_expansion.model.streaming import ModelShell
 from tests.test_experiments import block_inputs
-from tests.tiny import SMALL_RUN
+from tests.tiny import SMALL_RUN, digests
 
 ON = "--sparsity 0.7 --dataset-size 20 --eval-windows 6 --seqlen 48 --block-size 16".split()
 
@@ -104,6 +104,47 @@ def test_a_run_with_shares_by_block(made, neox_folder, text_folder, tmp_path, ca
     assert plan["checkpoint_bytes"] == index["metadata"]["total_size"]
     # Without the file it is another run.
     assert main([word for word in run if word not in ("--layer-sparsity", str(made))]) == 2
+
+
+def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.7"]
+    flags = ["--layer-sparsity", "measured", *SMALL_RUN, "--dataset-size", "9", "--json"]
+    run = ["expand", *where, *flags, "--output", str(tmp_path)]
+    assert main(run) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "run" / "allocation.json").read_text())
+    shares = written["layer_sparsity"]
+    assert metrics["config"]["compression"]["layer_sparsity"] == shares
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["compression"]["layer_sparsity"] == shares
+    assert sum(shares) / 3 == pytest.approx(0.7, abs=1e-5) and len(set(shares)) == 3
+    # They are those of `allocate` on the first 6 of the 9 windows, scored on the other 3.
+    text = load_corpus(str(text_folder)).calibration
+    encode = encoder(load_tokenizer(neox_folder))
+    tokens = calibration_windows(text, encode, num_windows=9, seqlen=48, seed=0)
+    pruned, scored = split_windows(tokens)
+    assert torch.equal(pruned, tokens[:6]) and torch.equal(scored, tokens[6:])
+    flags = "--dataset-size 6 --eval-windows 3 --seqlen 48 --block-size 16 --threads 1".split()
+    assert main(["allocate", *where, *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layer_sparsity"] == shares
+    # What was measured is not measured again, and the folder is whole without more work.
+    before = digests(tmp_path)
+    assert main([*run, "--resume"]) == 0
+    assert digests(tmp_path) == before
+    # N:M is alike in all blocks.
+    capsys.readouterr()
+    where[-1] = "2:4"
+    assert main(["expand", *where, *run[7:-1], str(tmp_path / "n-m")]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["config"]["compression"]["layer_sparsity"] == []
+
+
+def test_windows_to_prune_on_and_to_score():
+    windows = torch.arange(600 * 512).view(600, 512)
+    pruned, scored = split_windows(windows)
+    assert torch.equal(pruned, windows[:16]) and torch.equal(scored, windows[16:24])
+    pruned, scored = split_windows(windows[:1])
+    assert torch.equal(pruned, scored)
 
 
 @pytest.mark.ray
