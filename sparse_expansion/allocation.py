@@ -13,7 +13,7 @@ import torch
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.plan import ModelShape, block_gap_units
-from sparse_expansion.stages import ALLOCATION_FILE
+from sparse_expansion.stages import ALLOCATION_FILE, Unit
 from sparse_expansion.store import Store
 
 STEEPNESS = 7.0
@@ -42,12 +42,28 @@ class Allocation:
         ]
 
 
+def window_counts(count: int, seqlen: int) -> tuple[int, int]:
+    """Of so many windows: how many to prune on, and how many others to score, maybe none."""
+    pruned = min(math.ceil(PRUNED_TOKENS / seqlen), max(1, 2 * count // 3))
+    return pruned, min(math.ceil(SCORED_TOKENS / seqlen), count - pruned)
+
+
 def split_windows(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the calibration windows ``[N, L]``: those to prune on, and others to score."""
-    count, seqlen = windows.shape
-    first = min(math.ceil(PRUNED_TOKENS / seqlen), max(1, 2 * count // 3))
-    scored = windows[first : first + math.ceil(SCORED_TOKENS / seqlen)]
-    return windows[:first], scored if len(scored) else windows[:1]
+    """Of the calibration windows ``[N, L]``: those to prune on, and others to score.
+
+    A single window has to serve for both.
+    """
+    pruned, scored = window_counts(*windows.shape)
+    return windows[:pruned], windows[pruned : pruned + scored] if scored else windows[:1]
+
+
+def gap_units_of(config: RunConfig, shape: ModelShape, num_workers: int) -> list[Unit]:
+    """The units that ``measure`` would run, for a plan: their windows are empty."""
+    pruned, scored = window_counts(config.calibration.dataset_size, config.calibration.seqlen)
+    windows: list[list[int]] = [[]]
+    return block_gap_units(
+        config, shape, windows * pruned, windows * max(1, scored), num_ranges=num_workers
+    )
 
 
 def measure(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
+from sparse_expansion.allocation import gap_units_of, window_counts
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
@@ -93,8 +94,11 @@ def forecast(
     cluster = cluster or Cluster()
     shape, sizes, expert_bytes, routing_bytes = _measure(config, model_config)
     units = expansion_units(config, shape)
+    measuring: list[Unit] = []
+    if config.compression.allocation == "measured":
+        measuring = gap_units_of(config, shape, cluster.num_workers)
     flops: Counter[str] = Counter()
-    for unit in units:
+    for unit in (*measuring, *units):
         flops[unit.stage] += int(unit.cost)
     trunk = sizes.parameters - shape.num_layers * sizes.dense_mlp
     experts = config.routing.num_clusters * expert_bytes
@@ -108,7 +112,7 @@ def forecast(
             {"name": group.name, "width": group.width, "rows": group.rows} for group in shape.groups
         ],
         "parameters": sizes.parameters,
-        "units": dict(Counter(unit.stage for unit in units)),
+        "units": dict(Counter(unit.stage for unit in (*measuring, *units))),
         "calibration_tokens": tokens,
         "flops": dict(flops),
         "checkpoint_bytes": sizes.item * trunk + experts + routers,
@@ -120,7 +124,7 @@ def forecast(
         "captured_bytes_per_block": sum(unit.cache_bytes for unit in units if unit.layer == 0),
         "config": config.to_dict(),
     }
-    result |= _time(config, units, cluster, sizes, captured_bytes(activation_bytes))
+    result |= _time(config, measuring, units, cluster, sizes, captured_bytes(activation_bytes))
     result["verdict"] = _verdict(config, shape, sizes, cluster, result, activation_bytes)
     return result
 
@@ -200,6 +204,15 @@ def worker_memory(
         + batch * (6 * hidden + 3 * sizes.intermediate) * item
     )
     stages = {"capture": forward, "trunk": _trunk_bytes(shape, sizes)}
+    if config.compression.allocation == "measured":
+        pruned, scored = window_counts(calibration.dataset_size, calibration.seqlen)
+        streams = 1 + math.ceil(shape.num_layers / cluster.num_workers)
+        kept = (pruned + streams * max(1, scored)) * calibration.seqlen * hidden * item
+        # A second block, its Hessians, and a sweep as of one expert.
+        swept = max(_experts_bytes(config, group, 1, item, paired=True) for group in shape.groups)
+        sums = sum(FLOAT32_BYTES * group.width**2 for group in shape.groups)
+        passing = forward - 2 * shard_tokens * hidden * item + sizes.block_parameters * item
+        stages["block_gaps"] = kept + passing + sums + swept
     for g, group in enumerate(shape.groups):
         paired = calibration.is_paired(g)
         width = group.width
@@ -218,7 +231,7 @@ def worker_memory(
         stages["gather"] = max(stages.get("gather", 0), 2 * rows)
         stages["experts"] = max(
             stages.get("experts", 0),
-            _experts_bytes(config, group, per_unit, item)
+            _experts_bytes(config, group, per_unit, item, paired=paired)
             # What inputs lack, times inputs; the target, and a triangular solve on its way to it.
             + (per_unit * FLOAT32_BYTES * width * (width + 3 * group.rows) if paired else 0),
         )
@@ -251,10 +264,16 @@ def worker_memory(
     # Whatever is freed is kept for what comes next, which needs it in other sizes.
     ever = max(stages.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
     held["freed"] = min(FREED_BYTES_KEPT, ever)
+    # Blocks are measured before anything is captured.
+    before = held["libraries"] + held["embedding_and_head"] + held["freed"]
+    peak = max(
+        before + stages.get("block_gaps", 0),
+        sum(held.values()) + max(value for name, value in stages.items() if name != "block_gaps"),
+    )
     memory = {
         **{f"held: {name}": value for name, value in held.items()},
         **{f"stage: {name}": value for name, value in stages.items()},
-        "peak": sum(held.values()) + max(stages.values()),
+        "peak": peak,
     }
     if cluster.gpu_bytes is not None:
         # Samples and rows visit the card in chunks; weights and factors stay for the unit.
@@ -279,13 +298,16 @@ def _trunk_bytes(shape: ModelShape, sizes: _Sizes) -> int:
     return 2 * min(trunk, TRUNK_SHARD_BYTES)
 
 
-def _experts_bytes(config: RunConfig, group: GroupShape, per_unit: int, item: int) -> int:
+def _experts_bytes(
+    config: RunConfig, group: GroupShape, per_unit: int, item: int, *, paired: bool
+) -> int:
     """Hessians, factors and weights that a unit of experts holds at once."""
     square = group.width**2 * FLOAT32_BYTES
     weights = group.rows * group.width
     quantized = config.compression.bits is not None
-    # The sums and the factors, and the sample's sum.
-    hessians = (2 * per_unit + 1) * square
+    # The sums, and the sample's. Their factors: to sweep, or to make up for what inputs lack.
+    is_swept = config.compression.pruner == "sparsegpt" or quantized
+    hessians = (per_unit + 1 + (per_unit if is_swept or paired else 0)) * square
     # For one expert at a time its reversed Hessian, its Cholesky factor and that reversed; all of
     # them are gone before a weight is swept.
     factoring = 3 * square
@@ -315,7 +337,12 @@ def _value_bytes(units: list[Unit]) -> int:
 
 
 def _time(
-    config: RunConfig, units: list[Unit], cluster: Cluster, sizes: _Sizes, kept_bytes: int
+    config: RunConfig,
+    measuring: list[Unit],
+    units: list[Unit],
+    cluster: Cluster,
+    sizes: _Sizes,
+    kept_bytes: int,
 ) -> dict[str, Any]:
     handed = {unit.key: unit.output_bytes / max(1, len(unit.outputs)) for unit in units}
 
@@ -342,15 +369,18 @@ def _time(
         value_budget=budget,
     )
     by_stage: Counter[str] = Counter()
-    for unit in units:
+    for unit in (*measuring, *units):
         by_stage[unit.stage] += seconds(unit)  # type: ignore[assignment]
-    hours = found.makespan / 3600
+    # Each worker measures its range of blocks; then the run's graph starts.
+    makespan = found.makespan + max(map(seconds, measuring), default=0.0)
+    work = found.work + sum(map(seconds, measuring))
+    hours = makespan / 3600
     price = cluster.price_per_hour
     return {
         "num_workers": cluster.num_workers,
         "hours": hours,
         "worker_seconds": {name: float(value) for name, value in by_stage.items()},
-        "utilisation": found.work / (cluster.num_workers * found.makespan),
+        "utilisation": work / (cluster.num_workers * makespan),
         "cost": None if price is None else price * hours * cluster.num_workers,
     }
 

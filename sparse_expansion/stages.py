@@ -474,7 +474,10 @@ class Worker:
             for layer in range(shell.num_blocks):
                 block = shell.load_block(layer)
                 if layers[0] <= layer <= layers[1]:
-                    other = self._pruned_block(layer, block, to_prune, calibration)
+                    try:
+                        other = self._pruned_block(layer, block, to_prune, calibration)
+                    except CompressionError as error:
+                        raise CompressionError(f"layer-{layer:03d}: {error}") from error
                     streams.append(dense.clone())
                     self._pass(layer, other, to_score, streams[-1])
                     del other

@@ -19,7 +19,7 @@ from tests.tiny import digests
 
 SMALL = (
     "--num_clusters 2 --dataset-size 4 --seqlen 32 --PCA_reduction_factor 4 --block-size 16 "
-    "--eval-windows 3"
+    "--eval-windows 3 --preset paper"
 ).split()
 
 

@@ -17,7 +17,7 @@ from tests.model.test_expansion import expand
 def plain(tmp_path_factory, neox_folder, text_folder):
     """Plain SparseGPT, and 2:4 with 4 bits in groups."""
     root = tmp_path_factory.mktemp("one")
-    one = ["--num_clusters", "1"]
+    one = ["--num_clusters", "1", "--layer-sparsity", "uniform"]
     joint = [*one, "--sparsity", "2:4", "--quantize", "--group-size", "16"]
     return {
         "pruned": expand(neox_folder, text_folder, root / "pruned", *one),

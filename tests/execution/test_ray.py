@@ -285,6 +285,8 @@ def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
         "--output",
         str(output),
         *SMALL_RUN,
+        "--preset",
+        "paper",
         "--executor",
         "ray",
         *flags,
