@@ -13,8 +13,8 @@ import torch
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.plan import ModelShape, block_gap_units
-from sparse_expansion.stages import ALLOCATION_FILE, Unit
-from sparse_expansion.store import Store
+from sparse_expansion.stages import Unit
+from sparse_expansion.store import ALLOCATION_FILE, Store
 
 STEEPNESS = 7.0
 """Growth of a block's gap with its sparsity: ``exp(7 * 0.1)`` is twice the gap for a tenth more.

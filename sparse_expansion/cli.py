@@ -570,7 +570,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
-    from sparse_expansion.store import read_timeline
+    from sparse_expansion.store import read_allocation, read_timeline
 
     store = _run_store(args.folder)
     result, text = run_report(store)
@@ -584,7 +584,9 @@ def _report(args: argparse.Namespace) -> int:
     if args.plots:
         from sparse_expansion import plots
 
-        figures = plots.run_figures(result.get("experts", []), read_timeline(store))
+        figures = plots.run_figures(
+            result.get("experts", []), read_timeline(store), read_allocation(store)
+        )
         plots.save(figures, args.plots)
     print(json.dumps(result, indent=1, sort_keys=True) if args.json else text)
     return 0

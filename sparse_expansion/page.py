@@ -18,7 +18,7 @@ from sparse_expansion.report import (
     size,
     summary_rows,
 )
-from sparse_expansion.store import Store, read_timeline
+from sparse_expansion.store import Store, read_allocation, read_timeline
 
 _PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
 
@@ -38,6 +38,7 @@ def report_page(
     rows = result.get("experts", [])
     facts = linear_facts(rows)
     timeline = read_timeline(store)
+    shares = read_allocation(store)
     name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
     asked = (
         f"{describe_clusters(config['routing'])}, "
@@ -61,6 +62,7 @@ def report_page(
         stages=[] if metrics is None else _stages(metrics),
         parts=_parts(store) if store.exists(MANIFEST_NAME) else [],
         linears=summary_rows(facts) if facts else [],
+        allocation_plot=plots.svg(plots.allocation(shares)) if shares else "",
         settings=sorted(_flat(config)),
         command=result.get("command"),
     )

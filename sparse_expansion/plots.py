@@ -179,13 +179,16 @@ def timeline(rows: list[dict[str, Any]]) -> Figure:
 
 
 def run_figures(
-    rows: list[dict[str, Any]], timeline_rows: Sequence[dict[str, Any]] = ()
+    rows: list[dict[str, Any]],
+    timeline_rows: Sequence[dict[str, Any]] = (),
+    allocation_rows: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Figure]:
     """Every figure that a run, finished or not, has data for.
 
     Args:
         rows: of ``report.expert_rows``.
         timeline_rows: of ``run/timeline.json``.
+        allocation_rows: of ``run/allocation.json``.
     """
     figures = {}
     if rows:
@@ -197,6 +200,8 @@ def run_figures(
         }
     if timeline_rows:
         figures["timeline"] = timeline(list(timeline_rows))
+    if allocation_rows:
+        figures["allocation"] = allocation(list(allocation_rows))
     return figures
 
 

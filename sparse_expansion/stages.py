@@ -42,10 +42,9 @@ from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.store import Store
+from sparse_expansion.store import ALLOCATION_FILE, Store
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
 
-ALLOCATION_FILE = "run/allocation.json"
 CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
 DENSE = " in the dense block"

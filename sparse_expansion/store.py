@@ -28,6 +28,7 @@ from sparse_expansion.model.manifest import tensor_record
 
 RUN_FILE = "run/run.json"
 UNITS = "run/units"
+ALLOCATION_FILE = "run/allocation.json"
 METRICS_FILE = "metrics.json"
 COMMAND_FILE = "run/command.json"
 TIMELINE_FILE = "run/timeline.json"
@@ -216,6 +217,14 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_allocation(store: Store) -> list[dict[str, Any]]:
+    """By block: what was measured to share out a run's zeros; empty where nothing was."""
+    if not store.exists(ALLOCATION_FILE):
+        return []
+    found: list[dict[str, Any]] = store.read_json(ALLOCATION_FILE)["rows"]
+    return found
 
 
 def read_timeline(store: Store) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ def test_a_finished_run(folder, tmp_path, capsys):
         metrics["command"],
         f"{sum(metrics['unit_seconds'].values()):.2f}",
         "Where quality is lost",
+        "Sparsity by block",
         f"{metrics['starved_experts']} of {metrics['num_experts']} experts",
         "mlp.gate_proj",
         "routing.num_clusters",
@@ -64,11 +65,12 @@ def test_a_finished_run(folder, tmp_path, capsys):
 
 def test_plots_are_well_formed_and_complete(folder):
     plots = re.findall(r"<figure>(.*?)</figure>", page_of(Store(str(folder))), re.S)
-    assert len(plots) == 3
+    errors, allocation, clusters, timeline = plots
     for plot in plots:
         ElementTree.fromstring(plot)
-    assert all("mlp.down_proj" in plot for plot in plots[:2])
-    assert "capture" in plots[2] and "local" in plots[2]
+    assert "mlp.down_proj" in errors and "mlp.down_proj" in clusters
+    assert "share of zeros" in allocation
+    assert "capture" in timeline and "local" in timeline
 
 
 def test_an_unfinished_run(folder, tmp_path):
