@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "pruner": "admm",
+        "block_size": 128,
         "damping_fraction": 0.1,
         "layer_sparsity": "measured",
         "calibration_inputs": "sequential",

@@ -74,6 +74,14 @@ def made_small(command, text_folder):
     return command
 
 
+def test_the_list_of_flags_is_that_of_the_code(tmp_path):
+    script = [sys.executable, str(ROOT / "docs" / "build_flags.py"), str(tmp_path / "flags.md")]
+    subprocess.run(script, check=True)
+    written = (ROOT / "docs" / "flags.md").read_text()
+    assert written == (tmp_path / "flags.md").read_text(), "run: python docs/build_flags.py"
+    assert "| `pca_reduction_factor` | `32` |" in written and "--ray-address" in written
+
+
 def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
