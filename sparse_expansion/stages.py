@@ -216,10 +216,8 @@ class Worker:
 
     def stage_embed(self, *, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Hidden states that enter the first block, for one shard of windows."""
-        shell = self._shell()
         tokens = self._shard_tokens(shard)
-        hidden = torch.cat([shell.embed(tokens[part]).cpu() for part in shell.batches(tokens)])
-        return self._write_hidden(0, shard, hidden), {}
+        return self._write_hidden(0, shard, self._embedded(tokens)), {}
 
     def stage_capture(self, *, layer: int, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the dense block on one shard; keep its group inputs; hand on a sample of them."""
@@ -472,6 +470,8 @@ class Worker:
         with torch.no_grad():
             for layer in range(shell.num_blocks):
                 block = shell.load_block(layer)
+                for hidden in streams:
+                    self._pass(layer, block, to_score, hidden)
                 if layers[0] <= layer <= layers[1]:
                     try:
                         other = self._pruned_block(layer, block, to_prune, calibration)
@@ -482,9 +482,7 @@ class Worker:
                     del other
                 elif layer < layers[0]:
                     self._pass(layer, block, to_prune, calibration)
-                earlier = streams[:-1] if layers[0] <= layer <= layers[1] else streams
-                for hidden in (dense, *earlier):
-                    self._pass(layer, block, to_score, hidden)
+                self._pass(layer, block, to_score, dense)
         losses = [sum(nll.total for nll in self._scores(to_score, h)) for h in (dense, *streams)]
         count = to_score.shape[0] * (to_score.shape[1] - 1)
         return {"dense": losses[0], "pruned": losses[1:], "num_tokens": count}, {}
