@@ -344,6 +344,27 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefinementConfig:
+    """How a block's kept weights are trained once its experts are made."""
+
+    epochs: int = 0
+    """Passes over the calibration windows; 0 leaves the pruner's weights as they are."""
+    learning_rate: float = 2e-4
+    """Of Adam, at its highest."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _require(
+            0 <= self.epochs <= 1000,
+            f"finetune {self.epochs} is outside 0 to 1000: passes over the windows, e.g. 2",
+        )
+        _require(
+            math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 1,
+            f"finetune_rate {self.learning_rate} is outside 0 to 1, e.g. 0.0002",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run computes."""
 
@@ -353,6 +374,8 @@ class RunConfig:
     """PCA and KMeans."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Calibration text and schedule."""
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    """Training of the kept weights."""
     dtype: str = "auto"
     """Storage and compute dtype; ``auto`` keeps the source's."""
     tf32: bool = False
@@ -368,6 +391,11 @@ class RunConfig:
             f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",
         )
 
+    @property
+    def refines(self) -> bool:
+        """Whether experts are drafts until their block has been trained."""
+        return self.refinement.epochs > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
         return dataclasses.asdict(self)
@@ -379,6 +407,7 @@ class RunConfig:
             compression=CompressionConfig.from_dict(data["compression"]),
             routing=RoutingConfig(**data["routing"]),
             calibration=CalibrationConfig(**data["calibration"]),
+            refinement=RefinementConfig(**data.get("refinement", {})),
             dtype=data["dtype"],
             tf32=data.get("tf32", False),
             experts_per_unit=data["experts_per_unit"],

@@ -18,6 +18,7 @@ from sparse_expansion.config import (
     RANKINGS,
     CalibrationConfig,
     CompressionConfig,
+    RefinementConfig,
     RoutingConfig,
     RunConfig,
     SparsityPattern,
@@ -261,6 +262,8 @@ def build_parser(defaults: dict[str, Any] | None = None) -> argparse.ArgumentPar
     _add_calibration(run)
     _add_calibration(expand)
     _add_calibration(plan)
+    for sub in (run, expand, plan):
+        _add_refinement(sub)
     plan.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per window")
     _add_cluster(plan)
     for sub in (run, evaluate):
@@ -578,6 +581,28 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_refinement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("refinement")
+    group.add_argument(
+        "--finetune",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        metavar="EPOCHS",
+        help="train every block's kept weights against the dense block, so many passes over the "
+        "windows (1 without a number); masks and grids stay. An eighth of the windows is held "
+        "out, and the best pass on them is kept",
+    )
+    group.add_argument(
+        "--finetune-rate",
+        type=float,
+        default=2e-4,
+        metavar="RATE",
+        help="Adam's learning rate (default 0.0002)",
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -734,6 +759,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             calibration_inputs=args.calibration_inputs,
             data_shards=args.data_shards,
         ),
+        refinement=RefinementConfig(epochs=args.finetune, learning_rate=args.finetune_rate),
         dtype=args.dtype,
         tf32=args.tf32,
         experts_per_unit=args.experts_per_unit,

@@ -23,6 +23,7 @@ from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.model.families import block_list, family_of, linear_shape
+from sparse_expansion.model.refinement import STEP_TOKENS
 from sparse_expansion.model.streaming import TOKENS_PER_FORWARD
 from sparse_expansion.plan import (
     REDUCE_FAN_IN,
@@ -235,13 +236,20 @@ def worker_memory(
             # What inputs lack, times inputs; the target, and a triangular solve on its way to it.
             + (per_unit * FLOAT32_BYTES * width * (width + 3 * group.rows) if paired else 0),
         )
+    packed = sum(
+        PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
+        for group in shape.groups
+    )
     if calibration.follows_compression:
-        packed = sum(
-            PackedLayout.of(group.rows, group.width, config.compression).num_bytes(item)
-            for group in shape.groups
-        )
         dense = sizes.dense_mlp * config.routing.num_clusters * item
         stages["advance"] = forward + config.routing.num_clusters * packed + dense
+    if config.refines:
+        # Float32 weights, their gradients, Adam's two moments and the best so far; masks; what a
+        # step keeps of every token for the way back; the dense block beside the expanded one.
+        trained = sizes.dense_mlp * config.routing.num_clusters * (5 * FLOAT32_BYTES + 1)
+        step = max(STEP_TOKENS, calibration.seqlen)
+        kept = step * (12 * hidden + 8 * sizes.intermediate) * FLOAT32_BYTES
+        stages["refine"] = forward + trained + kept + config.routing.num_clusters * packed
     if calibration.is_sequential:
         # Later groups' inputs are held as they are in the dense block too.
         widths += sum(group.width for group in shape.groups[1:])

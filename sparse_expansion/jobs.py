@@ -31,11 +31,12 @@ from sparse_expansion.plan import (
     ModelShape,
     evaluation_units,
     expansion_units,
+    final_stages,
     group_shape,
     mlp_flops_per_token,
     needed_units,
 )
-from sparse_expansion.stages import CALIBRATION_FILE, Unit, UnitReport, peak_memory_bytes
+from sparse_expansion.stages import CALIBRATION_FILE, DRAFTS, Unit, UnitReport, peak_memory_bytes
 from sparse_expansion.store import TIMELINE_FILE, Store, open_run, read_timeline
 from sparse_expansion.types import NllSum
 
@@ -296,7 +297,7 @@ def expand(
 
     todo = needed_units(prepared.units, is_committed)
     by_key = {unit.key: unit for unit in todo}
-    cleaner = _HiddenCleaner(store, todo)
+    cleaner = _BlockCleaner(store, todo)
 
     def observe(progress: Any) -> None:
         cleaner.finished(progress.unit)
@@ -314,8 +315,8 @@ def expand(
     measured.seconds["assemble"] += time.perf_counter() - start
 
 
-class _HiddenCleaner:
-    """Removes a block's input hidden states once nothing of the block is left to do."""
+class _BlockCleaner:
+    """Removes a block's input hidden states and drafts once nothing of it is left to do."""
 
     def __init__(self, store: Store, units: list[Unit]) -> None:
         self.store = store
@@ -328,10 +329,10 @@ class _HiddenCleaner:
         left = self.left[unit.layer]
         left.discard(unit.key)
         if unit.layer >= 0 and not left:
-            prefix = f"run/hidden/layer-{unit.layer:03d}-"
-            for name in self.store.list("run/hidden"):
-                if name.startswith(prefix):
-                    self.store.delete(name)
+            for folder, name in (("run/hidden/", "layer"), (DRAFTS, "experts")):
+                for file in self.store.list(folder.rstrip("/")):
+                    if file.startswith(f"{folder}{name}-{unit.layer:03d}-"):
+                        self.store.delete(file)
 
 
 def assemble(prepared: Prepared, store: Store) -> None:
@@ -339,8 +340,9 @@ def assemble(prepared: Prepared, store: Store) -> None:
     weight_map: dict[str, str] = {}
     manifest: dict[str, Any] = {}
     total = trunk = 0
+    final = final_stages(prepared.units)
     for unit in prepared.units:
-        if unit.stage not in ("trunk", "router", "experts"):
+        if unit.stage not in final:
             continue
         record = store.record(unit.key)
         if record is None:
@@ -376,6 +378,7 @@ def assemble(prepared: Prepared, store: Store) -> None:
     )
     store.write_json("config.json", config)
     store.delete_folder("run/hidden")
+    store.delete_folder(DRAFTS.rstrip("/"))
 
 
 def bare_bytes(prepared: Prepared) -> float:
@@ -533,10 +536,25 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "num_experts": experts,
         "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
         "starved_experts": starved,
+        **refinement_metrics(prepared, store),
         "raised_damping": raised,
         "checkpoint_bytes": checkpoint_bytes(store),
         "dense_checkpoint_bytes": dense_bytes(prepared.shell),
     }
+
+
+def refinement_metrics(prepared: Prepared, store: Store) -> dict[str, Any]:
+    """What training came to, where there was any: losses on held-out windows, over all blocks."""
+    units = [unit for unit in prepared.units if unit.stage == "refine"]
+    if not units:
+        return {}
+    records = [store.record(unit.key) for unit in units]
+    stats = [record["stats"] for record in records if record is not None]
+    found = {"trained_blocks": sum(each["epoch"] > 0 for each in stats)}
+    for name in ("loss_before", "loss_after"):
+        losses = [each[name] for each in stats]
+        found[name] = None if None in losses else sum(losses) / len(losses)
+    return {"refinement": found}
 
 
 def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.report import (
     LinearFacts,
     describe_clusters,
-    describe_compression,
+    describe_weights,
     linear_facts,
     size,
     summary_rows,
@@ -42,7 +42,7 @@ def report_page(
     name = result["model"].rstrip("/").rpartition("/")[2] or result["model"]
     asked = (
         f"{describe_clusters(config['routing'])}, "
-        f"{describe_compression(config['compression'])}, "
+        f"{describe_weights(config)}, "
         f"{config['calibration']['calibration_inputs']} inputs"
     )
     # Text from files is escaped; the plots are the only markup that is not the template's.

@@ -256,12 +256,14 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     for i in range(shape.num_layers):
         where = f"layer-{i:03d}"
         affinity = [f"{where}/shard-{s:03d}" for s in shards]
+        entered: list[str] = []
         for s in shards:
             if i == 0:
                 before = f"embed/shard-{s:03d}"
             else:
                 stage = "advance" if compressed else "capture"
                 before = f"layer-{i - 1:03d}/{stage}/shard-{s:03d}"
+            entered.append(before)
             units.append(
                 _capture_unit(
                     config,
@@ -403,6 +405,9 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     )
                 )
             made += [f"{at}/router", *(f"{at}/experts-{range_name(part)}" for part in ranges)]
+        if config.refines:
+            units.append(_refine_unit(config, shape, i, ranges, after=[*entered, *made]))
+            made = [units[-1].key]
         if compressed and i + 1 < shape.num_layers:
             for s in shards:
                 units.append(
@@ -421,6 +426,42 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                     )
                 )
     return units
+
+
+def _refine_unit(
+    config: RunConfig,
+    shape: ModelShape,
+    layer: int,
+    ranges: list[tuple[int, int]],
+    *,
+    after: list[str],
+) -> Unit:
+    calibration = config.calibration
+    tokens = calibration.dataset_size * calibration.seqlen
+    return Unit(
+        key=f"layer-{layer:03d}/refine",
+        stage="refine",
+        params={"layer": layer, "experts": ranges, "seed": calibration.seed + 1000 * (layer + 1)},
+        after=tuple(after),
+        is_persistent=True,
+        layer=layer,
+        rank=4,
+        cost=refine_flops(config, shape),
+        traffic_bytes=int(
+            config.refinement.epochs * tokens * shape.hidden_size * shape.item_bytes
+            # A draft and what replaces it.
+            + 2
+            * config.routing.num_clusters
+            * sum(packed_bytes(config, group, shape.item_bytes) for group in shape.groups)
+        ),
+    )
+
+
+def refine_flops(config: RunConfig, shape: ModelShape) -> float:
+    """Operations to train a block: the dense one forward, the expanded one forward and back."""
+    calibration = config.calibration
+    tokens = calibration.dataset_size * calibration.seqlen
+    return 4.0 * config.refinement.epochs * tokens * shape.block_flops(calibration.seqlen)
 
 
 def _dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Unit]:
@@ -654,6 +695,12 @@ def evaluation_units(
     return units
 
 
+def final_stages(units: Iterable[Unit]) -> set[str]:
+    """Stages whose files are the result: experts that are trained afterwards are drafts."""
+    stages = {unit.stage for unit in units}
+    return {"trunk", "router", "neurons", "refine" if "refine" in stages else "experts"}
+
+
 def needed_units(units: Iterable[Unit], is_committed: Callable[[Unit], bool]) -> list[Unit]:
     """The units still to be done, in the given order.
 
@@ -670,11 +717,8 @@ def needed_units(units: Iterable[Unit], is_committed: Callable[[Unit], bool]) ->
 
     consumed = {key for unit in by_key.values() for key, _ in unit.inputs}
     consumed |= {key for unit in by_key.values() for key in unit.after}
-    goals = [
-        unit
-        for unit in by_key.values()
-        if unit.stage in ("trunk", "router", "experts", "neurons") or unit.key not in consumed
-    ]
+    final = final_stages(by_key.values())
+    goals = [unit for unit in by_key.values() if unit.stage in final or unit.key not in consumed]
     needed: set[str] = set()
     stack = [unit.key for unit in goals if not done(unit)]
     while stack:

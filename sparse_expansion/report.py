@@ -56,7 +56,7 @@ def run_table(metrics: dict[str, Any], output: str | None) -> str:
         )
     )
     lines = [table(rows, header=True), ""]
-    sparsity = describe_compression(config["compression"])
+    sparsity = describe_weights(config)
     calibration = config["calibration"]
     lines.append(
         f"{describe_clusters(config['routing'])}, {sparsity}; calibrated on "
@@ -70,6 +70,8 @@ def run_table(metrics: dict[str, Any], output: str | None) -> str:
         f"per token the MLPs take {flops['experts'] / flops['dense']:.1%} of the dense operations, "
         f"routers {flops['router'] / flops['dense']:.1%} more"
     )
+    if "refinement" in metrics:
+        lines.append(describe_refinement(metrics["refinement"]))
     starved = metrics["starved_experts"]
     if starved:
         lines.append(
@@ -130,7 +132,7 @@ def model_card(metrics: dict[str, Any], source: str, *, is_hub_id: bool) -> str:
     calibration = config["calibration"]
     rows = [
         ("experts", describe_clusters(config["routing"])),
-        ("weights", describe_compression(config["compression"])),
+        ("weights", describe_weights(config)),
         (
             "calibrated on",
             f"{calibration['dataset_size']} x {calibration['seqlen']} tokens of "
@@ -188,6 +190,17 @@ Made by
     )
 
 
+def describe_refinement(refinement: dict[str, Any]) -> str:
+    """What training did to the blocks' errors on held-out windows."""
+    text = f"training changed {refinement['trained_blocks']} blocks"
+    if refinement["loss_before"] is None:
+        return f"{text}; no window was held out to judge it by"
+    return (
+        f"{text}: error of their outputs on held-out windows {refinement['loss_before']:.3e} -> "
+        f"{refinement['loss_after']:.3e}"
+    )
+
+
 def describe_clusters(routing: dict[str, Any]) -> str:
     """``16 experts per linear``; says so where they were made on random tokens."""
     text = f"{routing['num_clusters']} experts per linear"
@@ -197,8 +210,9 @@ def describe_clusters(routing: dict[str, Any]) -> str:
     return text
 
 
-def describe_compression(compression: dict[str, Any]) -> str:
+def describe_weights(config: dict[str, Any]) -> str:
     """``50 % sparse, 4 bits``."""
+    compression = config["compression"]
     sparsity = compression["sparsity"]
     if sparsity["group"] is not None:
         text = f"{sparsity['pruned']}:{sparsity['group']} sparse"
@@ -212,6 +226,9 @@ def describe_compression(compression: dict[str, Any]) -> str:
         text += f" ({compression['pruner']})"
     if compression["bits"] is not None:
         text += f", {compression['bits']} bits"
+    epochs = config.get("refinement", {}).get("epochs", 0)
+    if epochs:
+        text += f", trained {epochs} {'pass' if epochs == 1 else 'passes'}"
     return text
 
 
@@ -485,7 +502,7 @@ def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
             {
                 "name": store.root.rstrip("/").rpartition("/")[2],
                 "setting": f"{describe_clusters(metrics['config']['routing'])}, "
-                f"{describe_compression(metrics['config']['compression'])}",
+                f"{describe_weights(metrics['config'])}",
                 **gap_and_cost(metrics),
                 "bytes": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
             }
@@ -550,7 +567,7 @@ def run_report(store: Store) -> tuple[dict[str, Any], str]:
     lines = [
         f"model     {identity['model']}",
         f"asked     {describe_clusters(config['routing'])}, "
-        f"{describe_compression(config['compression'])}, "
+        f"{describe_weights(config)}, "
         f"{config['calibration']['calibration_inputs']} inputs",
     ]
     if "command" in result:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import resource
 import statistics
 import sys
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from sparse_expansion.config import CLUSTERINGS, CompressionConfig, RunConfig
 from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
 from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
+from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trained_block
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.store import ALLOCATION_FILE, Store
@@ -47,6 +49,7 @@ from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllS
 
 CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
+DRAFTS = "run/drafts/"
 DENSE = " in the dense block"
 """Ends the name of a group's inputs in the dense block where it has others too."""
 FREED_BYTES_KEPT = 256 << 20
@@ -385,15 +388,64 @@ class Worker:
                 )
                 where = f"{prefix}{name}.experts.{experts[0] + offset}"
                 tensors.update({f"{where}.{part}": value for part, value in packed.items()})
-        file = experts_file(layer, group, experts)
+        file = experts_file(layer, group, experts, is_draft=self.config.refines)
         stats["files"] = {file: self.store.write_tensors(file, tensors)}
         return stats, {}
+
+    def stage_refine(
+        self, *, layer: int, experts: list[tuple[int, int]], seed: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Train a block's kept weights against the dense block; writes its experts' final files."""
+        shell = self._shell()
+        family, prefix = shell.family, shell.block_prefix(layer)
+        block, linears = trained_block(self.expanded_block(layer, experts, family.groups))
+        windows = [len(self._shard_tokens(s)) for s in range(self.config.calibration.num_shards)]
+        size = max(1, STEP_TOKENS // self.config.calibration.seqlen)
+        held = [held_windows(count) for count in windows]
+
+        def batches(epoch: int | None) -> Iterator[Batch]:
+            # One shard's hidden states at a time. Held out is what a shard ends with.
+            generator = torch.Generator().manual_seed(seed + (epoch or 0))
+            for shard in torch.randperm(len(windows), generator=generator).tolist():
+                cut = windows[shard] - held[shard]
+                order = torch.randperm(cut, generator=generator)
+                if epoch is None:
+                    order = torch.arange(cut, windows[shard])
+                hidden, tokens = self._read_hidden(layer, shard), self._shard_tokens(shard)
+                for chosen in order.split(size) if len(order) else ():
+                    call = shell.call(layer, tokens[chosen])
+                    yield Batch(hidden[chosen].to(self.device), call)
+
+        per_epoch = sum(
+            math.ceil((all_ - out) / size) for all_, out in zip(windows, held, strict=True)
+        )
+        found = refine(
+            block,
+            linears,
+            shell.load_block(layer),
+            self.config.refinement,
+            batches=batches,
+            held_out=lambda: batches(None),
+            num_steps=self.config.refinement.epochs * per_epoch,
+        )
+        files = {}
+        for group in family.groups:
+            for part in experts:
+                tensors = {
+                    f"{prefix}{name}.experts.{k}.{stream}": value
+                    for name in group.linears
+                    for k in range(part[0], part[1] + 1)
+                    for stream, value in linears[name].packed(k, shell.dtype).items()
+                }
+                file = experts_file(layer, group.name, part)
+                files[file] = self.store.write_tensors(file, tensors)
+        return {"files": files, **asdict(found)}, {}
 
     def stage_advance(
         self, *, layer: int, shard: int, experts: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the compressed block on one shard: what the next block is calibrated on."""
-        block = self._expanded_before(layer, None, experts)
+        block = self._expanded_before(layer, None, experts, is_draft=False)
         out, _ = self._run_block(layer, shard, block, ())
         return self._write_hidden(layer + 1, shard, out), {}
 
@@ -688,7 +740,12 @@ class Worker:
     # -- pieces --------------------------------------------------------------------------------
 
     def _expanded_before(
-        self, layer: int, group: str | None, experts: list[tuple[int, int]]
+        self,
+        layer: int,
+        group: str | None,
+        experts: list[tuple[int, int]],
+        *,
+        is_draft: bool = True,
     ) -> nn.Module:
         """``expanded_block`` of the groups before one (None: all), kept for the next shard."""
         key = layer, group or ""
@@ -697,15 +754,27 @@ class Worker:
             groups = self._shell().family.groups
             names = [each.name for each in groups]
             count = len(groups) if group is None else names.index(group)
-            self._expanded = key, self.expanded_block(layer, experts, groups[:count])
+            block = self.expanded_block(layer, experts, groups[:count], is_draft=is_draft)
+            self._expanded = key, block
         return self._expanded[1]
 
     def expanded_block(
-        self, layer: int, experts: list[tuple[int, int]], groups: tuple[LinearGroup, ...]
+        self,
+        layer: int,
+        experts: list[tuple[int, int]],
+        groups: tuple[LinearGroup, ...],
+        *,
+        is_draft: bool = True,
     ) -> nn.Module:
         """A block with groups' experts as they were committed: the same modules that are served.
 
         Other linears are the dense ones.
+
+        Args:
+            layer: of the block.
+            experts: all ranges of a group.
+            groups: those to take.
+            is_draft: take them as they are before their training, where there is one.
         """
         shell = self._shell()
         block = copy.deepcopy(shell.meta_block(layer))
@@ -721,7 +790,8 @@ class Worker:
         state: dict[str, torch.Tensor] = {}
         for group in groups:
             names = [router_file(layer, group.name)]
-            names += [experts_file(layer, group.name, part) for part in experts]
+            drafts = is_draft and self.config.refines
+            names += [experts_file(layer, group.name, part, is_draft=drafts) for part in experts]
             for name in names:
                 for key, tensor in self.store.read_tensors(name).items():
                     state[key.removeprefix(prefix)] = tensor
@@ -951,9 +1021,17 @@ def range_name(experts: tuple[int, int]) -> str:
     return f"{experts[0]:03d}-{experts[1]:03d}"
 
 
-def experts_file(layer: int, group: str, experts: tuple[int, int]) -> str:
-    """File of a range of a group's experts."""
-    return f"experts-{layer:03d}-{group}-{range_name(experts)}.safetensors"
+def experts_file(
+    layer: int, group: str, experts: tuple[int, int], *, is_draft: bool = False
+) -> str:
+    """File of a range of a group's experts; drafts are trained before they are final."""
+    folder = DRAFTS if is_draft else ""
+    return f"{folder}experts-{layer:03d}-{group}-{range_name(experts)}.safetensors"
+
+
+def held_windows(count: int) -> int:
+    """How many of a shard's windows are not trained on: an eighth, none of a single one."""
+    return max(1, count // 8) if count > 1 else 0
 
 
 def neurons_file(layer: int, group: str) -> str:

@@ -13,6 +13,7 @@ from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import (
     CalibrationConfig,
     CompressionConfig,
+    RefinementConfig,
     RoutingConfig,
     RunConfig,
 )
@@ -25,18 +26,32 @@ from sparse_expansion.stages import Worker, WorkerSpec
 from sparse_expansion.store import Store
 
 
-def make(folder, text, output, *, clusters=1, schedule="compressed", compression=None, **changes):
+def make(
+    folder,
+    text,
+    output,
+    *,
+    clusters=1,
+    schedule="compressed",
+    compression=None,
+    refinement=None,
+    experts_per_unit=4,
+    resume=False,
+    **changes,
+):
     calibration = {"dataset_size": 8, "seqlen": 32, "calibration_inputs": schedule, **changes}
     config = RunConfig(
         compression=compression or CompressionConfig(block_size=16),
         routing=RoutingConfig(num_clusters=clusters, pca_reduction_factor=4),
         calibration=CalibrationConfig(**calibration),
+        refinement=refinement or RefinementConfig(),
+        experts_per_unit=experts_per_unit,
     )
     prepared, windows = jobs.prepare(
         config, folder, dataset=str(text), cache_dir=None, model_name="m"
     )
     store = Store(output)
-    jobs.claim(store, prepared, resume=False)
+    jobs.claim(store, prepared, resume=resume)
     spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), config=config, threads=1)
     measured = jobs.Measurements()
     jobs.expand(prepared, windows, store, LocalExecutor(spec), lambda progress: None, measured)
@@ -241,9 +256,9 @@ def test_a_blocks_experts_are_unpacked_once_for_all_shards(
     made = []
     original = Worker.expanded_block
 
-    def counted(self, layer, experts, groups):
+    def counted(self, layer, experts, groups, **given):
         made.append(layer)
-        return original(self, layer, experts, groups)
+        return original(self, layer, experts, groups, **given)
 
     monkeypatch.setattr(Worker, "expanded_block", counted)
     _, _, measured = make(llama_folder, text_folder, tmp_path / "o", clusters=2, data_shards=3)

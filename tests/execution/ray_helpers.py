@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_expansion import jobs
-from sparse_expansion.config import CalibrationConfig, CompressionConfig, RoutingConfig, RunConfig
+from sparse_expansion.config import (
+    CalibrationConfig,
+    CompressionConfig,
+    RefinementConfig,
+    RoutingConfig,
+    RunConfig,
+)
 from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.execution.ray import RayExecutor, RayOptions
 from sparse_expansion.model.sources import resolve_name
@@ -89,11 +95,14 @@ def ray_head(
 
 
 def config(schedule: str = "compressed", **changes: Any) -> RunConfig:
-    calibration = {"dataset_size": 12, "seqlen": 48, "calibration_inputs": schedule, **changes}
+    """Of a schedule; ``finetune`` is the first one with training."""
+    inputs = "compressed" if schedule == "finetune" else schedule
+    calibration = {"dataset_size": 12, "seqlen": 48, "calibration_inputs": inputs, **changes}
     return RunConfig(
         compression=CompressionConfig(block_size=16),
         routing=RoutingConfig(num_clusters=4, pca_reduction_factor=4),
         calibration=CalibrationConfig(**calibration),
+        refinement=RefinementConfig(epochs=2 if schedule == "finetune" else 0),
         experts_per_unit=2,
     )
 

@@ -29,7 +29,7 @@ def reference(tmp_path_factory, neox_folder, text_folder):
     folder = tmp_path_factory.mktemp("reference")
     return {
         schedule: Run(neox_folder, text_folder, folder / schedule, config(schedule)).local()
-        for schedule in ("compressed", "sequential", "dense")
+        for schedule in ("compressed", "sequential", "dense", "finetune")
     }
 
 
@@ -70,7 +70,14 @@ class small_cluster:
 
 @pytest.mark.parametrize(
     ("schedule", "workers"),
-    [("compressed", 1), ("compressed", 2), ("sequential", 2), ("dense", 1), ("dense", 2)],
+    [
+        ("compressed", 1),
+        ("compressed", 2),
+        ("sequential", 2),
+        ("dense", 1),
+        ("dense", 2),
+        ("finetune", 2),
+    ],
 )
 def test_any_number_of_workers_gives_the_local_bytes(
     schedule, workers, cluster, tmp_path, neox_folder, text_folder, reference
