@@ -130,8 +130,11 @@ class CompressionConfig:
     damping_fraction: float = 0.01
     """Share of the mean Hessian diagonal that is added to the diagonal."""
     min_tokens_per_expert: int | None = None
-    """Below this many tokens an expert uses the whole group's Hessian; None is auto
-    (an eighth of the input width)."""
+    """Below this many tokens an expert uses the whole group's Hessian; None is auto (an eighth of
+    the input width; 1 with ``shrink_hessians``)."""
+    shrink_hessians: bool = False
+    """Whether experts' Hessians are drawn towards the group's, by what their tokens leave
+    uncertain."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -231,7 +234,7 @@ class CompressionConfig:
         """Tokens below which an expert of ``width`` input features is starved."""
         if self.min_tokens_per_expert is not None:
             return self.min_tokens_per_expert
-        return max(1, width // 8)
+        return 1 if self.shrink_hessians else max(1, width // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +254,9 @@ class RoutingConfig:
     clustering: str = "kmeans"
     """``kmeans``: experts are made on their own clusters; ``random``: a control, on random tokens,
     as many as the cluster has in each shard. Routers are the same."""
+    balance: float = 0.0
+    """Least tokens of a cluster, as a share of the mean cluster's: smaller ones are merged with
+    their neighbours, and the largest split. 0 leaves clusters as KMeans found them."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -270,6 +276,11 @@ class RoutingConfig:
         _require(
             self.fit_tokens >= self.num_clusters,
             f"kmeans_tokens {self.fit_tokens} must be at least num_clusters {self.num_clusters}",
+        )
+        _require(
+            0 <= self.balance <= 0.9,
+            f"balance {self.balance} is outside 0 to 0.9: least share of the mean cluster's "
+            "tokens, e.g. 0.25",
         )
         _require(
             self.clustering in CLUSTERINGS,

@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pruner": "sparsegpt",
         "block_size": 128,
         "damping_fraction": 0.01,
+        "shrink_hessians": False,
         "layer_sparsity": "uniform",
         "calibration_inputs": "compressed",
         "num_clusters": 16,
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pruner": "admm",
         "block_size": 128,
         "damping_fraction": 0.1,
+        "shrink_hessians": True,
         "layer_sparsity": "measured",
         "calibration_inputs": "sequential",
         "num_clusters": 16,
@@ -375,7 +377,15 @@ def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> N
     group.add_argument(
         "--min-tokens-per-expert",
         type=int,
-        help="experts with fewer tokens use the whole group's Hessian (default: width / 8)",
+        help="experts with fewer tokens use the whole group's Hessian (default: width / 8; 1 with "
+        "--shrink-hessians)",
+    )
+    group.add_argument(
+        "--shrink-hessians",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="draw every expert's Hessian towards its group's, by a Ledoit-Wolf estimate of what "
+        "its tokens leave uncertain (the default of run and expand)",
     )
     group.add_argument(
         "-pcrf",
@@ -385,6 +395,14 @@ def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> N
         help="router features = width / factor (default 32)",
     )
     group.add_argument("-npca", "--no-pca", action="store_true", help="route on the full input")
+    group.add_argument(
+        "--balance",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="least tokens of a cluster, as a share of the mean cluster's: smaller ones are "
+        "merged, and the largest split (default 0: as KMeans found them)",
+    )
     group.add_argument("--kmeans-restarts", type=int, default=4, help="default 4")
     group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
     if several:
@@ -471,6 +489,7 @@ def _routing(
         restarts=args.kmeans_restarts,
         fit_tokens=max(args.kmeans_tokens, 1),
         clustering=clustering,
+        balance=args.balance,
     )
 
 
@@ -748,6 +767,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             block_size=args.block_size,
             damping_fraction=args.damping_fraction,
             min_tokens_per_expert=args.min_tokens_per_expert,
+            shrink_hessians=args.shrink_hessians,
         ),
         routing=_routing(args, args.num_clusters, clustering=args.clustering),
         calibration=CalibrationConfig(

@@ -25,13 +25,20 @@ import torch
 from torch import nn
 
 from sparse_expansion.algorithms import neurons
-from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
+from sparse_expansion.algorithms.clustering import (
+    balance_clusters,
+    fit_kmeans,
+    fit_pca,
+    project,
+    route,
+)
 from sparse_expansion.algorithms.hessian import (
     check_finite,
     hessian_sum,
     merge_hessians,
     merge_moments,
     moment_sum,
+    shrink,
 )
 from sparse_expansion.algorithms.packing import PackedLayout, pack_expert
 from sparse_expansion.algorithms.perplexity import window_nll
@@ -274,7 +281,7 @@ class Worker:
                 tensors[f"{prefix}{linear}.grid.zero_point"] = grid.zero_point_OG
         name = router_file(layer, group)
         files = {name: self.store.write_tensors(name, tensors)}
-        handed = HessianSum(gram.sum_DD.cpu(), gram.num_tokens)
+        handed = replace(gram, sum_DD=gram.sum_DD.cpu())
         return {"files": files, "fit_tokens": fit_tokens}, {"gram": handed}
 
     def stage_gather(
@@ -305,7 +312,7 @@ class Worker:
                 return part_TE
             total = self._hessian(part_TE, X_TD.shape[1])
             cross_DD = None if total.cross_DD is None else outside_heap(total.cross_DD)
-            return HessianSum(outside_heap(total.sum_DD), total.num_tokens, cross_DD)
+            return replace(total, sum_DD=outside_heap(total.sum_DD), cross_DD=cross_DD)
 
         return {}, {
             range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
@@ -332,7 +339,7 @@ class Worker:
         # whole group, which makes it the plain SparseGPT expert.
         H_KDD = torch.empty(experts[1] - experts[0] + 1, width, width, device=self.device)
         cross_KDD: torch.Tensor | None = None
-        tokens = []
+        tokens, group_share = [], []
         for k, parts in enumerate(zip(*shards, strict=True)):
             # All shards hand on sums, or all hand on rows: one product of many rows is faster.
             sums = [part for part in parts if isinstance(part, HessianSum)]
@@ -344,12 +351,18 @@ class Worker:
                 )
             )
             tokens.append(merged.num_tokens)
-            is_starved = merged.num_tokens < floor
-            H_KDD[k] = (gram if is_starved else merged).sum_DD
+            if merged.num_tokens < floor:
+                cross_DD = None if merged.cross_DD is None else torch.zeros_like(merged.cross_DD)
+                merged, weight = replace(gram, cross_DD=cross_DD), 1.0
+            elif compression.shrink_hessians:
+                merged, weight = shrink(merged, gram)
+            else:
+                weight = 0.0
+            group_share.append(weight)
+            H_KDD[k] = merged.sum_DD
             if merged.cross_DD is not None:
-                cross_KDD = torch.zeros_like(H_KDD) if cross_KDD is None else cross_KDD
-                if not is_starved:
-                    cross_KDD[k] = merged.cross_DD
+                cross_KDD = torch.empty_like(H_KDD) if cross_KDD is None else cross_KDD
+                cross_KDD[k] = merged.cross_DD
             # Before the next one is made: for a wide layer each is gigabytes.
             del merged
         prefix = self._shell().block_prefix(layer)
@@ -368,6 +381,7 @@ class Worker:
         stats: dict[str, Any] = {
             "tokens": tokens,
             "starved": [count < floor for count in tokens],
+            "group_share": group_share,
             "relative_error": {},
         }
         for name in linears:
@@ -973,6 +987,8 @@ class Worker:
             max_iterations=routing.max_iterations,
             seed=seed,
         )
+        if routing.balance:
+            centroids_KP = balance_clusters(Z_TP, centroids_KP, least=routing.balance)
         return Router(mean_D, components_PD, centroids_KP), moments.gram, Z_TP.shape[0]
 
     def _route(self, X_TD: torch.Tensor, router: Router) -> torch.Tensor:

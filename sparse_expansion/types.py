@@ -62,6 +62,8 @@ class HessianSum:
     num_tokens: int
     cross_DD: torch.Tensor | None = None
     """``sum d x^T``, where ``d`` is what ``x`` lacks of what it would be in the dense block."""
+    fourth: float = 0.0
+    """``sum |x|^4``: how far single tokens' ``x x^T`` are from their mean."""
 
 
 @dataclass(frozen=True)

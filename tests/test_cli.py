@@ -309,6 +309,7 @@ def test_without_output_nothing_is_kept(neox_folder, text_folder, capsys, tmp_pa
         (["--activation-memory", "lots"], "size 'lots'"),
         (["--damping-fraction", "nan"], "damping_fraction nan"),
         (["--data-shards", "0"], "data_shards 0"),
+        (["--balance", "2"], "balance 2.0 is outside 0 to 0.9"),
         (["--finetune", "-1"], "finetune -1 is outside 0 to 1000"),
         (["--finetune-rate", "0"], "finetune_rate 0.0 is outside 0 to 1"),
         (["--no-such-flag"], "unrecognized arguments"),

@@ -37,12 +37,13 @@ def make(
     refinement=None,
     experts_per_unit=4,
     resume=False,
+    balance=0.0,
     **changes,
 ):
     calibration = {"dataset_size": 8, "seqlen": 32, "calibration_inputs": schedule, **changes}
     config = RunConfig(
         compression=compression or CompressionConfig(block_size=16),
-        routing=RoutingConfig(num_clusters=clusters, pca_reduction_factor=4),
+        routing=RoutingConfig(num_clusters=clusters, pca_reduction_factor=4, balance=balance),
         calibration=CalibrationConfig(**calibration),
         refinement=refinement or RefinementConfig(),
         experts_per_unit=experts_per_unit,
@@ -190,6 +191,60 @@ def test_starved_experts_use_the_whole_groups_hessian(tmp_path, llama_folder, te
         torch.testing.assert_close(
             ours[name.format(expert)], theirs[name.format(0)], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("schedule", ["compressed", "sequential"])
+def test_hessians_are_shrunk_where_it_is_asked_for(schedule, tmp_path, llama_folder, text_folder):
+    shares = {}
+    for shrinks in (False, True):
+        compression = CompressionConfig(
+            block_size=16, min_tokens_per_expert=1, shrink_hessians=shrinks
+        )
+        store, _, _ = make(
+            llama_folder,
+            text_folder,
+            tmp_path / str(shrinks),
+            clusters=3,
+            schedule=schedule,
+            compression=compression,
+        )
+        stats = [value["stats"] for key, value in store.records().items() if "experts" in key]
+        shares[shrinks] = [share for each in stats for share in each["group_share"]]
+        shares[shrinks, "tensors"] = tensors(store)
+    assert set(shares[False]) == {0.0}
+    assert all(0 < share <= 1 for share in shares[True]) and len(set(shares[True])) > 3
+    name = "model.layers.0.mlp.down_proj.experts.1.values"
+    assert not torch.equal(shares[False, "tensors"][name], shares[True, "tensors"][name])
+
+
+def test_one_experts_hessian_is_its_groups_however_it_is_shrunk(
+    tmp_path, llama_folder, text_folder
+):
+    found = [
+        tensors(
+            make(
+                llama_folder,
+                text_folder,
+                tmp_path / str(shrinks),
+                compression=CompressionConfig(block_size=16, shrink_hessians=shrinks),
+            )[0]
+        )
+        for shrinks in (False, True)
+    ]
+    name = "model.layers.0.mlp.gate_proj.experts.0.values"
+    torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_balanced_clusters_in_a_run(tmp_path, llama_folder, text_folder):
+    sizes = {}
+    for balance in (0.0, 0.6):
+        store, _, _ = make(
+            llama_folder, text_folder, tmp_path / str(balance), clusters=6, balance=balance
+        )
+        stats = store.record("layer-000/mlp.down_proj/experts-000-003")["stats"]
+        rest = store.record("layer-000/mlp.down_proj/experts-004-005")["stats"]
+        sizes[balance] = stats["tokens"] + rest["tokens"]
+    assert sum(sizes[0.0]) == sum(sizes[0.6]) and min(sizes[0.6]) > min(sizes[0.0])
 
 
 def test_an_empty_cluster_is_an_expert_all_the_same(tmp_path, llama_folder, text_folder):

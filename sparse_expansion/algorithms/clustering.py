@@ -161,6 +161,51 @@ def fit_kmeans(
     return torch.from_numpy(fitted.cluster_centers_).float().to(Z_TP.device)
 
 
+def balance_clusters(
+    Z_TP: torch.Tensor, centroids_KP: torch.Tensor, *, least: float
+) -> torch.Tensor:
+    """Centroids for which no cluster of the tokens is much smaller than the others.
+
+    The smallest cluster's centroid is given up, so that its tokens go to their neighbours, and the
+    largest cluster is cut in two: at the median along its principal direction, each half's mean a
+    centroid. This is done again until the smallest is large enough, or no longer grows.
+
+    Args:
+        Z_TP: projected inputs.
+        centroids_KP: as ``fit_kmeans`` found them.
+        least: tokens of the smallest cluster, as a share of ``T / K``.
+
+    Returns:
+        ``[K, P]``, for at least as large a smallest cluster as before.
+    """
+    num_clusters = centroids_KP.shape[0]
+    wanted = least * Z_TP.shape[0] / num_clusters
+
+    def labels_and_sizes(centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        labels_T = torch.cdist(Z_TP, centroids).argmin(dim=1)
+        return labels_T, torch.bincount(labels_T, minlength=num_clusters)
+
+    found = best = centroids_KP
+    labels_T, sizes_K = labels_and_sizes(found)
+    best_size = int(sizes_K.min())
+    for _ in range(4 * num_clusters):
+        if num_clusters == 1 or int(sizes_K.min()) >= wanted:
+            break
+        smallest, largest = int(sizes_K.argmin()), int(sizes_K.argmax())
+        own_TP = Z_TP[labels_T == largest]
+        centred = own_TP - own_TP.mean(dim=0)
+        along_T = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+        is_above = along_T > along_T.median()
+        if not bool(is_above.any()):
+            break
+        found = found.clone()
+        found[smallest], found[largest] = own_TP[is_above].mean(0), own_TP[~is_above].mean(0)
+        labels_T, sizes_K = labels_and_sizes(found)
+        if int(sizes_K.min()) > best_size:
+            best, best_size = found, int(sizes_K.min())
+    return best
+
+
 def _cuml() -> Any | None:
     """The cuML clustering module where it is installed."""
     try:

@@ -39,7 +39,8 @@ def hessian_sum(X_TD: torch.Tensor, lack_TD: torch.Tensor | None = None) -> Hess
     if lack_TD is not None:
         cross_DD = lack_TD.float().T @ X
         check_finite(lack_TD)
-    return HessianSum(sum_DD, X.shape[0], cross_DD)
+    norms_T = torch.linalg.vector_norm(X, dim=1).double()
+    return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
@@ -92,15 +93,52 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
     """
     total: torch.Tensor | None = None
     cross: torch.Tensor | None = None
-    count = 0
+    count, fourth = 0, 0.0
     for part in sums:
         total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
         if part.cross_DD is not None:
             cross = part.cross_DD.clone() if cross is None else cross.add_(part.cross_DD)
         count += part.num_tokens
+        fourth += part.fourth
     if total is None:
         raise ValueError("no Hessian sums to merge")
-    return HessianSum(total, count, cross)
+    return HessianSum(total, count, cross, fourth)
+
+
+def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
+    """An expert's sums drawn towards its whole group's, the more the less its tokens say.
+
+    With ``S`` and ``T`` the mean of ``x x^T`` over the expert's ``n`` tokens and over the group's,
+    the weight ``w`` of ``T`` in ``(1 - w) S + w T`` that has the least expected squared error of
+    the expert's true second moment is ``E|S - E S|^2 / E|S - T|^2`` (Ledoit and Wolf, A
+    well-conditioned estimator for large-dimensional covariance matrices, 2004, section 2, with the
+    group's in place of the identity). The numerator is estimated by ``(mean |x|^4 - |S|^2) /
+    (n - 1)``, the denominator by ``|S - T|^2``, and ``w`` kept within 0 and 1. Tokens count as
+    independent, which those of one text are not: it shrinks too little rather than too much.
+
+    What the inputs lack is drawn towards nothing by the same weight.
+
+    Returns:
+        The sums, for as many tokens as before, and ``w``; one token or none is all the group's.
+    """
+    count = part.num_tokens
+    target_DD = whole.sum_DD.to(part.sum_DD.device) / max(whole.num_tokens, 1)
+    mean_DD = part.sum_DD / max(count, 1)
+    weight = 1.0
+    if count > 1:
+        spread = max(0.0, part.fourth / count - _energy(mean_DD)) / (count - 1)
+        distance = _energy(mean_DD.sub_(target_DD))
+        weight = min(1.0, spread / distance) if distance > 0 else 1.0
+    # Without a token it is the group's mean: of one, a scale that nothing depends on.
+    sum_DD = torch.mul(part.sum_DD, 1 - weight, out=mean_DD)
+    sum_DD.add_(target_DD, alpha=weight * max(count, 1))
+    cross_DD = None if part.cross_DD is None else part.cross_DD * (1 - weight)
+    return HessianSum(sum_DD, count, cross_DD, part.fourth), weight
+
+
+def _energy(A_DD: torch.Tensor) -> float:
+    """Sum of squares, added up in float64."""
+    return float(torch.linalg.vector_norm(A_DD, dtype=torch.float64)) ** 2
 
 
 def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:

@@ -105,7 +105,8 @@ def to_wire(value: Any) -> Any:
             return ("bfloat16", tensor.view(torch.uint16).numpy())
         return tensor.numpy()
     if isinstance(value, HessianSum):
-        return ("HessianSum", to_wire(value.sum_DD), value.num_tokens, to_wire(value.cross_DD))
+        sums = to_wire(value.sum_DD), to_wire(value.cross_DD)
+        return ("HessianSum", *sums, value.num_tokens, value.fourth)
     if isinstance(value, list):
         return [to_wire(part) for part in value]
     return value
@@ -122,7 +123,8 @@ def from_wire(value: Any) -> Any:
         if kind == "bfloat16":
             return torch.from_numpy(parts[0]).view(torch.bfloat16)
         assert kind == "HessianSum"
-        return HessianSum(from_wire(parts[0]), parts[1], from_wire(parts[2]))
+        sum_DD, cross_DD = (from_wire(part) for part in parts[:2])
+        return HessianSum(sum_DD, parts[2], cross_DD, parts[3])
     return value
 
 

@@ -3,7 +3,13 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from sparse_expansion.algorithms.clustering import fit_kmeans, fit_pca, project, route
+from sparse_expansion.algorithms.clustering import (
+    balance_clusters,
+    fit_kmeans,
+    fit_pca,
+    project,
+    route,
+)
 from sparse_expansion.algorithms.hessian import merge_moments, moment_sum
 from sparse_expansion.types import CompressionError, MomentSum, Router
 
@@ -109,3 +115,24 @@ def test_leading_components_capture_what_a_full_decomposition_does():
     assert (1 - 1e-3) * best < captured <= best * (1 + 1e-6)
     again = fit_pca(moment_sum(X), num_components=12)[1]
     assert torch.equal(components, again)
+
+
+def test_balanced_clusters():
+    """Two outliers with clusters of their own; the crowd shares one."""
+    generator = torch.Generator().manual_seed(0)
+    crowd = torch.randn(198, 3, generator=generator)
+    far = torch.tensor([[90.0, 0.0, 0.0], [0.0, 90.0, 0.0]])
+    Z = torch.cat([crowd, far])
+    before = fit_kmeans(Z, num_clusters=3, restarts=4, max_iterations=50, seed=0)
+    after = balance_clusters(Z, before, least=0.5)
+    sizes = [torch.bincount(torch.cdist(Z, c).argmin(1), minlength=3) for c in (before, after)]
+    assert sizes[0].min() == 1 and sizes[1].min() >= 0.5 * 200 / 3
+    assert after.shape == before.shape
+    assert torch.equal(balance_clusters(Z, before, least=0.0), before)
+
+
+def test_what_cannot_be_balanced_stays():
+    Z = torch.cat([torch.zeros(50, 2), torch.ones(1, 2)])
+    centroids = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert torch.equal(balance_clusters(Z, centroids, least=0.9), centroids)
+    assert torch.equal(balance_clusters(Z, centroids[:1], least=0.9), centroids[:1])

@@ -8,6 +8,7 @@ from sparse_expansion.algorithms.hessian import (
     merge_hessians,
     merge_moments,
     moment_sum,
+    shrink,
     upper_cholesky_factor,
 )
 from sparse_expansion.types import CompressionError, HessianSum
@@ -120,3 +121,52 @@ def test_counts_travel():
     assert (
         merge_hessians([HessianSum(torch.eye(1), 3), HessianSum(torch.eye(1), 4)]).num_tokens == 7
     )
+
+
+def test_shrinking_by_hand():
+    """Two tokens (2, 0) and (0, 2) against a group whose mean is the identity."""
+    part = hessian_sum(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    whole = HessianSum(torch.eye(2) * 10, 10)
+    # S = 2 I, mean |x|^4 = 16, |S|^2 = 8, |S - T|^2 = 2: (16 - 8) / 1 / 2 is more than 1.
+    found, weight = shrink(part, whole)
+    assert weight == 1.0 and torch.equal(found.sum_DD, 2 * torch.eye(2)) and found.num_tokens == 2
+    whole = HessianSum(torch.eye(2) * -30, 10)
+    # T = -3 I: |S - T|^2 = 50, the weight 8 / 50.
+    found, weight = shrink(part, whole)
+    assert weight == pytest.approx(0.16)
+    assert torch.allclose(found.sum_DD, 2 * (0.84 * 2 - 0.16 * 3) * torch.eye(2))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_little_to_know_anything_is_all_the_groups(count):
+    part = HessianSum(torch.full((2, 2), 9.0 * count), count, torch.ones(2, 2), 324.0 * count)
+    found, weight = shrink(part, HessianSum(torch.eye(2) * 6, 3))
+    assert weight == 1.0 and torch.equal(found.sum_DD, 2 * torch.eye(2))
+    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("count", [5, 20, 100, 2000])
+def test_shrinking_is_nearer_the_truth(count):
+    """Of normal inputs with a known second moment, averaged over draws, in float64."""
+    generator = torch.Generator().manual_seed(count)
+    scale = torch.linspace(0.2, 2.0, 12)
+    truth, target = torch.diag(scale**2), torch.eye(12) * 1.5
+    whole = HessianSum(target * 1000, 1000)
+    errors, weights = torch.zeros(3, dtype=torch.float64), []
+    for _ in range(40):
+        part = hessian_sum(torch.randn(count, 12, generator=generator) * scale)
+        found, weight = shrink(part, whole)
+        weights.append(weight)
+        for i, guess in enumerate((found.sum_DD / count, part.sum_DD / count, target)):
+            errors[i] += (guess.double() - truth).square().sum()
+    assert errors[0] <= 1.1 * errors[1:].min()
+    assert errors[0] < 0.98 * errors[1] or count == 2000
+    assert sum(weights) / 40 < 0.05 if count == 2000 else sum(weights) > 0
+
+
+def test_fourth_powers_are_summed():
+    X = torch.randn(50, 7)
+    halves = merge_hessians([hessian_sum(X[:20]), hessian_sum(X[20:])])
+    oracle = float(X.double().square().sum(dim=1).square().sum())
+    assert hessian_sum(X).fourth == pytest.approx(oracle, rel=1e-6)
+    assert halves.fourth == pytest.approx(oracle, rel=1e-6)

@@ -266,7 +266,7 @@ def test_wire_format():
         torch.randn(2, 3),
         torch.randn(4).bfloat16(),
         HessianSum(torch.eye(2), 3),
-        HessianSum(torch.eye(2), 3, torch.ones(2, 2)),
+        HessianSum(torch.eye(2), 3, torch.ones(2, 2), 2.5),
         [HessianSum(torch.zeros(1, 1), 0)],
         5,
     ]
