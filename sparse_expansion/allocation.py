@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
-from sparse_expansion.plan import ModelShape, block_gap_units
-from sparse_expansion.stages import Unit
+from sparse_expansion.plan import ModelShape, block_gap_units, cluster_units
+from sparse_expansion.stages import CALIBRATION_FILE, Unit, clusters_file
 from sparse_expansion.store import ALLOCATION_FILE, Store
 
 STEEPNESS = 7.0
@@ -27,19 +27,27 @@ SCORED_TOKENS = 4096
 
 @dataclass
 class Allocation:
-    """Sparsities of all blocks with a given mean."""
+    """Sparsities of all blocks with a given mean, and maybe numbers of experts."""
 
     layer_sparsity: list[float]
     gaps: list[float]
     """By block: log-perplexity over the dense model's with this block alone pruned."""
     num_eval_tokens: int
+    errors: list[dict[int, float]] = field(default_factory=list)
+    """By block and number of experts: lost energy of the linears' outputs, as a share of what one
+    expert loses, on average over the linears."""
+    layer_clusters: list[int] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """By block."""
-        return [
+        found: list[dict[str, Any]] = [
             {"layer": layer, "gap": gap, "sparsity": share}
             for layer, (gap, share) in enumerate(zip(self.gaps, self.layer_sparsity, strict=True))
         ]
+        for row, errors, count in zip(found, self.errors, self.layer_clusters, strict=False):
+            row |= {f"error_{tried}": error for tried, error in errors.items()}
+            row["num_clusters"] = count
+        return found
 
 
 def window_counts(count: int, seqlen: int) -> tuple[int, int]:
@@ -99,6 +107,102 @@ def measure(
     tokens = int(found[0]["num_tokens"])
     gaps = [(loss - part["dense"]) / tokens for part in found for loss in part["pruned"]]
     return Allocation(shares_by_gap(gaps, config.compression.sparsity.fraction), gaps, tokens)
+
+
+def measure_clusters(
+    config: RunConfig,
+    shape: ModelShape,
+    linears: dict[str, str],
+    windows: torch.Tensor,
+    num_calibration: int,
+    *,
+    clusters: Sequence[int],
+    store: Store,
+    executor: Executor,
+    observer: Observer,
+) -> list[dict[int, float]]:
+    """What numbers of experts leave of the error that one expert makes, in every block.
+
+    Args:
+        config: with all windows as its calibration (``dense`` inputs, one shard).
+        shape: of the dense model.
+        linears: of a block, with the group of each.
+        windows: ``[N, L]``, those to calibrate on first; errors are of the others.
+        num_calibration: how many these are.
+        clusters: numbers of experts.
+        store: for hidden states and results; shared by all workers.
+        executor: does the units.
+        observer: is told of every finished unit.
+    """
+    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+    layers = range(shape.num_layers)
+    units = cluster_units(
+        config,
+        shape,
+        layers=layers,
+        linears=linears,
+        clusters=sorted({1, *clusters}),
+        calibration_tokens=num_calibration * windows.shape[1],
+        clusterings=["kmeans"],
+    )
+    executor.run(units, observer)
+    store.delete_folder("run/hidden")
+
+    def error(layer: int, linear: str, count: int) -> float:
+        tensors = store.read_tensors(clusters_file(layer, linear, count))
+        return float(tensors["kmeans.relative_error"])
+
+    def left(layer: int, count: int) -> float:
+        ratios = [
+            # A linear that loses nothing with one expert has nothing to gain.
+            error(layer, linear, count) / (error(layer, linear, 1) or 1.0)
+            for linear in linears
+        ]
+        return sum(ratios) / len(ratios)
+
+    return [{count: left(layer, count) for count in clusters} for layer in layers]
+
+
+def clusters_by_error(
+    gaps: Sequence[float], errors: Sequence[dict[int, float]], mean: int
+) -> list[int]:
+    """Numbers of experts by block, with this mean at most, for which the summed gap is least.
+
+    A block's gap is taken to be in proportion to the error of its linears' outputs. Every sum of
+    numbers is tried once (dynamic programming over blocks).
+
+    Args:
+        gaps: by block, with one expert.
+        errors: by block and number of experts, as shares of one expert's.
+        mean: experts of a block on average.
+
+    Raises:
+        ValueError: every number that was tried is above the mean.
+    """
+    tried = sorted(errors[0])
+    if tried[0] > mean:
+        raise ValueError(
+            f"--num_clusters {tried[0]} is the least to try, above --mean-clusters {mean}: try "
+            "smaller ones too"
+        )
+    floor = max(max(gaps) / 1000, 1e-9)
+    budget = mean * len(gaps)
+    # best[b]: the least summed gap of the blocks so far with b experts at most, and the choice.
+    best = np.zeros(budget + 1)
+    choices = []
+    for gap, error in zip(gaps, errors, strict=True):
+        options = np.full((len(tried), budget + 1), np.inf)
+        for number, count in enumerate(tried):
+            if count <= budget:
+                rest = best[: budget + 1 - count]
+                options[number, count:] = rest + max(gap, floor) * error[count]
+        choices.append(options.argmin(axis=0))
+        best = options.min(axis=0)
+    found = []
+    for choice in reversed(choices):
+        found.append(tried[int(choice[budget])])
+        budget -= found[-1]
+    return found[::-1]
 
 
 def shares_of(

@@ -621,7 +621,8 @@ def _experiment(args: argparse.Namespace) -> int:
     shell = ModelShell(folder, dtype=args.dtype)
     if shell.expansion is not None:
         raise ValueError(f"{folder} is an expanded model: experiments need the dense one")
-    sweeping, allocating = (args.command == name for name in ("sweep-clusters", "allocate"))
+    allocating = args.command == "allocate"
+    sweeping = args.command == "sweep-clusters"
     if sweeping:
         experiments.mlp_linears(shell, args.layer, args.linear, args.neuron)
     seqlen = _seqlen(args, shell.config)
@@ -644,7 +645,8 @@ def _experiment(args: argparse.Namespace) -> int:
             corpus, encode, seqlen=seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
         )
     # Held-out text passes through the dense model as calibration text does.
-    config = experiment_config(args, len(calibration) + sweeping * len(held), seqlen)
+    passing = sweeping or (allocating and args.num_clusters is not None)
+    config = experiment_config(args, len(calibration) + passing * len(held), seqlen)
     line = ProgressLine()
     with tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where:
         executor = _executor(args, store=where, source=source, config=config)
@@ -718,22 +720,42 @@ def _allocate(
     args: argparse.Namespace, shell: Any, calibration: Any, held: Any, shared: dict[str, Any]
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Result, its text, and its figures."""
+    import torch
+
     from sparse_expansion import allocation, plots
     from sparse_expansion.jobs import model_shape
     from sparse_expansion.report import allocation_table
     from sparse_expansion.store import Store
 
+    shape = model_shape(shell)
     found = allocation.measure(
         shared["config"],
-        model_shape(shell),
+        shape,
         calibration,
         held,
         executor=shared["executor"],
         observer=shared["observer"],
     )
+    clusters = _asked(args)[2]
+    if clusters:
+        found.errors = allocation.measure_clusters(
+            shared["config"],
+            shape,
+            {name: group.name for group in shell.family.groups for name in group.linears},
+            torch.cat([calibration, held]),
+            len(calibration),
+            clusters=clusters,
+            store=shared["store"],
+            executor=shared["executor"],
+            observer=shared["observer"],
+        )
+        found.layer_clusters = allocation.clusters_by_error(
+            found.gaps, found.errors, args.mean_clusters
+        )
     rows = found.rows()
     result = {
         "layer_sparsity": found.layer_sparsity,
+        **({"layer_clusters": found.layer_clusters} if clusters else {}),
         "num_eval_tokens": found.num_eval_tokens,
         "rows": rows,
     }
@@ -749,13 +771,18 @@ def _asked(args: argparse.Namespace) -> tuple[list[str], list[float], list[int]]
     Raises:
         ValueError: one is unknown or out of bounds.
     """
-    if args.command == "sweep-clusters":
+    if args.command in ("sweep-clusters", "allocate"):
+        if args.num_clusters is None:
+            return [], [], []
         clusters = numbers(args.num_clusters, "--num_clusters", int)
         if min(clusters) < 1:
             raise ValueError(f"--num_clusters {min(clusters)} must be at least 1")
+        if args.command == "allocate" and min(clusters) > args.mean_clusters:
+            raise ValueError(
+                f"--mean-clusters {args.mean_clusters} is below all of --num_clusters "
+                f"{args.num_clusters}: try smaller ones too"
+            )
         return [], [], clusters
-    if args.command == "allocate":
-        return [], [], []
     rankings = list(dict.fromkeys(args.rankings.split(",")))
     unknown = [name for name in rankings if name not in RANKINGS]
     if unknown:

@@ -27,6 +27,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_layers(name: str, values: tuple[float, ...], num_layers: int) -> None:
+    _require(
+        len(values) in (0, num_layers),
+        f"{name} is of {len(values)} blocks, the model has {num_layers}: make it for this model",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparsityPattern:
     """Which share of a weight is set to zero, and in what shape.
@@ -209,11 +216,7 @@ class CompressionConfig:
         Raises:
             ValueError: it has another length.
         """
-        _require(
-            len(self.layer_sparsity) in (0, num_layers),
-            f"layer_sparsity is of {len(self.layer_sparsity)} blocks, the model has {num_layers}: "
-            "make it for this model",
-        )
+        _require_layers("layer_sparsity", self.layer_sparsity, num_layers)
 
     def at(self, layer: int) -> CompressionConfig:
         """The settings of one block, by its number from 0."""
@@ -243,6 +246,9 @@ class RoutingConfig:
 
     num_clusters: int = 16
     """K: clusters, and experts, per linear group."""
+    layer_clusters: tuple[int, ...] = ()
+    """K of every block, with ``num_clusters`` times the blocks as their sum at most; empty: all
+    alike."""
     pca_reduction_factor: int | None = 32
     """PCA keeps ``width // factor`` components; None routes on the full input."""
     restarts: int = 4
@@ -264,6 +270,17 @@ class RoutingConfig:
             1 <= self.num_clusters <= 4096,
             f"num_clusters {self.num_clusters} is outside 1 to 4096, e.g. 16",
         )
+        if self.layer_clusters:
+            _require(
+                min(self.layer_clusters) >= 1 and max(self.layer_clusters) <= 4096,
+                f"layer_clusters {self.layer_clusters} are not all within 1 to 4096",
+            )
+            mean = sum(self.layer_clusters) / len(self.layer_clusters)
+            _require(
+                mean <= self.num_clusters,
+                f"layer_clusters have mean {mean:.4g}, num_clusters is {self.num_clusters}: use "
+                f"--num_clusters {math.ceil(mean)}",
+            )
         _require(
             self.pca_reduction_factor is None or self.pca_reduction_factor >= 1,
             f"PCA_reduction_factor {self.pca_reduction_factor} must be at least 1, e.g. 32",
@@ -286,6 +303,30 @@ class RoutingConfig:
             self.clustering in CLUSTERINGS,
             f"clustering {self.clustering!r} is none of {', '.join(CLUSTERINGS)}",
         )
+
+    @property
+    def most_clusters(self) -> int:
+        """K of the block that has the most."""
+        return max(self.layer_clusters, default=self.num_clusters)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Answer a list of blocks' clusters that is another model's.
+
+        Raises:
+            ValueError: it has another length.
+        """
+        _require_layers("layer_clusters", self.layer_clusters, num_layers)
+
+    def at(self, layer: int) -> RoutingConfig:
+        """The settings of one block, by its number from 0."""
+        if not self.layer_clusters:
+            return self
+        return dataclasses.replace(self, num_clusters=self.layer_clusters[layer], layer_clusters=())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RoutingConfig:
+        """Read back what ``dataclasses.asdict`` gave, also through JSON."""
+        return cls(**{**data, "layer_clusters": tuple(data.get("layer_clusters", ()))})
 
     def num_components(self, width: int) -> int:
         """PCA components for inputs of ``width`` features (``width`` without PCA)."""
@@ -402,6 +443,21 @@ class RunConfig:
             f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",
         )
 
+    def check_layers(self, num_layers: int) -> None:
+        """Answer lists by block that are another model's.
+
+        Raises:
+            ValueError: one has another length.
+        """
+        self.compression.check_layers(num_layers)
+        self.routing.check_layers(num_layers)
+
+    def at(self, layer: int) -> RunConfig:
+        """The settings of one block, by its number from 0."""
+        return dataclasses.replace(
+            self, compression=self.compression.at(layer), routing=self.routing.at(layer)
+        )
+
     @property
     def refines(self) -> bool:
         """Whether experts are drafts until their block has been trained."""
@@ -416,7 +472,7 @@ class RunConfig:
         """Read back what ``to_dict`` wrote."""
         return cls(
             compression=CompressionConfig.from_dict(data["compression"]),
-            routing=RoutingConfig(**data["routing"]),
+            routing=RoutingConfig.from_dict(data["routing"]),
             calibration=CalibrationConfig(**data["calibration"]),
             refinement=RefinementConfig(**data.get("refinement", {})),
             dtype=data["dtype"],

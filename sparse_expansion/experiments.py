@@ -87,7 +87,7 @@ def sweep_clusters(
     units = cluster_units(
         config,
         model_shape(shell),
-        layer=layer,
+        layers=[layer],
         linears={linear: groups[linear] for linear in linears},
         clusters=clusters,
         calibration_tokens=num_calibration * windows.shape[1],

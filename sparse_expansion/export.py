@@ -41,9 +41,9 @@ def export(folder: Path, output: str, form: str) -> dict[str, Any]:
     if shell.expansion is None:
         raise ValueError(f"{folder} is not an expanded model: there is nothing to export")
     routing = shell.expansion.routing_config()
-    if routing.num_clusters != 1:
+    if routing.most_clusters != 1:
         raise ValueError(
-            f"{folder} has {routing.num_clusters} experts per linear, and other formats have room "
+            f"{folder} has {routing.most_clusters} experts per linear, and other formats have room "
             "for one: export a model made with --num_clusters 1"
         )
     compression = shell.expansion.compression_config()

@@ -372,7 +372,9 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--act-order", action="store_true", help="sweep by falling activation")
 
 
-def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def _add_routing(
+    parser: argparse.ArgumentParser, *, several: bool = False, by_block: bool = False
+) -> None:
     group = parser.add_argument_group("experts")
     group.add_argument(
         "--min-tokens-per-expert",
@@ -405,6 +407,22 @@ def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> N
     )
     group.add_argument("--kmeans-restarts", type=int, default=4, help="default 4")
     group.add_argument("--kmeans-tokens", type=int, default=65536, help="tokens KMeans is fit on")
+    if by_block:
+        group.add_argument(
+            "-nc",
+            "--num-clusters",
+            metavar="K,K,...",
+            help="also try these numbers of experts in every block, and share out experts by what "
+            "they gain, e.g. 4,8,16,32",
+        )
+        group.add_argument(
+            "--mean-clusters",
+            type=int,
+            default=16,
+            metavar="K",
+            help="experts of a block on average (default 16)",
+        )
+        return
     if several:
         group.add_argument(
             "-nc",
@@ -415,6 +433,12 @@ def _add_routing(parser: argparse.ArgumentParser, *, several: bool = False) -> N
         )
         return
     group.add_argument("-nc", "--num-clusters", type=int, default=16, help="experts (default 16)")
+    group.add_argument(
+        "--layer-clusters",
+        metavar="FILE",
+        help="numbers of experts by block, with --num-clusters as their mean at most: what "
+        "`allocate --num-clusters` writes, or a list",
+    )
     group.add_argument(
         "--clustering",
         choices=CLUSTERINGS,
@@ -444,6 +468,7 @@ def _add_experiments(
         sub.add_argument("--table", metavar="FILE.parquet", help="also write the rows as Parquet")
         _add_execution(sub)
     _add_routing(sweep, several=True)
+    _add_routing(allocate, by_block=True)
     sweep.add_argument("--layer", type=int, required=True, help="block, from 0")
     sweep.add_argument("--linear", metavar="NAME", help="e.g. mlp.up_proj (default: all)")
     sweep.add_argument("--neuron", type=int, metavar="N", help="output of the linear to look at")
@@ -481,10 +506,15 @@ def numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _routing(
-    args: argparse.Namespace, num_clusters: int, *, clustering: str = CLUSTERINGS[0]
+    args: argparse.Namespace,
+    num_clusters: int,
+    *,
+    clustering: str = CLUSTERINGS[0],
+    layer_clusters: tuple[int, ...] = (),
 ) -> RoutingConfig:
     return RoutingConfig(
         num_clusters=num_clusters,
+        layer_clusters=layer_clusters,
         pca_reduction_factor=None if args.no_pca else args.pca_reduction_factor,
         restarts=args.kmeans_restarts,
         fit_tokens=max(args.kmeans_tokens, 1),
@@ -507,8 +537,9 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
         "block_size": args.block_size,
         "damping_fraction": args.damping_fraction,
     }
-    if args.command == "sweep-clusters":
+    if getattr(args, "num_clusters", None):
         compression["min_tokens_per_expert"] = args.min_tokens_per_expert
+        compression["shrink_hessians"] = args.shrink_hessians
         routing = _routing(args, max(numbers(args.num_clusters, "--num_clusters", int)))
     return RunConfig(
         compression=CompressionConfig(**compression),
@@ -769,7 +800,12 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             min_tokens_per_expert=args.min_tokens_per_expert,
             shrink_hessians=args.shrink_hessians,
         ),
-        routing=_routing(args, args.num_clusters, clustering=args.clustering),
+        routing=_routing(
+            args,
+            args.num_clusters,
+            clustering=args.clustering,
+            layer_clusters=read_layer_clusters(args.layer_clusters),
+        ),
         calibration=CalibrationConfig(
             dataset=getattr(args, "dataset", "wikitext2"),
             dataset_size=1 if args.dataset_size == ALL_WINDOWS else args.dataset_size,
@@ -794,18 +830,33 @@ def read_layer_sparsity(path: str) -> tuple[float, ...]:
     """
     if path in ALLOCATIONS:
         return ()
+    return tuple(map(float, _by_block(path, "layer_sparsity", int | float, "[0.6, 0.8]")))
+
+
+def read_layer_clusters(path: str | None) -> tuple[int, ...]:
+    """Numbers of clusters by block: a JSON list, or an object with ``layer_clusters``.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    return () if path is None else tuple(_by_block(path, "layer_clusters", int, "[8, 24]"))
+
+
+def _by_block(path: str, name: str, kind: Any, example: str) -> list[Any]:
+    flag = "--" + name.replace("_", "-")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--layer-sparsity {path}: {error}") from None
+        raise ValueError(f"{flag} {path}: {error}") from None
     if isinstance(found, dict):
-        found = found.get("layer_sparsity")
+        found = found.get(name)
     numbers_alone = isinstance(found, list) and all(
-        isinstance(share, int | float) and not isinstance(share, bool) for share in found
+        isinstance(value, kind) and not isinstance(value, bool) for value in found
     )
     if not found or not numbers_alone:
-        raise ValueError(f"--layer-sparsity {path} holds no list of numbers, such as [0.6, 0.8]")
-    return tuple(map(float, found))
+        raise ValueError(f"{flag} {path} holds no list of numbers, such as {example}")
+    values: list[Any] = found
+    return values
 
 
 def parse_size(text: str) -> int:

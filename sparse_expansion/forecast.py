@@ -93,7 +93,7 @@ def forecast(
         ValueError: the architecture is not supported.
     """
     cluster = cluster or Cluster()
-    shape, sizes, expert_bytes, routing_bytes = _measure(config, model_config)
+    shape, sizes, experts, routers = _measure(config, model_config)
     units = expansion_units(config, shape)
     measuring: list[Unit] = []
     if config.compression.allocation == "measured":
@@ -102,8 +102,6 @@ def forecast(
     for unit in (*measuring, *units):
         flops[unit.stage] += int(unit.cost)
     trunk = sizes.parameters - shape.num_layers * sizes.dense_mlp
-    experts = config.routing.num_clusters * expert_bytes
-    routers = shape.num_layers * routing_bytes
     tokens = config.calibration.dataset_size * config.calibration.seqlen
     memory = worker_memory(config, shape, sizes, cluster, activation_bytes=activation_bytes)
     result = {
@@ -131,13 +129,13 @@ def forecast(
 
 
 def _measure(config: RunConfig, model_config: Any) -> tuple[ModelShape, _Sizes, int, int]:
-    """Shape, sizes, and bytes of one expert of every linear of a block, and of its routers."""
+    """Shape, sizes, and stored bytes of all experts, and of all routers and grids."""
     family = family_of(model_config.model_type)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(model_config)
     block = block_list(model, family)[0]
     num_layers = len(block_list(model, family))
-    config.compression.check_layers(num_layers)
+    config.check_layers(num_layers)
     dtype = config.dtype if config.dtype != "auto" else getattr(model_config, "dtype", None)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     item = torch.empty(0, dtype=dtype).element_size()
@@ -148,13 +146,15 @@ def _measure(config: RunConfig, model_config: Any) -> tuple[ModelShape, _Sizes, 
         width = shapes[0][1]
         groups.append(group_shape(block, group))
         for rows, _ in shapes:
-            expert_bytes += sum(
-                PackedLayout.of(rows, width, config.compression.at(layer)).num_bytes(item)
-                for layer in range(num_layers)
-            )
+            for layer in range(num_layers):
+                here = config.at(layer)
+                layout = PackedLayout.of(rows, width, here.compression)
+                expert_bytes += here.routing.num_clusters * layout.num_bytes(item)
             dense_mlp += rows * width
-            routing_bytes += grid_bytes(rows, width, config.compression)
-        routing_bytes += router_bytes(width, config.routing)
+            routing_bytes += num_layers * grid_bytes(rows, width, config.compression)
+        routing_bytes += sum(
+            router_bytes(width, config.routing.at(layer)) for layer in range(num_layers)
+        )
     parameters = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings()
     if getattr(model_config, "tie_word_embeddings", False) and head is not None:
@@ -188,6 +188,9 @@ def worker_memory(
     the values between units; a stage's bytes come on top. With a GPU, ``gpu_peak`` is the largest
     stage's arrays on the card.
     """
+    # The block with the most experts decides.
+    routing = replace(config.routing, num_clusters=config.routing.most_clusters, layer_clusters=())
+    config = replace(config, routing=routing)
     calibration = config.calibration
     tokens = calibration.dataset_size * calibration.seqlen
     shard_tokens = math.ceil(tokens / calibration.num_shards)

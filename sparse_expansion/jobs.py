@@ -214,7 +214,7 @@ def prepare(
     if shell.expansion is not None:
         raise ValueError(f"{folder} is already an expanded model: expand the dense one")
     shape = model_shape(shell)
-    config.compression.check_layers(shape.num_layers)
+    config.check_layers(shape.num_layers)
     limit = getattr(shell.config, "max_position_embeddings", None)
     if limit is not None and config.calibration.seqlen > limit:
         raise ValueError(
@@ -396,10 +396,10 @@ def bare_bytes(prepared: Prepared) -> float:
             for position, linear in enumerate(group.linears):
                 rows, width = linear_shape(shell.meta_block(layer), linear)
                 layout = PackedLayout.of(rows, width, config.compression.at(layer))
-                total += config.routing.num_clusters * layout.bare_bits(item) / 8
+                total += config.routing.at(layer).num_clusters * layout.bare_bits(item) / 8
                 total += grid_bytes(rows, width, config.compression)
                 if position == 0:
-                    total += router_bytes(width, config.routing)
+                    total += router_bytes(width, config.routing.at(layer))
     return total
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout
-from sparse_expansion.config import CompressionConfig, RunConfig
+from sparse_expansion.config import CLUSTERINGS, CompressionConfig, RunConfig
 from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.stages import Unit, range_name
 
@@ -143,12 +143,13 @@ def router_flops(config: RunConfig, width: int, tokens: float) -> float:
 def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float]:
     """Operations of all MLP linears on one token: dense, kept weights alone, and routers."""
     found = {"dense": 0.0, "experts": 0.0, "router": 0.0}
-    for group in shape.groups:
-        found["dense"] += 2.0 * shape.num_layers * group.rows * group.width
-        for layer in range(shape.num_layers):
-            layout = PackedLayout.of(group.rows, group.width, config.compression.at(layer))
+    for layer in range(shape.num_layers):
+        here = config.at(layer)
+        for group in shape.groups:
+            found["dense"] += 2.0 * group.rows * group.width
+            layout = PackedLayout.of(group.rows, group.width, here.compression)
             found["experts"] += 2.0 * layout.num_kept
-        found["router"] += shape.num_layers * routing_flops(config, group.width)
+            found["router"] += routing_flops(here, group.width)
     return found
 
 
@@ -242,7 +243,6 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     calibration = config.calibration
     shards = range(calibration.num_shards)
     compressed = calibration.follows_compression
-    ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
     tokens = calibration.dataset_size * calibration.seqlen
     shard_tokens = tokens / len(shards)
     fit_tokens = min(tokens, config.routing.fit_tokens)
@@ -253,7 +253,10 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     # Later groups' routers wait for the inputs that they will have.
     handed = shape.groups[:1] if calibration.is_sequential else shape.groups
     block_flops = shape.block_flops(calibration.seqlen)
+    run = config
     for i in range(shape.num_layers):
+        config = run.at(i)
+        ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
         where = f"layer-{i:03d}"
         affinity = [f"{where}/shard-{s:03d}" for s in shards]
         entered: list[str] = []
@@ -479,52 +482,56 @@ def cluster_units(
     config: RunConfig,
     shape: ModelShape,
     *,
-    layer: int,
+    layers: Sequence[int],
     linears: dict[str, str],
     clusters: Sequence[int],
     calibration_tokens: int,
-    neurons: Sequence[int],
+    neurons: Sequence[int] = (),
+    clusterings: Sequence[str] = CLUSTERINGS,
 ) -> list[Unit]:
-    """Units that try numbers of clusters on linears of one block.
+    """Units that try numbers of clusters on linears of some blocks.
 
     Args:
         config: of the windows (``dense`` inputs, one data shard), pruning and routing.
         shape: of the dense model.
-        layer: of the block.
+        layers: of the blocks.
         linears: the group of every linear.
         clusters: numbers of clusters.
         calibration_tokens: the first of the windows' tokens; the others are held out.
         neurons: whose outputs are kept.
+        clusterings: of ``CLUSTERINGS``.
     """
-    units = _dense_pass(config, shape, layer)
-    capture = units[-1]
+    units = _dense_pass(config, shape, max(layers))
+    captures = units[1:]
     tokens = config.calibration.dataset_size * config.calibration.seqlen
     shapes = {group.name: group for group in shape.groups}
-    for linear, group in linears.items():
-        for count in clusters:
-            sweeps = experts_flops(shapes[group], config.compression, 0.0) * count
-            units.append(
-                Unit(
-                    key=f"layer-{layer:03d}/{linear}/clusters-{count:04d}",
-                    stage="clusters",
-                    params={
-                        "layer": layer,
-                        "linear": linear,
-                        "group": group,
-                        "num_clusters": count,
-                        "calibration_tokens": calibration_tokens,
-                        "neurons_kept": list(neurons),
-                        "seed": config.calibration.seed,
-                    },
-                    after=(capture.key,),
-                    is_persistent=True,
-                    affinity=capture.affinity,
-                    layer=layer,
-                    rank=1,
-                    cost=2 * sweeps + 2.0 * tokens * shapes[group].width ** 2,
-                    move_cost=capture.cost,
+    for layer in layers:
+        for linear, group in linears.items():
+            for count in clusters:
+                sweeps = experts_flops(shapes[group], config.compression, 0.0) * count
+                units.append(
+                    Unit(
+                        key=f"layer-{layer:03d}/{linear}/clusters-{count:04d}",
+                        stage="clusters",
+                        params={
+                            "layer": layer,
+                            "linear": linear,
+                            "group": group,
+                            "num_clusters": count,
+                            "calibration_tokens": calibration_tokens,
+                            "neurons_kept": list(neurons),
+                            "seed": config.calibration.seed,
+                            "clusterings": list(clusterings),
+                        },
+                        after=(captures[layer].key,),
+                        is_persistent=True,
+                        affinity=captures[layer].affinity,
+                        layer=layer,
+                        rank=1,
+                        cost=len(clusterings) * (sweeps + tokens * float(shapes[group].width) ** 2),
+                        move_cost=captures[layer].cost,
+                    )
                 )
-            )
     return units
 
 

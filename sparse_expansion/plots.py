@@ -309,18 +309,22 @@ def perplexity_over_share(rows: list[dict[str, Any]], dense: float) -> Figure:
 
 
 def allocation(rows: list[dict[str, Any]]) -> Figure:
-    """Of ``allocate``: what each block alone loses, and the share of zeros that it gets."""
+    """Of ``allocate``: what each block alone loses, and the zeros and experts that it gets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.4), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    bars = [("gap", "gap when it\nalone is pruned", "C3"), ("sparsity", "share of zeros", "C0")]
+    if "num_clusters" in rows[0]:
+        bars.append(("num_clusters", "experts", "C2"))
+    figure = Figure(figsize=(6, 2.2 * len(bars)), layout="constrained")
+    panels = figure.subplots(len(bars), 1, sharex=True)
     layers = [row["layer"] for row in rows]
-    upper.bar(layers, [row["gap"] for row in rows], color="C3")
-    lower.bar(layers, [row["sparsity"] for row in rows], color="C0")
-    _label(upper, "", "gap when it\nalone is pruned")
-    _label(lower, "block", "share of zeros")
-    lower.set_ylim(0, 1)
-    _whole_numbers(lower)
+    for axes, (name, text, colour) in zip(panels, bars, strict=True):
+        axes.bar(layers, [row[name] for row in rows], color=colour)
+        _label(axes, "", text)
+        if name == "sparsity":
+            axes.set_ylim(0, 1)
+    panels[-1].set_xlabel("block")
+    _whole_numbers(panels[-1])
     return figure
 
 

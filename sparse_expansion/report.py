@@ -204,6 +204,9 @@ def describe_refinement(refinement: dict[str, Any]) -> str:
 def describe_clusters(routing: dict[str, Any]) -> str:
     """``16 experts per linear``; says so where they were made on random tokens."""
     text = f"{routing['num_clusters']} experts per linear"
+    by_block = routing.get("layer_clusters")
+    if by_block:
+        text += f" on average (blocks {min(by_block)} to {max(by_block)})"
     # Runs made before there was a control have no such setting.
     if routing.get("clustering", "kmeans") == "random":
         text += " (control: made on random tokens)"
@@ -464,8 +467,14 @@ def pruned_table(rows: list[dict[str, Any]], dense: float, num_tokens: int) -> s
 
 def allocation_table(rows: list[dict[str, Any]]) -> str:
     """The rows of ``allocate``: a line per block."""
-    cells = [("block", "gap", "sparsity")]
-    cells += [(str(row["layer"]), f"{row['gap']:.5f}", f"{row['sparsity']:.3f}") for row in rows]
+    tried = [name for name in rows[0] if name.startswith("error_")]
+    more = [f"error {name.removeprefix('error_')}" for name in tried]
+    cells = [("block", "gap", "sparsity", *more, *(["experts"] if tried else []))]
+    for row in rows:
+        line = [str(row["layer"]), f"{row['gap']:.5f}", f"{row['sparsity']:.3f}"]
+        if tried:
+            line += [*(f"{row[name]:.3f}" for name in tried), str(row["num_clusters"])]
+        cells.append(tuple(line))
     return table(cells, header=True)
 
 

@@ -258,7 +258,8 @@ class Worker:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """PCA and KMeans on all shards' samples; writes the router and the dense weights' grids."""
         routing = self.config.routing
-        router, gram, fit_tokens = self._fit_router(samples, routing.num_clusters, seed)
+        count = routing.at(layer).num_clusters
+        router, gram, fit_tokens = self._fit_router(samples, count, seed)
         linears = self._group(group).linears
         prefix = self._shell().block_prefix(layer)
         owner = f"{prefix}{linears[0]}.router"
@@ -666,8 +667,9 @@ class Worker:
         calibration_tokens: int,
         neurons_kept: list[int],
         seed: int,
+        clusterings: Sequence[str] = CLUSTERINGS,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Experts of one linear for one K, on their own clusters and on random tokens.
+        """Experts of one linear for one K, on their own clusters or on random tokens.
 
         Writes what ``neurons.compare`` finds on the tokens that were not calibrated on, per
         clustering, and the outputs of the neurons asked for.
@@ -682,7 +684,7 @@ class Worker:
         with torch.no_grad():
             dense_TO = module(X_held).float()
         tensors = {f"dense.{o}": dense_TO[:, o].cpu().clone() for o in neurons_kept}
-        for clustering in CLUSTERINGS:
+        for clustering in clusterings:
             labels_T, held_T = self._route(X_cal, router), self._route(X_held, router)
             if clustering == "random":
                 labels_T = shuffled(labels_T, f"{seed}/calibration")
@@ -692,6 +694,8 @@ class Worker:
                 H = self._hessian(X_cal[labels_T == k])
                 if H.num_tokens < compression.min_tokens(X_cal.shape[1]):
                     H = gram
+                elif compression.shrink_hessians:
+                    H, _ = shrink(H, gram)
                 made = compress_linears({"": W_OD}, H.sum_DD[None], compression, {"": None})[""]
                 chosen = torch.nonzero(held_T == k).flatten().to(self.device)
                 delta_OD = made.weight_KOD[0] - W_OD.float()
@@ -796,7 +800,7 @@ class Worker:
             block,
             tuple(group.linears for group in groups),
             self._compression(layer),
-            self.config.routing,
+            self.config.routing.at(layer),
             cache=ExpertCache(None),
             dtype=shell.dtype,
         )

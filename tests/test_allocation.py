@@ -1,5 +1,6 @@
 """Sparsities by block: measured, shared out, and used."""
 
+import itertools
 import json
 import math
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_expansion.allocation import LARGEST_CHANGE, STEEPNESS, shares_by_gap, split_windows
+from sparse_expansion.allocation import (
+    LARGEST_CHANGE,
+    STEEPNESS,
+    clusters_by_error,
+    shares_by_gap,
+    split_windows,
+)
 from sparse_expansion.cli import main
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 from sparse_expansion.data.corpora import calibration_windows, load_corpus
@@ -158,6 +165,84 @@ def test_ray_gives_the_same_shares(made, neox_folder, text_folder, tmp_path):
     assert (tmp_path / "allocation.png").stat().st_size > 5000
 
 
+def test_experts_are_shared_out_as_well_as_can_be():
+    """Against every choice there is."""
+    generator = torch.Generator().manual_seed(3)
+    tried = [2, 4, 8, 16]
+    for mean in (2, 4, 5, 16):
+        gaps = torch.rand(4, generator=generator).tolist()
+        draws = torch.rand(4, 4, generator=generator).sort(dim=1, descending=True).values
+        errors = [dict(zip(tried, row.tolist(), strict=True)) for row in draws]
+
+        def total(choice, gaps=gaps, errors=errors):
+            return sum(g * e[k] for g, e, k in zip(gaps, errors, choice, strict=True))
+
+        found = clusters_by_error(gaps, errors, mean)
+        allowed = [c for c in itertools.product(tried, repeat=4) if sum(c) <= 4 * mean]
+        assert sum(found) <= 4 * mean
+        assert total(found) == pytest.approx(min(map(total, allowed)))
+    with pytest.raises(ValueError, match="above --mean-clusters 1"):
+        clusters_by_error([1.0], [{2: 0.5}], 1)
+
+
+def test_a_run_with_experts_by_block(neox_folder, text_folder, tmp_path, capsys):
+    file, output = tmp_path / "experts.json", tmp_path / "o"
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    asked = ["--num-clusters", "1,2,4,8", "--mean-clusters", "4", "--pca-reduction-factor", "4"]
+    flags = [*ON, *asked, "--shrink-hessians", "--output", str(file), "--plots", str(tmp_path)]
+    assert main(["allocate", *where, *flags, "--threads", "1"]) == 0
+    assert "error 8" in capsys.readouterr().out
+    assert (tmp_path / "allocation.png").stat().st_size > 5000
+    found = json.loads(file.read_text())
+    counts = found["layer_clusters"]
+    assert counts == [row["num_clusters"] for row in found["rows"]] and sum(counts) <= 12
+    assert all(row["error_1"] == pytest.approx(1) for row in found["rows"])
+    # Whatever was found, blocks that differ: saved, loaded, scored, planned.
+    file.write_text(json.dumps({"layer_clusters": [1, 8, 3]}))
+    run = [*where, *SMALL_RUN, "--layer-clusters", str(file)]
+    run += ["--num-clusters", "4", "--layer-sparsity", "uniform"]
+    more = ["--eval-windows", "3", "--finetune", "--json", "--output", str(output)]
+    assert main(["run", *run, *more]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["num_experts"] == 2 * (1 + 8 + 3)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    blocks = [block.mlp.dense_h_to_4h for block in model.gpt_neox.layers]
+    assert [len(linear.experts) for linear in blocks] == [1, 8, 3]
+    evaluate = ["evaluate", "--model", str(output), "--dataset", str(text_folder)]
+    assert main([*evaluate, "--seqlen", "48", "--eval-windows", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == metrics["perplexity_expanded"]
+    assert main(["report", str(output)]) == 0
+    assert "4 experts per linear on average (blocks 1 to 8)" in capsys.readouterr().out
+    planned = [word for word in run if word not in ("--dataset", str(text_folder))]
+    planned = planned[: planned.index("--threads")] + planned[planned.index("--threads") + 2 :]
+    assert main(["plan", *planned, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert plan["checkpoint_bytes"] == index["metadata"]["total_size"]
+    assert plan["units"]["experts"] == 2 * (1 + 4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[4, 4]", "layer_clusters is of 2 blocks, the model has 3"),
+        ("[4, 4, 16]", "have mean 8, num_clusters is 4: use --num_clusters 8"),
+        ("[4, 0, 4]", "not all within 1 to 4096"),
+        ("[4, 2.5, 4]", "holds no list of numbers, such as [8, 24]"),
+        ("{", "--layer-clusters"),
+    ],
+)
+def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, text_folder, capsys):
+    file = tmp_path / "experts.json"
+    file.write_text(content)
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder), *SMALL_RUN]
+    assert main(["run", *where, "--num-clusters", "4", "--layer-clusters", str(file)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
+    assert message in line
+
+
 def test_shares_by_hand():
     # The second block loses e times as much: it gets 1 / STEEPNESS fewer zeros.
     first, second = shares_by_gap([0.1, 0.1 * math.e], 0.6)
@@ -203,6 +288,8 @@ def test_shares_that_do_not_fit(
     [
         (["--sparsity", "2:4"], "only a share of zeros can differ by block"),
         (["--eval-windows", "0"], "--eval-windows 0 must be at least 1"),
+        (["--num-clusters", "8,16", "--mean-clusters", "4"], "--mean-clusters 4 is below all of"),
+        (["--num-clusters", "0,4"], "--num_clusters 0 must be at least 1"),
         (["--output", "/nowhere/shares.json"], "/nowhere is no folder"),
     ],
 )

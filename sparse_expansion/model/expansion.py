@@ -333,13 +333,13 @@ def expand_model(
     """Replace the MLP linears of every block; returns the cache that the model's experts share."""
     family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
     cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
-    compression = config.compression_config()
+    compression, routing = config.compression_config(), config.routing_config()
     for layer, block in enumerate(block_list(model, family)):
         expand_block(
             block,
             tuple(tuple(group) for group in config.groups),
             compression.at(layer),
-            config.routing_config(),
+            routing.at(layer),
             cache=cache,
             dtype=dtype,
         )
@@ -394,7 +394,7 @@ class SparseExpansionConfig(QuantizationConfigMixin):
 
     def routing_config(self) -> RoutingConfig:
         """The checked settings of the routers."""
-        return RoutingConfig(**self.routing)
+        return RoutingConfig.from_dict(self.routing)
 
 
 @register_quantizer(QUANT_METHOD)
