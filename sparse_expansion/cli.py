@@ -570,7 +570,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from sparse_expansion.report import run_report
-    from sparse_expansion.store import read_allocation, read_timeline
+    from sparse_expansion.store import read_allocation, read_timeline, write_file
 
     store = _run_store(args.folder)
     result, text = run_report(store)
@@ -578,9 +578,7 @@ def _report(args: argparse.Namespace) -> int:
         from sparse_expansion.page import report_page
 
         page = report_page(store, result, price_per_hour=args.price)
-        path = Path(args.html)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_file(args.html, page.encode())
     if args.plots:
         from sparse_expansion import plots
 
@@ -725,7 +723,7 @@ def _allocate(
     from sparse_expansion import allocation, plots
     from sparse_expansion.jobs import model_shape
     from sparse_expansion.report import allocation_table
-    from sparse_expansion.store import Store
+    from sparse_expansion.store import write_file
 
     shape = model_shape(shell)
     found = allocation.measure(
@@ -760,8 +758,7 @@ def _allocate(
         "rows": rows,
     }
     if args.output:
-        file = Path(args.output)
-        Store(file.parent).write_json(file.name, result)
+        write_file(args.output, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
     return result, allocation_table(rows), {"allocation": plots.allocation(rows)}
 
 

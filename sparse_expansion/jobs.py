@@ -278,18 +278,55 @@ def expand(
         store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
 
     timeline = Timeline(store)
+    try:
+        _allocate(prepared, windows, store, executor, timeline.observed_by(observer), measured)
+        _make(prepared, store, executor, timeline.observed_by(observer), measured)
+    finally:
+        # What was done before a unit failed or a signal came is part of the story.
+        timeline.write()
+    measured.seconds["expand"] += time.perf_counter() - start
+    start = time.perf_counter()
+    assemble(prepared, store)
+    measured.seconds["assemble"] += time.perf_counter() - start
+
+
+def _allocate(
+    prepared: Prepared,
+    windows: torch.Tensor,
+    store: Store,
+    executor: Executor,
+    observer: Observer,
+    measured: Measurements,
+) -> None:
+    """Settle what every block gets, where that is to be measured."""
     compression = prepared.config.compression
-    if compression.allocation == "measured":
-        shares = allocation.shares_of(
-            store,
-            prepared.config,
-            model_shape(prepared.shell),
-            windows,
-            executor=executor,
-            observer=timeline.observed_by(observer),
-        )
-        compression = replace(compression, layer_sparsity=shares)
-        prepared.config = replace(prepared.config, compression=compression)
+    if compression.allocation != "measured":
+        return
+
+    def observe(progress: Progress) -> None:
+        measured.add([progress.report], {progress.unit.key: progress.unit})
+        observer(progress)
+
+    shares = allocation.shares_of(
+        store,
+        prepared.config,
+        model_shape(prepared.shell),
+        windows,
+        executor=executor,
+        observer=observe,
+    )
+    compression = replace(compression, layer_sparsity=shares)
+    prepared.config = replace(prepared.config, compression=compression)
+
+
+def _make(
+    prepared: Prepared,
+    store: Store,
+    executor: Executor,
+    observer: Observer,
+    measured: Measurements,
+) -> None:
+    """Do all units that are not done."""
 
     def is_committed(unit: Unit) -> bool:
         record = store.record(unit.key)
@@ -299,20 +336,11 @@ def expand(
     by_key = {unit.key: unit for unit in todo}
     cleaner = _BlockCleaner(store, todo)
 
-    def observe(progress: Any) -> None:
+    def observe(progress: Progress) -> None:
         cleaner.finished(progress.unit)
         observer(progress)
 
-    try:
-        reports = executor.run(todo, timeline.observed_by(observe))
-    finally:
-        # What was done before a unit failed or a signal came is part of the story.
-        timeline.write()
-    measured.add(reports.values(), by_key)
-    measured.seconds["expand"] += time.perf_counter() - start
-    start = time.perf_counter()
-    assemble(prepared, store)
-    measured.seconds["assemble"] += time.perf_counter() - start
+    measured.add(executor.run(todo, observe).values(), by_key)
 
 
 class _BlockCleaner:

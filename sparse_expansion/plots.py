@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparse_expansion.report import LinearFacts, linear_facts
+from sparse_expansion.store import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,12 +65,13 @@ def svg(figure: Figure) -> str:
 def save(figures: dict[str, Figure], folder: str | Path) -> list[Path]:
     """Write ``NAME.svg`` and ``NAME.png`` of every figure; returns the paths."""
     where = Path(folder)
-    where.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         vector, pixels = where / f"{name}.svg", where / f"{name}.png"
-        vector.write_text(svg(figure), encoding="utf-8")
-        figure.savefig(pixels, dpi=PNG_DPI)
+        write_file(vector, svg(figure).encode())
+        image = io.BytesIO()
+        figure.savefig(image, dpi=PNG_DPI, format="png")
+        write_file(pixels, image.getvalue())
         paths += [vector, pixels]
     return paths
 

@@ -6,10 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, RUN_FILE, Store
+from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, RUN_FILE, Store, write_file
 
 _EXPERT_STAGE = "experts-"
 
@@ -550,8 +551,9 @@ def write_table(columns: dict[str, list[Any]], path: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    stream = BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), stream)
+    write_file(path, stream.getvalue())
 
 
 def run_report(store: Store) -> tuple[dict[str, Any], str]:

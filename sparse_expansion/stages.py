@@ -579,10 +579,7 @@ class Worker:
             H_KDD = sums[group.name].sum_DD[None]
             made = compress_linears(weights, H_KDD, plain, dict.fromkeys(weights))
             for name, result in made.items():
-                weight = result.weight_KOD[0].to(shell.dtype)
-                other.get_submodule(name).register_parameter(
-                    "weight", nn.Parameter(weight, requires_grad=False)
-                )
+                set_weight(other.get_submodule(name), result.weight_KOD[0].to(shell.dtype))
         return other
 
     def _embedded(self, windows: torch.Tensor, model: str = "dense") -> torch.Tensor:
@@ -753,7 +750,7 @@ class Worker:
                 weight = module.get_parameter("weight").detach().clone()
                 rows = tensors[f"{linear}.{pruned}.rows"].to(weight.device)
                 weight[rows] = tensors[f"{linear}.{pruned}.weight"].to(weight)
-                module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+                set_weight(module, weight)
 
     # -- pieces --------------------------------------------------------------------------------
 
@@ -1017,6 +1014,11 @@ class Worker:
                 labels_T = shuffled(labels_T, name)
             self._labels[key] = labels_T
         return self._labels[key]
+
+
+def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+    """Give a dense linear another weight, as it is stored: never one that is mapped from a file."""
+    linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
 
 def evenly_spaced(count: int, wanted: int) -> torch.Tensor:

@@ -219,6 +219,12 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file beside a run, a table or a figure, whole or not at all; makes its folder."""
+    where = Path(path)
+    Store(where.parent).write_bytes(where.name, data)
+
+
 def read_allocation(store: Store) -> list[dict[str, Any]]:
     """By block: what was measured to share out a run's zeros; empty where nothing was."""
     if not store.exists(ALLOCATION_FILE):

@@ -122,6 +122,9 @@ def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
     written = json.loads((tmp_path / "run" / "allocation.json").read_text())
     shares = written["layer_sparsity"]
     assert metrics["config"]["compression"]["layer_sparsity"] == shares
+    assert metrics["unit_seconds"]["block_gaps"] > 0
+    timeline = json.loads((tmp_path / "run" / "timeline.json").read_text())
+    assert [row["stage"] for row in timeline].count("block_gaps") == 1
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["compression"]["layer_sparsity"] == shares
     assert sum(shares) / 3 == pytest.approx(0.7, abs=1e-5) and len(set(shares)) == 3

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from sparse_expansion.report import write_table
 from sparse_expansion.store import Store, open_run
 
 
@@ -90,6 +91,20 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
         store.write_bytes("a", b"new")
     assert store.read_bytes("a") == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_table({"a": [1, 2]}, str(tmp_path / "new" / "t.parquet"))
+    before = (tmp_path / "new" / "t.parquet").read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_table({"a": [3, 4, 5]}, str(tmp_path / "new" / "t.parquet"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.parquet"]
+    assert (tmp_path / "new" / "t.parquet").read_bytes() == before
 
 
 def test_urls_are_not_local_paths():
