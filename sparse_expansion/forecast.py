@@ -359,7 +359,7 @@ def _time(
 
     def seconds(unit: Unit) -> float:
         moved = sum(handed[key] for key, _ in unit.inputs) if cluster.num_workers > 1 else 0.0
-        if unit.stage in ("capture", "recapture", "advance"):
+        if unit.stage in ("capture", "recapture", "refine", "advance"):
             moved += sizes.block_parameters * sizes.item
         return (
             cluster.seconds_per_unit
