@@ -175,7 +175,13 @@ def test_interrupt(tmp_path, neox_folder, text_folder):
         "--dataset-size",
         "2000",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore SIGINT, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (output / "run" / "units").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
