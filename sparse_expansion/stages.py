@@ -336,8 +336,6 @@ class Worker:
         compression = self._compression(layer)
         width = gram.sum_DD.shape[0]
         floor = compression.min_tokens(width)
-        # An expert with too few tokens would be fitted to them alone: it gets the Hessian of the
-        # whole group, which makes it the plain SparseGPT expert.
         H_KDD = torch.empty(experts[1] - experts[0] + 1, width, width, device=self.device)
         cross_KDD: torch.Tensor | None = None
         tokens, group_share = [], []
@@ -352,13 +350,7 @@ class Worker:
                 )
             )
             tokens.append(merged.num_tokens)
-            if merged.num_tokens < floor:
-                cross_DD = None if merged.cross_DD is None else torch.zeros_like(merged.cross_DD)
-                merged, weight = replace(gram, cross_DD=cross_DD), 1.0
-            elif compression.shrink_hessians:
-                merged, weight = shrink(merged, gram)
-            else:
-                weight = 0.0
+            merged, weight = lean(merged, gram, compression)
             group_share.append(weight)
             H_KDD[k] = merged.sum_DD
             if merged.cross_DD is not None:
@@ -689,10 +681,7 @@ class Worker:
             change_TO = torch.empty_like(dense_TO)
             for k in range(num_clusters):
                 H = self._hessian(X_cal[labels_T == k])
-                if H.num_tokens < compression.min_tokens(X_cal.shape[1]):
-                    H = gram
-                elif compression.shrink_hessians:
-                    H, _ = shrink(H, gram)
+                H, _ = lean(H, gram, compression)
                 made = compress_linears({"": W_OD}, H.sum_DD[None], compression, {"": None})[""]
                 chosen = torch.nonzero(held_T == k).flatten().to(self.device)
                 delta_OD = made.weight_KOD[0] - W_OD.float()
@@ -1014,6 +1003,17 @@ class Worker:
                 labels_T = shuffled(labels_T, name)
             self._labels[key] = labels_T
         return self._labels[key]
+
+
+def lean(
+    part: HessianSum, gram: HessianSum, compression: CompressionConfig
+) -> tuple[HessianSum, float]:
+    """The sums that an expert is made with, and how far they are its whole group's (0 to 1)."""
+    if part.num_tokens < compression.min_tokens(part.sum_DD.shape[0]):
+        # It would be fitted to these tokens alone: it becomes the plain SparseGPT expert.
+        cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
+        return replace(gram, cross_DD=cross_DD), 1.0
+    return shrink(part, gram) if compression.shrink_hessians else (part, 0.0)
 
 
 def set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
