@@ -152,15 +152,16 @@ def measure_clusters(
         tensors = store.read_tensors(clusters_file(layer, linear, count))
         return float(tensors["kmeans.relative_error"])
 
-    def left(layer: int, count: int) -> float:
-        ratios = [
-            # A linear that loses nothing with one expert has nothing to gain.
-            error(layer, linear, count) / (error(layer, linear, 1) or 1.0)
-            for linear in linears
-        ]
-        return sum(ratios) / len(ratios)
+    def left(layer: int) -> dict[int, float]:
+        # A linear that loses nothing with one expert has nothing to gain.
+        alone = {linear: error(layer, linear, 1) or 1.0 for linear in linears}
+        return {
+            count: sum(error(layer, linear, count) / alone[linear] for linear in linears)
+            / len(linears)
+            for count in clusters
+        }
 
-    return [{count: left(layer, count) for count in clusters} for layer in layers]
+    return [left(layer) for layer in layers]
 
 
 def clusters_by_error(

@@ -50,19 +50,13 @@ class TrainedLinear(nn.Module):
         )
         # Not a submodule: its packed experts are not what is trained.
         self._linear = (linear,)
-
-    def codes(self, weight_OD: torch.Tensor) -> torch.Tensor:
-        """Codes on the linear's grid, as float32 whole numbers."""
-        grid = self._linear[0].grid
-        assert grid is not None
-        scale_DO, zero_DO = self._columns()
-        return quantize(weight_OD, scale_DO.T, zero_DO.T, grid.grid().max_code)
-
-    def _columns(self) -> tuple[torch.Tensor, torch.Tensor]:
-        grid = self._linear[0].grid
-        assert grid is not None
-        columns = torch.arange(self.weight_KOD.shape[2], device=self.weight_KOD.device)
-        return grid.grid().columns(columns)
+        # Scale and zero point of every weight, and the largest code.
+        self._grid: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        if linear.grid is not None:
+            grid = linear.grid.grid()
+            columns_D = torch.arange(linear.in_features, device=linear.device)
+            scale_DO, zero_DO = grid.columns(columns_D)
+            self._grid = scale_DO.T, zero_DO.T, grid.max_code
 
     def effective(self, expert: int) -> torch.Tensor:
         """The expert's weight as it would be stored, in float32.
@@ -71,11 +65,11 @@ class TrainedLinear(nn.Module):
         estimator, arXiv 1308.3432).
         """
         weight_OD = self.weight_KOD[expert]
-        if self._linear[0].grid is None:
+        if self._grid is None:
             return weight_OD
         with torch.no_grad():
-            scale_DO, zero_DO = self._columns()
-            rounded = dequantize(self.codes(weight_OD), scale_DO.T, zero_DO.T)
+            scale_OD, zero_OD, _ = self._grid
+            rounded = dequantize(quantize(weight_OD, *self._grid), scale_OD, zero_OD)
             change = (rounded - weight_OD).masked_fill_(~self.kept_KOD[expert], 0.0)
         return weight_OD + change
 
@@ -98,7 +92,7 @@ class TrainedLinear(nn.Module):
         """The expert's streams: the mask that it had, and the trained values or codes."""
         weight_OD = self.weight_KOD[expert].detach()
         layout = self._linear[0].layout
-        codes = None if layout.bits is None else self.codes(weight_OD).to(torch.uint8)
+        codes = None if self._grid is None else quantize(weight_OD, *self._grid).to(torch.uint8)
         return pack_expert(weight_OD, self.kept_KOD[expert], codes, layout=layout, dtype=dtype)
 
 
