@@ -29,6 +29,7 @@ from sparse_expansion.plan import (
     REDUCE_FAN_IN,
     GroupShape,
     ModelShape,
+    captured_width,
     expansion_units,
     expert_ranges,
     gathered_bytes,
@@ -253,10 +254,11 @@ def worker_memory(
         step = max(STEP_TOKENS, calibration.seqlen)
         kept = step * (12 * hidden + 8 * sizes.intermediate) * FLOAT32_BYTES
         stages["refine"] = forward + trained + kept + config.routing.num_clusters * packed
+    kept_widths = captured_width(config, shape)
     if calibration.is_sequential:
         # Later groups' inputs are held as they are in the dense block too.
-        widths += sum(group.width for group in shape.groups[1:])
-    captured = tokens * widths * item
+        kept_widths += sum(group.width for group in shape.groups[1:])
+    captured = tokens * kept_widths * item
     share = (
         1.0 if cluster.num_workers == 1 else 1 / min(cluster.num_workers, calibration.num_shards)
     )

@@ -51,6 +51,11 @@ class GroupShape:
     rows: int
     num_linears: int = 1
 
+    @property
+    def weights(self) -> int:
+        """Of its linears together."""
+        return self.width * self.rows
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -65,12 +70,15 @@ class ModelShape:
     @property
     def block_weights(self) -> int:
         """Of a block: its MLP, and attention's four projections (fewer with shared heads)."""
-        mlp = sum(group.width * group.rows for group in self.groups)
-        return mlp + 4 * self.hidden_size**2
+        return sum(group.weights for group in self.groups) + 4 * self.hidden_size**2
+
+    def attention_flops(self, seqlen: int) -> float:
+        """Of one token through a block's attention: its products, and its scores and sums."""
+        return 2.0 * (4 * self.hidden_size**2 + self.hidden_size * seqlen)
 
     def block_flops(self, seqlen: int) -> float:
-        """Of one token through a block: its products, and attention's scores and sums."""
-        return 2.0 * (self.block_weights + self.hidden_size * seqlen)
+        """Of one token through a block."""
+        return self.attention_flops(seqlen) + 2.0 * sum(group.weights for group in self.groups)
 
 
 def group_shape(block: nn.Module, group: LinearGroup) -> GroupShape:
@@ -207,6 +215,15 @@ def _embed_unit(shape: ModelShape, shard: int, tokens: float) -> Unit:
     )
 
 
+def captured_width(config: RunConfig, shape: ModelShape) -> int:
+    """Activations that a block's capture keeps of a token: the groups' inputs.
+
+    And attention's outputs, where the block runs again with compressed linears.
+    """
+    attention = shape.hidden_size if config.calibration.follows_compression else 0
+    return sum(group.width for group in shape.groups) + attention
+
+
 def _capture_unit(
     config: RunConfig,
     shape: ModelShape,
@@ -221,7 +238,10 @@ def _capture_unit(
     calibration = config.calibration
     tokens = calibration.dataset_size * calibration.seqlen / calibration.num_shards
     hidden_bytes = int(tokens * shape.hidden_size * shape.item_bytes)
-    captured = int(tokens * sum(group.width for group in shape.groups) * shape.item_bytes)
+    captured = int(tokens * captured_width(config, shape) * shape.item_bytes)
+    flops = shape.block_flops(calibration.seqlen)
+    if calibration.follows_compression:
+        flops -= 2.0 * shape.groups[-1].weights
     return Unit(
         key=f"layer-{layer:03d}/capture/shard-{shard:03d}",
         stage="capture",
@@ -231,7 +251,7 @@ def _capture_unit(
         is_persistent=is_persistent,
         affinity=f"layer-{layer:03d}/shard-{shard:03d}",
         layer=layer,
-        cost=tokens * shape.block_flops(calibration.seqlen),
+        cost=tokens * flops,
         cache_bytes=captured,
         output_bytes=output_bytes,
         traffic_bytes=shape.item_bytes * shape.block_weights + 2 * hidden_bytes + captured,
@@ -253,6 +273,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     # Later groups' routers wait for the inputs that they will have.
     handed = shape.groups[:1] if calibration.is_sequential else shape.groups
     block_flops = shape.block_flops(calibration.seqlen)
+    attention_flops = shape.attention_flops(calibration.seqlen)
     run = config
     for i in range(shape.num_layers):
         config = run.at(i)
@@ -297,7 +318,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         affinity=affinity[s],
                         layer=i,
                         rank=0,
-                        cost=shard_tokens * block_flops,
+                        cost=shard_tokens * 2.0 * sum(each.weights for each in shape.groups[:g]),
                         move_cost=shard_tokens * block_flops,
                         cache_bytes=int(shard_tokens * group.width * item),
                         output_bytes=int(fit_tokens / len(shards) * group.width * item),
@@ -420,9 +441,11 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
                         params={"layer": i, "shard": s, "experts": ranges},
                         after=(*made, f"{where}/capture/shard-{s:03d}"),
                         is_persistent=True,
+                        affinity=affinity[s],
                         layer=i,
                         rank=5,
-                        cost=shard_tokens * block_flops,
+                        cost=shard_tokens * (block_flops - attention_flops),
+                        move_cost=shard_tokens * attention_flops,
                         traffic_bytes=2 * hidden_bytes
                         + config.routing.num_clusters
                         * sum(packed_bytes(config, group, item) for group in shape.groups),

@@ -7,6 +7,7 @@ That is what lets any worker do any unit, and a lost worker's units be done else
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import math
@@ -45,7 +46,13 @@ from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.algorithms.quantization import AffineGrid, fit_grid
 from sparse_expansion.algorithms.sweep import compress_linears
 from sparse_expansion.config import CLUSTERINGS, CompressionConfig, RunConfig
-from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
+from sparse_expansion.data.activations import (
+    ActivationBuffers,
+    AllSeenError,
+    AttentionOutputs,
+    GroupInputs,
+    outside_heap,
+)
 from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache, expand_block
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trained_block
@@ -58,6 +65,7 @@ CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
 DRAFTS = "run/drafts/"
 DENSE = " in the dense block"
+ATTENTION = "attention's outputs"
 """Ends the name of a group's inputs in the dense block where it has others too."""
 FREED_BYTES_KEPT = 256 << 20
 UNITS_PER_TRIM = 32
@@ -231,12 +239,11 @@ class Worker:
 
     def stage_capture(self, *, layer: int, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the dense block on one shard; keep its group inputs; hand on a sample of them."""
+        stats: dict[str, Any] = {"tokens": self._shard_tokens(shard).numel()}
         hidden = self._capture(layer, shard)
-        stats: dict[str, Any] = {"tokens": hidden.shape[0] * hidden.shape[1]}
         calibration = self.config.calibration
-        if not calibration.follows_compression:
-            if layer + 1 < self._shell().num_blocks:
-                stats |= self._write_hidden(layer + 1, shard, hidden)
+        if hidden is not None and layer + 1 < self._shell().num_blocks:
+            stats |= self._write_hidden(layer + 1, shard, hidden)
         captured = self._captured[layer, shard]
         for X_TD in captured.values():
             check_finite(X_TD)
@@ -453,7 +460,8 @@ class Worker:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the compressed block on one shard: what the next block is calibrated on."""
         block = self._expanded_before(layer, None, experts, is_draft=False)
-        out, _ = self._run_block(layer, shard, block, ())
+        out, _ = self._run_block(layer, shard, block)
+        assert out is not None
         return self._write_hidden(layer + 1, shard, out), {}
 
     def stage_trunk(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -874,38 +882,79 @@ class Worker:
         captured = self._captured[layer, shard]
         if group is not None and recaptured is not None and group + DENSE not in captured:
             block = self._expanded_before(layer, group, recaptured)
-            _, found = self._run_block(layer, shard, block, (self._group(group),))
+            _, found = self._run_block(layer, shard, block, (self._group(group),), stop=True)
             captured |= {group + DENSE: captured[group], **found}
         return captured
 
-    def _capture(self, layer: int, shard: int) -> torch.Tensor:
-        """Run the dense block; its group inputs are kept in ``_captured``."""
+    def _capture(self, layer: int, shard: int) -> torch.Tensor | None:
+        """Run the dense block; its group inputs are kept in ``_captured``.
+
+        Returns:
+            Its output, unless the next block gets the compressed block's. Attention's outputs are
+            kept for that one then.
+        """
         self._make_room(layer)
         shell = self._shell()
-        out, found = self._run_block(layer, shard, shell.load_block(layer), shell.family.groups)
+        block, groups = shell.load_block(layer), shell.family.groups
+        again = self.config.calibration.follows_compression
+        out, found = self._run_block(layer, shard, block, groups, stop=again)
         self._captured[layer, shard] = found
         return out
 
     def _run_block(
-        self, layer: int, shard: int, block: nn.Module, groups: tuple[LinearGroup, ...]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """A block's output on a shard's hidden states, and the inputs of groups in it."""
+        self,
+        layer: int,
+        shard: int,
+        block: nn.Module,
+        groups: tuple[LinearGroup, ...] = (),
+        *,
+        stop: bool = False,
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """A block's output on a shard's hidden states, and the inputs of groups in it.
+
+        Attention's outputs are taken from the shard's captured activations, or are among what is
+        returned where the run stops.
+
+        Args:
+            layer: of the block.
+            shard: of the windows.
+            block: dense, or with compressed linears.
+            groups: whose inputs are wanted.
+            stop: before the last of these groups; there is no output then.
+        """
         shell = self._shell()
         tokens = self._shard_tokens(shard)
         hidden = self._read_hidden(layer, shard)
-        out = torch.empty_like(hidden)
+        out = None if stop else torch.empty_like(hidden)
         buffers: dict[str, torch.Tensor] = {}
+        kept_TD = self._captured.get((layer, shard), {}).get(ATTENTION)
         row = 0
-        with torch.no_grad(), GroupInputs(block, groups) as seen:
+        with (
+            torch.no_grad(),
+            GroupInputs(block, groups, stop=stop) as seen,
+            AttentionOutputs(
+                block, shell.family.attention, replays=kept_TD is not None
+            ) as attention,
+        ):
             for part in shell.batches(tokens):
                 call = shell.call(layer, tokens[part])
-                out[part] = call.run(block, hidden[part].to(self.device)).cpu()
                 count = tokens[part].numel()
-                for name, X_TD in seen.inputs.items():
+                rows = slice(row, row + count)
+                if kept_TD is not None:
+                    attention.output = kept_TD[rows].to(self.device).view(hidden[part].shape)
+                with contextlib.suppress(AllSeenError):
+                    found = call.run(block, hidden[part].to(self.device))
+                    if out is not None:
+                        out[part] = found.cpu()
+                made = dict(seen.inputs)
+                if stop and kept_TD is None:
+                    assert attention.output is not None
+                    made[ATTENTION] = attention.output.flatten(0, 1)
+                for name, X_TD in made.items():
                     if name not in buffers:
                         shape = (tokens.numel(), X_TD.shape[1])
                         buffers[name] = self.buffers.allocate(shape, X_TD.dtype)
-                    buffers[name][row : row + count] = X_TD.cpu()
+                    buffers[name][rows] = X_TD.cpu()
                 row += count
         return out, buffers
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sparse_expansion import jobs, stages
 from sparse_expansion.algorithms.hessian import hessian_sum
@@ -133,15 +134,21 @@ def test_schedules_agree_on_the_first_block_and_differ_after(tmp_path, llama_fol
 )
 def test_forward_passes(schedule, passes, tmp_path, llama_folder, text_folder, monkeypatch):
     """Two passes a block (one for the last, whose output no one needs); one when dense; and
-    one more when its second group waits for the first."""
-    calls = []
-    run = BlockCall.run
+    one more when its second group waits for the first. Its attention runs in the first alone."""
+    calls, attended = [], []
+    run, attend = BlockCall.run, LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention,
+        "forward",
+        lambda *args, **given: attended.append(1) or attend(*args, **given),
+    )
     monkeypatch.setattr(
         BlockCall, "run", lambda self, block, hidden: calls.append(1) or run(self, block, hidden)
     )
     make(llama_folder, text_folder, tmp_path / "o", clusters=3, schedule=schedule)
     # Four shards, each one batch.
     assert len(calls) == 4 * passes
+    assert len(attended) == 4 * 3
 
 
 def test_sums_and_rows_give_the_same_experts(tmp_path, llama_folder, text_folder, monkeypatch):
@@ -175,6 +182,13 @@ def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_
     assert made[0][:, width:].abs().max() > 0
     dense = workers[1].stage_gather(**given)[1]["000-000"][0]
     assert torch.equal(dense, made[1])
+    # The first has attention's outputs, the second runs it again.
+    del workers[1]._captured[0, 1]
+    hidden = []
+    for worker in workers:
+        stats, _ = worker.stage_advance(layer=0, shard=1, experts=ranges)
+        hidden.append(stats["files"])
+    assert hidden[0] == hidden[1]
 
 
 def test_starved_experts_use_the_whole_groups_hessian(tmp_path, llama_folder, text_folder):

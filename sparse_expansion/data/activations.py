@@ -84,11 +84,25 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
         os.truncate(descriptor, num_bytes)
 
 
+class AllSeenError(Exception):
+    """A block was stopped: the inputs that were wanted of it are there."""
+
+
 class GroupInputs:
     """Collects what the first linear of each group is called with, while a block runs."""
 
-    def __init__(self, block: nn.Module, groups: tuple[LinearGroup, ...]) -> None:
+    def __init__(
+        self, block: nn.Module, groups: tuple[LinearGroup, ...], *, stop: bool = False
+    ) -> None:
+        """Of ``groups`` in the order in which data passes through them.
+
+        Args:
+            block: that will run.
+            groups: of its linears.
+            stop: raise ``AllSeenError`` where the last group would be multiplied.
+        """
         self.inputs: dict[str, torch.Tensor] = {}
+        self._last = groups[-1].name if stop else None
         self._handles = [
             block.get_submodule(group.linears[0]).register_forward_pre_hook(self._hook(group.name))
             for group in groups
@@ -97,6 +111,8 @@ class GroupInputs:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+            if name == self._last:
+                raise AllSeenError
 
         return hook
 
@@ -106,3 +122,50 @@ class GroupInputs:
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class AttentionOutputs:
+    """Keeps what a block's attention puts out, or has kept outputs put out in its place.
+
+    Attention comes before the MLP: on the same hidden states it puts out the same, however the MLP
+    is compressed.
+    """
+
+    def __init__(self, block: nn.Module, name: str, *, replays: bool) -> None:
+        """Of ``block``'s attention.
+
+        Args:
+            block: that will run.
+            name: of the attention in it.
+            replays: put ``output`` out, whatever the attention is called with.
+        """
+        self.output: torch.Tensor | None = None
+        """``[N, L, D]``, of the last run or for the next one."""
+        self._block, self._name = block, name
+        self._attention = block.get_submodule(name)
+        if replays:
+            block.set_submodule(name, _Replay(self))
+        else:
+            self._handle = self._attention.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: Any, out: tuple[Any, ...]) -> None:
+        self.output = out[0].detach()
+
+    def __enter__(self) -> AttentionOutputs:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._block.get_submodule(self._name) is self._attention:
+            self._handle.remove()
+        else:
+            self._block.set_submodule(self._name, self._attention)
+
+
+class _Replay(nn.Module):
+    def __init__(self, outputs: AttentionOutputs) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, None]:
+        # The second is the attention's weights, which nothing asked for.
+        return self._outputs.output, None

@@ -1,7 +1,7 @@
 """What differs between architectures, in one place: where the blocks are, and their MLP linears.
 
 A new family is one ``Family`` entry in ``FAMILIES``: the module path of its block list and, for
-each set of MLP linears that read the same input, their names inside a block.
+each set of MLP linears that read the same input, their names inside a block, and its attention's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Family:
     """``config.model_type`` values it serves."""
     blocks: str
     """Module path of the list of decoder blocks."""
+    attention: str
+    """A block's attention, which comes before its MLP."""
     groups: tuple[LinearGroup, ...]
     """The MLP's linear groups, in the order in which data passes through them."""
     aliases: tuple[tuple[str, str], ...] = ()
@@ -49,17 +51,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
+        attention="attention",
         groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
         aliases=(("embed_out.", "lm_head."),),
     ),
     Family(
         model_types=("llama", "mistral", "qwen2", "qwen3"),
         blocks="model.layers",
+        attention="self_attn",
         groups=_GATED_MLP,
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
+        attention="self_attn",
         groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",))),
     ),
 )

@@ -3,7 +3,13 @@ import os
 import pytest
 import torch
 
-from sparse_expansion.data.activations import ActivationBuffers, GroupInputs, outside_heap
+from sparse_expansion.data.activations import (
+    ActivationBuffers,
+    AllSeenError,
+    AttentionOutputs,
+    GroupInputs,
+    outside_heap,
+)
 from sparse_expansion.model.families import LinearGroup
 
 
@@ -25,6 +31,44 @@ def test_group_inputs_are_what_the_linears_get():
     assert torch.equal(seen.inputs["a"], x.reshape(6, 4))
     assert torch.equal(seen.inputs["b"], torch.relu(block.a(x)).reshape(6, 6))
     assert not block.a._forward_pre_hooks
+
+
+def test_a_stopped_block_has_seen_all_but_its_last_product():
+    block = Block()
+    groups = LinearGroup(("a",)), LinearGroup(("b",))
+    block.b.register_forward_hook(lambda *args: pytest.fail("multiplied"))
+    with GroupInputs(block, groups, stop=True) as seen, pytest.raises(AllSeenError):
+        block(torch.randn(2, 3, 4))
+    assert list(seen.inputs) == ["a", "b"]
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x):
+        out, _ = self.attention(x, scale=2.0)
+        return x + out
+
+
+class Attention(torch.nn.Module):
+    def forward(self, x, *, scale):
+        return x * scale, None
+
+
+def test_attention_is_put_out_again_without_being_run():
+    block, x = Attending(), torch.randn(2, 3, 4)
+    attention = block.attention
+    with AttentionOutputs(block, "attention", replays=False) as seen:
+        first = block(x)
+    assert torch.equal(seen.output, 2 * x)
+    assert not attention._forward_hooks
+    attention.register_forward_hook(lambda *args: pytest.fail("run"))
+    with AttentionOutputs(block, "attention", replays=True) as kept:
+        kept.output = seen.output
+        assert torch.equal(block(x), first)
+    assert block.attention is attention
 
 
 def test_buffers_spill_beyond_the_budget_and_leave_nothing_behind(tmp_path):
