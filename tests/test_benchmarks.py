@@ -100,8 +100,13 @@ def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, 
     np.testing.assert_allclose(rows[0]["gap"], np.log(ratio))
     assert f"{rows[1]['gap'] / rows[0]['gap']:.3f} (0.000)" in text
     assert (output / "ratios-0.svg").exists() and (output / "summary.parquet").exists()
+    assert not (output / "tokens-0.svg").exists()
+    settings["calibrations"]["8 windows"] = "--dataset-size 8 --block-size 16"
     settings["seeds"] = [0, 1]
     settings["points"] = {"70 %": "--sparsity 0.7"}
     more, text = rows_after_a_run()
-    assert more[:3] == rows and [row["seed"] for row in more[3:]] == [1, 1]
+    assert more[:3] == rows and [row["seed"] for row in more[3:]] == [0, 0, 1, 1, 1, 1]
     assert "4 bits" not in text
+    assert {row["calibration_tokens"] for row in more} == {8 * 48, 16 * 48}
+    curve = (output / "tokens-0.svg").read_text()
+    assert "calibration tokens" in curve and "magnitude" in curve and "384" in curve
