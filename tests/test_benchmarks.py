@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import baseline
+from benchmarks.quality.neox import docstrings
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import CompressionConfig
@@ -62,6 +64,29 @@ def test_the_sweeps_benchmark_finds_equal_masks():
     rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
     assert [row["rows"] for row in rows] == [40, 96]
     assert all(row["same_mask"] > 0.995 and row["ratio"] > 0 for row in rows)
+
+
+def test_the_quality_tables_model_is_trained_and_loads(text_folder, tmp_path):
+    line = [sys.executable, "-m", "benchmarks.quality.neox", str(text_folder)]
+    line += [str(tmp_path / "model"), "--steps", "10"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = AutoModelForCausalLM.from_pretrained(done.stdout.strip())
+    tokens = torch.tensor(
+        [AutoTokenizer.from_pretrained(tmp_path / "model")("def it")["input_ids"]]
+    )
+    loss = model(input_ids=tokens, labels=tokens).loss
+    assert (model.config.vocab_size, model.config.hidden_size) == (4096, 128)
+    assert loss.isfinite()
+
+
+def test_docstrings_are_read_and_tests_left_out(tmp_path):
+    for name in ("a.py", "test/b.py", "site-packages/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            f'"""Of {name}."""\ndef f():\n    """Of f."""\ndef g(): 1 / 0\n'
+        )
+    assert list(docstrings(tmp_path)) == ["Of a.py.", "Of f.", ""]
 
 
 def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, tmp_path):
