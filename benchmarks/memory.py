@@ -1,6 +1,7 @@
 """Peak memory of `expand` over layers and over calibration tokens, against `plan`.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --tokens 1048576 4194304
 
 Narrow Llama models with random weights. The number of tokens per shard is held constant, as it is
 on a cluster; activations beyond 64 MiB go to scratch files.
@@ -8,6 +9,7 @@ on a cluster; activations beyond 64 MiB go to scratch files.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -31,12 +33,17 @@ def flags(tokens: int) -> list[str]:
 
 def main() -> None:
     """Print a table and one JSON line per row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", help="these rows alone, of two layers")
+    args = parser.parse_args()
     print(
         f"{'layers':>6} {'width':>6} {'tokens':>8} {'measured MB':>12} {'plan MB':>8} {'ratio':>6}"
     )
     cases = [(layers, 1, 32768) for layers in (2, 8, 32)]
     cases += [(2, 1, tokens) for tokens in (10240, 102400, 1048576)]
     cases += [(2, scale, 32768) for scale in (4, 8)]
+    if args.tokens:
+        cases = [(2, 1, tokens) for tokens in args.tokens]
     for layers, scale, tokens in cases:
         with tempfile.TemporaryDirectory() as folder:
             model = save_model(

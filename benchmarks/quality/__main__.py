@@ -133,7 +133,7 @@ def ratios_figure(found: list[Row], calibration: str, reference: str) -> Any:
     axes.axhline(1, color="0.5", linestyle=":")
     axes.set_xticks(range(len(points)), points)
     axes.set_title(calibration, fontsize="medium", loc="left")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
@@ -154,7 +154,7 @@ def curves_figure(found: list[Row], point: str) -> Any:
     axes.set_xticklabels(f"{tokens:,}" for tokens in ticks)
     axes.set_ylim(bottom=0)
     axes.set_title(point, fontsize="medium", loc="left")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
@@ -200,8 +200,9 @@ def main() -> None:
             rows.append(row | found_in(metrics))
             store.write_json(ROWS, rows)
     # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
-    asked = {name_of(row | text) for row in wanted(settings)}
-    here = [row for row in rows if name_of(row) in asked]
+    asked = {name_of(row | text): None for row in wanted(settings)}
+    measured = {name_of(row): row for row in rows}
+    here = [measured[name] for name in asked]
     found = summary(here, settings["reference"])
     write_table(columns_of(found), str(args.output / "summary.parquet"))
     figures = {
