@@ -39,11 +39,12 @@ def main() -> None:
     print(
         f"{'layers':>6} {'width':>6} {'tokens':>8} {'measured MB':>12} {'plan MB':>8} {'ratio':>6}"
     )
-    cases = [(layers, 1, 32768) for layers in (2, 8, 32)]
-    cases += [(2, 1, tokens) for tokens in (10240, 102400, 1048576)]
-    cases += [(2, scale, 32768) for scale in (4, 8)]
     if args.tokens:
         cases = [(2, 1, tokens) for tokens in args.tokens]
+    else:
+        cases = [(layers, 1, 32768) for layers in (2, 8, 32)]
+        cases += [(2, 1, tokens) for tokens in (10240, 102400, 1048576, 4194304)]
+        cases += [(2, scale, 32768) for scale in (4, 8)]
     for layers, scale, tokens in cases:
         with tempfile.TemporaryDirectory() as folder:
             model = save_model(

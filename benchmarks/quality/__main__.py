@@ -172,18 +172,18 @@ def main() -> None:
     settings = json.loads(args.settings.read_text(encoding="utf-8"))
     store = Store(args.output)
     rows: list[Row] = store.read_json(ROWS) if store.exists(ROWS) else []
+    measured = {name_of(row): row for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         dataset = args.dataset
         if args.hold_out is not None:
             dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
         text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
-        done = {name_of(row) for row in rows}
         for row in wanted(settings):
             row |= text
-            if name_of(row) in done:
+            if name_of(row) in measured:
                 continue
             evaluation = ["--dataset", dataset, *row["evaluation"].split()]
-            same = [each for each in rows if name_of(each)[1:] == name_of(row)[1:]]
+            same = [each for each in measured.values() if name_of(each)[1:] == name_of(row)[1:]]
             if same:
                 dense = same[0]["perplexity_dense"]
             else:
@@ -197,11 +197,10 @@ def main() -> None:
                 "perplexity_expanded": scored["perplexity"],
                 "num_eval_tokens": scored["num_eval_tokens"],
             }
-            rows.append(row | found_in(metrics))
-            store.write_json(ROWS, rows)
+            measured[name_of(row)] = row | found_in(metrics)
+            store.write_json(ROWS, list(measured.values()))
     # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
-    asked = {name_of(row | text): None for row in wanted(settings)}
-    measured = {name_of(row): row for row in rows}
+    asked = dict.fromkeys(name_of(row | text) for row in wanted(settings))
     here = [measured[name] for name in asked]
     found = summary(here, settings["reference"])
     write_table(columns_of(found), str(args.output / "summary.parquet"))
