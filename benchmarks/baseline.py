@@ -38,7 +38,7 @@ from benchmarks.synthetic import command
 from sparse_expansion.algorithms.clustering import fit_kmeans
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.data.corpora import calibration_windows, load_corpus
-from sparse_expansion.jobs import encoder, load_tokenizer
+from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.streaming import ModelShell
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_expansion.config import RunConfig
+from sparse_expansion.config import CalibrationConfig, RunConfig
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.plan import ModelShape, block_gap_units, cluster_units
-from sparse_expansion.stages import CALIBRATION_FILE, Unit, clusters_file
-from sparse_expansion.store import ALLOCATION_FILE, Store
+from sparse_expansion.stages import Unit, clusters_file
+from sparse_expansion.store import ALLOCATION_FILE, Store, read_windows, write_windows
 
 STEEPNESS = 7.0
 """Growth of a block's gap with its sparsity: ``exp(7 * 0.1)`` is twice the gap for a tenth more.
@@ -56,12 +56,18 @@ def window_counts(count: int, seqlen: int) -> tuple[int, int]:
     return pruned, min(math.ceil(SCORED_TOKENS / seqlen), count - pruned)
 
 
-def split_windows(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the calibration windows ``[N, L]``: those to prune on, and others to score.
+def split_windows(
+    store: Store, calibration: CalibrationConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a run's calibration windows ``[N, L]``: those to prune on, and others to score.
 
     A single window has to serve for both.
     """
-    pruned, scored = window_counts(*windows.shape)
+    pruned, scored = window_counts(calibration.dataset_size, calibration.seqlen)
+    parts: list[torch.Tensor] = []
+    while sum(len(part) for part in parts) < pruned + scored:
+        parts.append(read_windows(store, len(parts)))
+    windows = torch.cat(parts)
     return windows[:pruned], windows[pruned : pruned + scored] if scored else windows[:1]
 
 
@@ -134,7 +140,7 @@ def measure_clusters(
         executor: does the units.
         observer: is told of every finished unit.
     """
-    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+    write_windows(store, windows, config.calibration.num_shards)
     layers = range(shape.num_layers)
     units = cluster_units(
         config,
@@ -210,14 +216,13 @@ def shares_of(
     store: Store,
     config: RunConfig,
     shape: ModelShape,
-    windows: torch.Tensor,
     *,
     executor: Executor,
     observer: Observer,
 ) -> tuple[float, ...]:
     """A run's sparsities by block: measured once, then read from its folder."""
     if not store.exists(ALLOCATION_FILE):
-        pruned, scored = split_windows(windows)
+        pruned, scored = split_windows(store, config.calibration)
         found = measure(config, shape, pruned, scored, executor=executor, observer=observer)
         store.write_json(
             ALLOCATION_FILE, {"layer_sparsity": found.layer_sparsity, "rows": found.rows()}

@@ -16,8 +16,8 @@ from sparse_expansion.jobs import model_shape
 from sparse_expansion.model.families import Family
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plan import analysis_units
-from sparse_expansion.stages import CALIBRATION_FILE, neurons_file
-from sparse_expansion.store import Store
+from sparse_expansion.stages import neurons_file
+from sparse_expansion.store import Store, write_windows
 
 EXPANDED, ONE_CLUSTER = "expanded", "one_cluster"
 Columns = dict[str, list[Any]]
@@ -90,7 +90,7 @@ def describe_neurons(
         executor: does the units.
         observer: is told of every finished unit.
     """
-    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+    write_windows(store, windows, config.calibration.num_shards)
     folders = {name: str(folder) for name, folder in models.items()}
     executor.run(analysis_units(config, model_shape(shell), folders), observer)
     store.delete_folder("run/hidden")

@@ -245,7 +245,7 @@ def _run(args: argparse.Namespace) -> int:
     evaluating = args.command == "run"
     if evaluating:
         tokens = jobs.evaluation_tokens(
-            prepared.corpus,
+            prepared.evaluation_text,
             prepared.encode,
             seqlen=config.calibration.seqlen,
             max_windows=args.eval_windows,
@@ -256,7 +256,8 @@ def _run(args: argparse.Namespace) -> int:
         if output is None:
             output = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparse-expansion-"))
         store = Store(output)
-        jobs.claim(store, prepared, resume=args.resume)
+        jobs.claim(store, prepared, windows, resume=args.resume)
+        del windows
         store.write_json(COMMAND_FILE, {"command": args.line})
         where = output if "://" in output else str(Path(output).expanduser().resolve())
         measured = jobs.Measurements()
@@ -264,7 +265,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             _measure_ceilings(args, executor, measured, line)
             line.start("expand", prepared.shell.num_blocks)
-            jobs.expand(prepared, windows, store, executor, line.update, measured)
+            jobs.expand(prepared, store, executor, line.update, measured)
             metrics = jobs.expansion_metrics(prepared, store, args.executor)
             metrics["command"] = args.line
             if evaluating:
@@ -308,6 +309,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.tasks is not None:
         return _evaluate_tasks(args)
     from sparse_expansion.data.corpora import check_dataset, load_corpus
+    from sparse_expansion.data.tokenization import encoder, load_tokenizer
     from sparse_expansion.model.sources import fetch_model, resolve_name
 
     check_dataset(args.dataset)
@@ -326,8 +328,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         line.say(f"{verify(folder)} tensors agree with their digests")
     seqlen = _seqlen(args, shell.config)
     tokens = jobs.evaluation_tokens(
-        load_corpus(args.dataset, cache_dir=args.cache_dir),
-        jobs.encoder(jobs.load_tokenizer(folder)),
+        load_corpus(args.dataset, cache_dir=args.cache_dir).evaluation,
+        encoder(load_tokenizer(folder)),
         seqlen=seqlen,
         max_windows=args.eval_windows,
         vocabulary=int(shell.config.vocab_size),
@@ -483,6 +485,7 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows} must be at least 1")
     from sparse_expansion.data.corpora import check_dataset, load_corpus
+    from sparse_expansion.data.tokenization import encoder, load_tokenizer
     from sparse_expansion.model.sources import fetch_model, resolve_name
 
     check_dataset(args.dataset)
@@ -515,8 +518,8 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
         models[analysis.ONE_CLUSTER] = other
     seqlen = _seqlen(args, shell.config)
     windows = jobs.evaluation_tokens(
-        load_corpus(args.dataset, cache_dir=args.cache_dir),
-        jobs.encoder(jobs.load_tokenizer(shell.folder)),
+        load_corpus(args.dataset, cache_dir=args.cache_dir).evaluation,
+        encoder(load_tokenizer(shell.folder)),
         seqlen=seqlen,
         max_windows=args.windows,
         vocabulary=int(shell.config.vocab_size),
@@ -604,6 +607,7 @@ def _experiment(args: argparse.Namespace) -> int:
         raise ValueError(f"--eval-windows {args.eval_windows} must be at least 1")
     _asked(args)
     from sparse_expansion.data.corpora import calibration_windows, check_dataset, load_corpus
+    from sparse_expansion.data.tokenization import encoder, load_tokenizer
     from sparse_expansion.model.sources import fetch_model, resolve_name
 
     check_dataset(args.dataset)
@@ -625,7 +629,7 @@ def _experiment(args: argparse.Namespace) -> int:
         experiments.mlp_linears(shell, args.layer, args.linear, args.neuron)
     seqlen = _seqlen(args, shell.config)
     corpus = load_corpus(args.dataset, cache_dir=args.cache_dir)
-    encode = jobs.encoder(jobs.load_tokenizer(folder))
+    encode = encoder(load_tokenizer(folder))
     calibration = calibration_windows(
         corpus.calibration,
         encode,
@@ -640,7 +644,11 @@ def _experiment(args: argparse.Namespace) -> int:
         calibration, held = calibration.split((args.dataset_size, args.eval_windows))
     else:
         held = jobs.evaluation_tokens(
-            corpus, encode, seqlen=seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
+            corpus.evaluation,
+            encode,
+            seqlen=seqlen,
+            max_windows=args.eval_windows,
+            vocabulary=vocabulary,
         )
     # Held-out text passes through the dense model as calibration text does.
     passing = sweeping or (allocating and args.num_clusters is not None)

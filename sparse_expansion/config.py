@@ -20,6 +20,7 @@ CLUSTERINGS = ("kmeans", "random")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
 RANKINGS = ("wasserstein", "mean", "variance", "magnitude", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHARD_TOKENS = 131_072
 
 
 def _require(condition: bool, message: str) -> None:
@@ -354,9 +355,10 @@ class CalibrationConfig:
     """``compressed``: every block sees what the compressed blocks before it put out (the
     paper's); ``sequential``: and inside a block later linears see what compressed earlier ones put
     out, and make up for it; ``dense``: every block sees the dense model's activations."""
-    data_shards: int = 4
-    """Shards of the windows. Sums are merged in shard order, so the result depends on this
-    number and never on the number of workers."""
+    data_shards: int | None = None
+    """Shards of the windows, which are held one at a time: by default 4, and more where one would
+    have over 131,072 tokens. Sums are merged in shard order, so the result depends on this number
+    and never on the number of workers."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -372,7 +374,8 @@ class CalibrationConfig:
             f"{', '.join(CALIBRATION_INPUTS)}",
         )
         _require(
-            self.data_shards >= 1, f"data_shards {self.data_shards} must be at least 1, e.g. 4"
+            self.data_shards is None or self.data_shards >= 1,
+            f"data_shards {self.data_shards} must be at least 1, e.g. 4",
         )
 
     @property
@@ -392,7 +395,17 @@ class CalibrationConfig:
     @property
     def num_shards(self) -> int:
         """Shards in use: never more than there are windows."""
-        return min(self.data_shards, self.dataset_size)
+        shards = self.data_shards or max(4, math.ceil(self.num_tokens / SHARD_TOKENS))
+        return min(shards, self.dataset_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all windows."""
+        return self.dataset_size * self.seqlen
+
+    def windows_of(self, shard: int) -> int:
+        """Windows of a shard: as ``Tensor.tensor_split`` deals them out."""
+        return self.dataset_size // self.num_shards + (shard < self.dataset_size % self.num_shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from sparse_expansion.jobs import Measurements, evaluate, model_shape
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plan import cluster_units, pruning_units
-from sparse_expansion.stages import CALIBRATION_FILE, clusters_file, pruned_name
-from sparse_expansion.store import Store
+from sparse_expansion.stages import clusters_file, pruned_name
+from sparse_expansion.store import Store, write_windows
 
 
 def mlp_linears(shell: ModelShell, layer: int, asked: str | None, neuron: int | None) -> list[str]:
@@ -82,7 +82,7 @@ def sweep_clusters(
         executor: does the units.
         observer: is told of every finished unit.
     """
-    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+    write_windows(store, windows, config.calibration.num_shards)
     groups = {name: group.name for group in shell.family.groups for name in group.linears}
     units = cluster_units(
         config,
@@ -157,7 +157,7 @@ def prune_neurons(
         executor: does the units.
         observer: is told of every finished unit.
     """
-    store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
+    write_windows(store, windows, config.calibration.num_shards)
     units = pruning_units(config, model_shape(shell), rankings=rankings, shares=shares)
     executor.run(units, observer)
     store.delete_folder("run/hidden")

@@ -626,8 +626,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-shards",
         type=int,
-        default=4,
-        help="shards of the windows; part of the result, unlike the worker count",
+        help="shards of the windows, held one at a time (default: 4, and more where one would have "
+        "over 131,072 tokens); part of the result, unlike the worker count",
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from sparse_expansion import allocation
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import RunConfig, digest
 from sparse_expansion.data.corpora import (
-    Corpus,
     calibration_windows,
     evaluation_windows,
     load_corpus,
     whole_windows,
 )
+from sparse_expansion.data.tokenization import Encode, encoder, load_tokenizer
 from sparse_expansion.execution.base import Executor, Observer, Progress
 from sparse_expansion.model.expansion import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.families import linear_shape
@@ -36,8 +37,8 @@ from sparse_expansion.plan import (
     mlp_flops_per_token,
     needed_units,
 )
-from sparse_expansion.stages import CALIBRATION_FILE, DRAFTS, Unit, UnitReport, peak_memory_bytes
-from sparse_expansion.store import TIMELINE_FILE, Store, open_run, read_timeline
+from sparse_expansion.stages import DRAFTS, Unit, UnitReport, peak_memory_bytes
+from sparse_expansion.store import TIMELINE_FILE, Store, open_run, read_timeline, write_windows
 from sparse_expansion.types import NllSum
 
 
@@ -146,31 +147,6 @@ def model_shape(shell: ModelShell) -> ModelShape:
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.
-
-    Raises:
-        ValueError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} has no readable tokenizer: {line}") from None
-
-
-def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to token ids, as the tokenizer does it for a model input."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return ids
-
-    return encode
-
-
 def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
     """Answer a tokenizer that does not belong to the model before a lookup crashes.
 
@@ -185,6 +161,12 @@ def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
         )
 
 
+def tokens_digest(windows: torch.Tensor) -> str:
+    """A name for windows ``[N, L]``: 16 hex digits of a SHA-256 over their shape and ids."""
+    ids = windows.to(torch.int32).numpy().astype("<i4")
+    return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()[:16]
+
+
 @dataclass
 class Prepared:
     """A run that has passed all checks."""
@@ -193,8 +175,8 @@ class Prepared:
     shell: ModelShell
     units: list[Unit]
     identity: dict[str, Any]
-    corpus: Corpus
-    encode: Callable[[str], list[int]]
+    evaluation_text: str
+    encode: Encode
 
 
 def prepare(
@@ -228,7 +210,7 @@ def prepare(
         windows = whole_windows(
             corpus.calibration, encode, seqlen=calibration.seqlen, kind="calibration"
         )
-        config = replace(config, calibration=replace(calibration, dataset_size=len(windows)))
+        calibration = replace(calibration, dataset_size=len(windows))
     else:
         windows = calibration_windows(
             corpus.calibration,
@@ -238,18 +220,20 @@ def prepare(
             seed=calibration.seed,
         )
     check_vocabulary(windows, int(shell.config.vocab_size))
+    calibration = replace(calibration, data_shards=calibration.num_shards)
+    config = replace(config, calibration=calibration)
     identity = {
         "config": config.to_dict(),
         "model": model_name,
         "weights": shell.files.fingerprint(),
-        "calibration_tokens": digest(windows.tolist()),
+        "calibration_tokens": tokens_digest(windows),
     }
     # The same run under other paths is the same run: weights and tokens are named by content.
     settings = config.to_dict()
     del settings["calibration"]["dataset"]
     identity["digest"] = digest(settings, identity["weights"], identity["calibration_tokens"])
     units = expansion_units(config, shape)
-    return Prepared(config, shell, units, identity, corpus, encode), windows
+    return Prepared(config, shell, units, identity, corpus.evaluation, encode), windows
 
 
 def slow_dtype(dtype: torch.dtype) -> str | None:
@@ -266,7 +250,6 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
 
 def expand(
     prepared: Prepared,
-    windows: torch.Tensor,
     store: Store,
     executor: Executor,
     observer: Observer,
@@ -274,12 +257,9 @@ def expand(
 ) -> None:
     """Make (or finish making) the expanded model in the store's folder."""
     start = time.perf_counter()
-    if not store.exists(CALIBRATION_FILE):
-        store.write_tensors(CALIBRATION_FILE, {"tokens": windows})
-
     timeline = Timeline(store)
     try:
-        _allocate(prepared, windows, store, executor, timeline.observed_by(observer), measured)
+        _allocate(prepared, store, executor, timeline.observed_by(observer), measured)
         _make(prepared, store, executor, timeline.observed_by(observer), measured)
     finally:
         # What was done before a unit failed or a signal came is part of the story.
@@ -292,7 +272,6 @@ def expand(
 
 def _allocate(
     prepared: Prepared,
-    windows: torch.Tensor,
     store: Store,
     executor: Executor,
     observer: Observer,
@@ -311,7 +290,6 @@ def _allocate(
         store,
         prepared.config,
         model_shape(prepared.shell),
-        windows,
         executor=executor,
         observer=observe,
     )
@@ -507,15 +485,15 @@ def evaluate(
 
 
 def evaluation_tokens(
-    corpus: Corpus,
-    encode: Callable[[str], list[int]],
+    text: str,
+    encode: Encode,
     *,
     seqlen: int,
     max_windows: int | None,
     vocabulary: int,
 ) -> torch.Tensor:
     """Checked evaluation windows ``[N, L]``."""
-    windows = evaluation_windows(corpus.evaluation, encode, seqlen=seqlen, max_windows=max_windows)
+    windows = evaluation_windows(text, encode, seqlen=seqlen, max_windows=max_windows)
     check_vocabulary(windows, vocabulary)
     return windows
 
@@ -597,6 +575,10 @@ def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str,
     }
 
 
-def claim(store: Store, prepared: Prepared, *, resume: bool) -> None:
-    """Claim the output folder; see ``store.open_run``."""
+def claim(store: Store, prepared: Prepared, windows: torch.Tensor, *, resume: bool) -> None:
+    """Claim the output folder (see ``store.open_run``), and put the windows ``[N, L]`` there.
+
+    From now on they are read shard by shard: the caller need not keep them.
+    """
     open_run(store, json.loads(json.dumps(prepared.identity)), resume=resume)
+    write_windows(store, windows, prepared.config.calibration.num_shards)

@@ -58,10 +58,9 @@ from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trained_block
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.store import ALLOCATION_FILE, Store
+from sparse_expansion.store import ALLOCATION_FILE, Store, read_windows
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
 
-CALIBRATION_FILE = "run/calibration.safetensors"
 CHUNK_TOKENS = 8192
 DRAFTS = "run/drafts/"
 DENSE = " in the dense block"
@@ -159,7 +158,6 @@ class Worker:
         self._shells: dict[str, ModelShell] = {}
         self._captured: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
         self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
-        self._tokens: torch.Tensor | None = None
         self._expanded: tuple[tuple[int, str], nn.Module] | None = None
         self._shares: tuple[float, ...] = ()
         self._units = 0
@@ -413,8 +411,9 @@ class Worker:
         shell = self._shell()
         family, prefix = shell.family, shell.block_prefix(layer)
         block, linears = trained_block(self.expanded_block(layer, experts, family.groups))
-        windows = [len(self._shard_tokens(s)) for s in range(self.config.calibration.num_shards)]
-        size = max(1, STEP_TOKENS // self.config.calibration.seqlen)
+        calibration = self.config.calibration
+        windows = [calibration.windows_of(shard) for shard in range(calibration.num_shards)]
+        size = max(1, STEP_TOKENS // calibration.seqlen)
         held = [held_windows(count) for count in windows]
 
         def batches(epoch: int | None) -> Iterator[Batch]:
@@ -850,13 +849,8 @@ class Worker:
             raise CompressionError(f"the dense weight of {linear} has NaN or infinite entries")
         return weight
 
-    def _all_tokens(self) -> torch.Tensor:
-        if self._tokens is None:
-            self._tokens = self.store.read_tensors(CALIBRATION_FILE)["tokens"]
-        return self._tokens
-
     def _shard_tokens(self, shard: int) -> torch.Tensor:
-        return self._all_tokens().tensor_split(self.config.calibration.num_shards)[shard]
+        return read_windows(self.store, shard)
 
     def _read_hidden(self, layer: int, shard: int) -> torch.Tensor:
         return self.store.read_tensors(hidden_file(layer, shard))["hidden"]
@@ -980,7 +974,7 @@ class Worker:
 
     def _sample(self, X_TD: torch.Tensor) -> torch.Tensor:
         """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
-        total = self._all_tokens().numel()
+        total = self.config.calibration.num_tokens
         share = max(1, self.config.routing.fit_tokens * X_TD.shape[0] // total)
         return outside_heap(X_TD[evenly_spaced(X_TD.shape[0], share)])
 
@@ -1050,7 +1044,8 @@ class Worker:
             if self.config.routing.clustering == "random":
                 name = f"{self.config.calibration.seed}/{layer}/{group}/{shard}"
                 labels_T = shuffled(labels_T, name)
-            self._labels[key] = labels_T
+            # Those of all shards of a block are kept: small, there may be millions of tokens.
+            self._labels[key] = labels_T.to(torch.int16)
         return self._labels[key]
 
 

@@ -32,6 +32,7 @@ ALLOCATION_FILE = "run/allocation.json"
 METRICS_FILE = "metrics.json"
 COMMAND_FILE = "run/command.json"
 TIMELINE_FILE = "run/timeline.json"
+CALIBRATION = "run/calibration"
 
 
 class Store:
@@ -231,6 +232,24 @@ def read_allocation(store: Store) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = store.read_json(ALLOCATION_FILE)["rows"]
     return found
+
+
+def write_windows(store: Store, windows: torch.Tensor, num_shards: int) -> None:
+    """Put calibration windows ``[N, L]`` into a run's folder, a file per shard.
+
+    As int32: no vocabulary has more, and whoever holds all of them holds half as much.
+    """
+    for shard, part in enumerate(windows.tensor_split(num_shards)):
+        store.write_tensors(_windows_file(shard), {"tokens": part.to(torch.int32)})
+
+
+def read_windows(store: Store, shard: int) -> torch.Tensor:
+    """A shard's calibration windows ``[N, L]``, int64."""
+    return store.read_tensors(_windows_file(shard))["tokens"].long()
+
+
+def _windows_file(shard: int) -> str:
+    return f"{CALIBRATION}/shard-{shard:03d}.safetensors"
 
 
 def read_timeline(store: Store) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ from sparse_expansion.allocation import (
     split_windows,
 )
 from sparse_expansion.cli import main
-from sparse_expansion.config import CompressionConfig, SparsityPattern
+from sparse_expansion.config import CalibrationConfig, CompressionConfig, SparsityPattern
 from sparse_expansion.data.corpora import calibration_windows, load_corpus
-from sparse_expansion.jobs import encoder, load_tokenizer
+from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.store import Store, write_windows
 from tests.test_experiments import block_inputs
 from tests.tiny import SMALL_RUN, digests
 
@@ -132,7 +133,7 @@ def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
     text = load_corpus(str(text_folder)).calibration
     encode = encoder(load_tokenizer(neox_folder))
     tokens = calibration_windows(text, encode, num_windows=9, seqlen=48, seed=0)
-    pruned, scored = split_windows(tokens)
+    pruned, scored = split_windows(Store(tmp_path), CalibrationConfig(dataset_size=9, seqlen=48))
     assert torch.equal(pruned, tokens[:6]) and torch.equal(scored, tokens[6:])
     flags = "--dataset-size 6 --eval-windows 3 --seqlen 48 --block-size 16 --threads 1".split()
     assert main(["allocate", *where, *flags, "--json"]) == 0
@@ -149,11 +150,14 @@ def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
     assert metrics["config"]["compression"]["layer_sparsity"] == []
 
 
-def test_windows_to_prune_on_and_to_score():
-    windows = torch.arange(600 * 512).view(600, 512)
-    pruned, scored = split_windows(windows)
-    assert torch.equal(pruned, windows[:16]) and torch.equal(scored, windows[16:24])
-    pruned, scored = split_windows(windows[:1])
+def test_windows_to_prune_on_and_to_score(tmp_path):
+    store, windows = Store(tmp_path), torch.arange(600 * 512).view(600, 512)
+    for shards in (1, 300):
+        write_windows(store, windows, shards)
+        pruned, scored = split_windows(store, CalibrationConfig(dataset_size=600, seqlen=512))
+        assert torch.equal(pruned, windows[:16]) and torch.equal(scored, windows[16:24])
+    write_windows(store, windows[:1], 1)
+    pruned, scored = split_windows(store, CalibrationConfig(dataset_size=1, seqlen=512))
     assert torch.equal(pruned, scored)
 
 

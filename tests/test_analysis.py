@@ -11,7 +11,7 @@ from sparse_expansion.algorithms import neurons
 from sparse_expansion.cli import main
 from sparse_expansion.data.activations import GroupInputs
 from sparse_expansion.data.corpora import evaluation_windows, load_corpus
-from sparse_expansion.jobs import encoder, load_tokenizer
+from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.model.streaming import ModelShell
 from tests.tiny import SMALL_RUN
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sparse_expansion.cli import main
-from sparse_expansion.config import CompressionConfig, RunConfig
+from sparse_expansion.config import CalibrationConfig, CompressionConfig, RunConfig
 from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.flags import parse_arguments, parse_size, run_config
-from sparse_expansion.jobs import encoder, load_tokenizer
 from sparse_expansion.report import model_card
 from tests.tiny import digests
 
@@ -257,18 +258,38 @@ def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp
     assert perplexity["8"] < perplexity["1"]
 
 
+@pytest.mark.parametrize(
+    ("windows", "seqlen", "asked", "shards"),
+    [
+        (128, 2048, None, 4),
+        (3, 2048, None, 3),
+        (8192, 512, None, 32),
+        (1025, 512, None, 5),
+        (9, 4, 2, 2),
+    ],
+)
+def test_shards_of_the_windows(windows, seqlen, asked, shards):
+    config = CalibrationConfig(dataset_size=windows, seqlen=seqlen, data_shards=asked)
+    assert config.num_shards == shards
+    counts = [config.windows_of(shard) for shard in range(shards)]
+    dealt = torch.empty(windows, 0).tensor_split(shards)
+    assert counts == [len(part) for part in dealt]
+
+
 def test_the_whole_text(neox_folder, text_folder, tmp_path, capsys):
     flags = [*SMALL, "--dataset-size", "all", "--json"]
     base = ["--model", str(neox_folder), *flags]
     run = ["run", *base, "--dataset", str(text_folder), "--output", str(tmp_path)]
     assert main(run) == 0
     made = json.loads(capsys.readouterr().out)
-    tokens = load_file(tmp_path / "run" / "calibration.safetensors")["tokens"]
+    shards = sorted((tmp_path / "run" / "calibration").iterdir())
+    assert len(shards) == made["config"]["calibration"]["data_shards"] == 4
+    tokens = torch.cat([load_file(shard)["tokens"] for shard in shards])
     assert made["config"]["calibration"]["dataset_size"] == len(tokens) > 32
     # End to end: the tokens are the text's, but for the remainder.
     encode = encoder(load_tokenizer(neox_folder))
     whole = encode(load_corpus(str(text_folder)).calibration)
-    assert tokens.flatten().tolist() == whole[: tokens.numel()]
+    assert torch.equal(tokens.flatten().long(), whole[: tokens.numel()])
     assert len(whole) - tokens.numel() < tokens.shape[1]
     assert main([*run, "--resume"]) == 0
     capsys.readouterr()

@@ -14,7 +14,7 @@ from sparse_expansion.cli import main
 from sparse_expansion.config import RANKINGS, CompressionConfig, SparsityPattern
 from sparse_expansion.data.activations import GroupInputs
 from sparse_expansion.data.corpora import calibration_windows, evaluation_windows, load_corpus
-from sparse_expansion.jobs import encoder, load_tokenizer
+from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.stages import shuffled
 from tests.tiny import SMALL_RUN

@@ -53,10 +53,10 @@ def make(
         config, folder, dataset=str(text), cache_dir=None, model_name="m"
     )
     store = Store(output)
-    jobs.claim(store, prepared, resume=resume)
+    jobs.claim(store, prepared, windows, resume=resume)
     spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), config=config, threads=1)
     measured = jobs.Measurements()
-    jobs.expand(prepared, windows, store, LocalExecutor(spec), lambda progress: None, measured)
+    jobs.expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured)
     return store, windows, measured
 
 

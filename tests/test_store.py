@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_expansion.report import write_table
-from sparse_expansion.store import Store, open_run
+from sparse_expansion.store import Store, open_run, read_windows, write_windows
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -32,6 +32,17 @@ def test_tensors_come_back(store):
     assert store.is_intact(store.record("layer-000/a"))
     assert list(store.records()) == ["layer-000/a"]
     assert store.list("") == ["a.safetensors", "run/units/layer-000/a.json"]
+
+
+def test_windows_come_back_by_shard(store):
+    windows = torch.arange(7 * 3).view(7, 3) + 2**31 - 100
+    write_windows(store, windows, 3)
+    assert all(
+        torch.equal(read_windows(store, shard), part)
+        for shard, part in enumerate(windows.tensor_split(3))
+    )
+    assert read_windows(store, 0).dtype == torch.int64
+    assert len(store.list("run/calibration")) == 3
 
 
 def test_a_file_without_marker_is_not_finished(store):

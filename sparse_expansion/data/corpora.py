@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparse_expansion.data.tokenization import Encode
 
 NAMED = ("wikitext2", "c4", "pydoc")
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -178,7 +180,7 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def calibration_windows(
-    text: str, encode: Callable[[str], list[int]], *, num_windows: int, seqlen: int, seed: int
+    text: str, encode: Encode, *, num_windows: int, seqlen: int, seed: int
 ) -> torch.Tensor:
     """``num_windows`` random windows of the tokenised text, ``[N, L]`` int64, seeded.
 
@@ -187,7 +189,7 @@ def calibration_windows(
     Raises:
         ValueError: the text has too few tokens for one window.
     """
-    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    tokens = encode(text)
     if len(tokens) <= seqlen:
         raise ValueError(
             f"the calibration text has {len(tokens)} tokens, {seqlen + 1} are needed for a window "
@@ -198,15 +200,13 @@ def calibration_windows(
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def whole_windows(
-    text: str, encode: Callable[[str], list[int]], *, seqlen: int, kind: str
-) -> torch.Tensor:
+def whole_windows(text: str, encode: Encode, *, seqlen: int, kind: str) -> torch.Tensor:
     """All windows of the tokenised text, end to end from its start; the remainder is dropped.
 
     Raises:
         ValueError: the text of this ``kind`` has too few tokens for one window.
     """
-    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    tokens = encode(text)
     count = len(tokens) // seqlen
     if count == 0:
         raise ValueError(
@@ -217,7 +217,7 @@ def whole_windows(
 
 
 def evaluation_windows(
-    text: str, encode: Callable[[str], list[int]], *, seqlen: int, max_windows: int | None
+    text: str, encode: Encode, *, seqlen: int, max_windows: int | None
 ) -> torch.Tensor:
     """Windows from the start of the tokenised text, end to end; all of them without a maximum.
 

@@ -15,7 +15,7 @@ from sparse_expansion.data.corpora import (
 
 
 def words(text):
-    return [len(word) for word in text.split()]
+    return torch.tensor([len(word) for word in text.split()])
 
 
 def test_pydoc_is_offline_english_and_split():

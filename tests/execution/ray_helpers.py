@@ -116,7 +116,7 @@ class Run:
         self.prepared, self.windows = jobs.prepare(
             settings, folder, dataset=str(text), cache_dir=None, model_name="m"
         )
-        jobs.claim(self.store, self.prepared, resume=True)
+        jobs.claim(self.store, self.prepared, self.windows, resume=True)
         self.spec = WorkerSpec(
             store=str(output), source=resolve_name(str(folder)), config=settings, threads=1
         )
@@ -144,4 +144,4 @@ class Run:
             if observe is not None:
                 observe(executor, progress)
 
-        jobs.expand(self.prepared, self.windows, self.store, executor, observer, self.measured)
+        jobs.expand(self.prepared, self.store, executor, observer, self.measured)

@@ -105,7 +105,7 @@ def test_evaluation_equals_the_local_one(
     local = LocalExecutor(run.spec)
     run.expand(local)
     tokens = jobs.evaluation_tokens(
-        run.prepared.corpus, run.prepared.encode, seqlen=48, max_windows=7, vocabulary=512
+        run.prepared.evaluation_text, run.prepared.encode, seqlen=48, max_windows=7, vocabulary=512
     )
 
     def perplexity(model, executor, **split):
