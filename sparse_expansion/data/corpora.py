@@ -18,6 +18,8 @@ _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _TRAIN_NAMES = ("train", "valid", "validation")
 _TEST_NAMES = ("test",)
 _C4_EVALUATION_DOCUMENTS = 1100
+_C4_CALIBRATION_DOCUMENTS = 20_000
+"""About 9 million tokens: more than most calibrations draw from."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,31 @@ def _wikitext2(cache_dir: str | None) -> Corpus:
 
 
 def _c4(cache_dir: str | None) -> Corpus:
-    train = _hub_texts("allenai/c4", None, "train", cache_dir, "en/c4-train.00000-of-01024.json.gz")
-    valid = _hub_texts(
-        "allenai/c4", None, "validation", cache_dir, "en/c4-validation.00000-of-00008.json.gz"
+    files = {
+        "train": ("en/c4-train.00000-of-01024.json.gz", _C4_CALIBRATION_DOCUMENTS),
+        "validation": ("en/c4-validation.00000-of-00008.json.gz", _C4_EVALUATION_DOCUMENTS),
+    }
+    train, valid = (
+        " ".join(_hub_texts("allenai/c4", None, split, cache_dir, *file))
+        for split, file in files.items()
     )
-    # 20 000 documents are about 9 million tokens: more than any calibration draws from.
-    return Corpus("c4", " ".join(train[:20000]), " ".join(valid[:_C4_EVALUATION_DOCUMENTS]))
+    return Corpus("c4", train, valid)
 
 
 def _hub_texts(
-    repository: str, name: str | None, split: str, cache_dir: str | None, file: str | None = None
+    repository: str,
+    name: str | None,
+    split: str,
+    cache_dir: str | None,
+    file: str | None = None,
+    first: int | None = None,
 ) -> list[str]:
+    """Documents of a split, of one of its files, or the first so many."""
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
+    # Sliced here, not as a list: a file of C4 is most of a gigabyte.
+    chosen = split if first is None else f"{split}[:{first}]"
+    options: dict[str, Any] = {"split": chosen, "cache_dir": cache_dir}
     if file is not None:
         options["data_files"] = {split: file}
     try:

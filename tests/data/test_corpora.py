@@ -1,5 +1,7 @@
+import gzip
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -80,6 +82,30 @@ def test_bad_datasets(tmp_path):
 def test_offline_and_not_cached(name, tmp_path):
     with pytest.raises(ValueError, match="--dataset pydoc"):
         load_corpus(name, cache_dir=str(tmp_path))
+
+
+def test_c4_is_the_first_documents_of_two_files(tmp_path, monkeypatch):
+    """The hub's files stand on this disk; everything else is the real library."""
+    counts = {"train": 20_050, "validation": 1110}
+    files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+    files["validation"] = "en/c4-validation.00000-of-00008.json.gz"
+    for split, file in files.items():
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        lines = (json.dumps({"text": f"{split}{i}", "url": ""}) for i in range(counts[split]))
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    real = datasets.load_dataset
+
+    def load(repository, name, *, data_files, **options):
+        assert (repository, name) == ("allenai/c4", None)
+        here = {split: str(tmp_path / file) for split, file in data_files.items()}
+        return real("json", data_files=here, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    corpus = load_corpus("c4", cache_dir=str(tmp_path / "cache"))
+    for split, text in (("train", corpus.calibration), ("validation", corpus.evaluation)):
+        count = {"train": 20_000, "validation": 1100}[split]
+        assert text.split() == [f"{split}{i}" for i in range(count)]
 
 
 def test_calibration_windows_are_seeded_slices():
