@@ -307,9 +307,6 @@ def perplexity_over_share(rows: list[dict[str, Any]], dense: float) -> Figure:
     return figure
 
 
-# -- runs beside each other ----------------------------------------------------------------------
-
-
 def allocation(rows: list[dict[str, Any]]) -> Figure:
     """Of ``allocate``: what each block alone loses, and the zeros and experts that it gets."""
     from matplotlib.figure import Figure
@@ -328,6 +325,9 @@ def allocation(rows: list[dict[str, Any]]) -> Figure:
     panels[-1].set_xlabel("block")
     _whole_numbers(panels[-1])
     return figure
+
+
+# -- runs beside each other ----------------------------------------------------------------------
 
 
 def perplexity_against_cost(rows: Sequence[dict[str, Any]]) -> Figure:

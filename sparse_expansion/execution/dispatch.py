@@ -112,7 +112,7 @@ class Dispatcher:
         captured_bytes: float = float("inf"),
         value_budget: float = float("inf"),
     ) -> None:
-        """Workers are named by strings and may come and go.
+        """Workers are named by strings; whoever asks for a unit is one, until it is removed.
 
         Args:
             schedule: the units and their state.
@@ -135,20 +135,14 @@ class Dispatcher:
         self.value_bytes = 0
         self._feeding = _Feeding(schedule)
         self.owner: dict[str, str] = {}
-        self.workers: set[str] = set()
         self._held: dict[str, int] = {}
         self._shared = _Queue()
         self._owned: dict[str, _Queue] = defaultdict(_Queue)
         self._queued_of: dict[str, set[str]] = defaultdict(set)
         self._theft_is_useless = False
 
-    def add_worker(self, worker: str) -> None:
-        """A worker has come up."""
-        self.workers.add(worker)
-
     def remove_worker(self, worker: str) -> None:
         """A worker is gone: what it cached belongs to no one."""
-        self.workers.discard(worker)
         for affinity in [name for name, owner in self.owner.items() if owner == worker]:
             del self.owner[affinity]
             for key in self._queued_of.pop(affinity, set()):

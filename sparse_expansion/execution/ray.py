@@ -299,8 +299,6 @@ class _Run:
         )
         for handle in executor._handles.values():
             handle.busy = False
-            if handle.is_up:
-                self.dispatcher.add_worker(handle.name)
         self.calls: dict[Any, _Call] = {}
         self.reports: dict[str, UnitReport] = {}
         self.attempts: dict[str, int] = {}
@@ -374,7 +372,6 @@ class _Run:
             _log.warning("%s did not come up: %s", handle.name, _line(error))
             self.executor._drop(handle)
             return
-        self.dispatcher.add_worker(handle.name)
         self.last_alive = time.monotonic()
 
     def _ended(self, call: _Call) -> None:

@@ -73,8 +73,6 @@ def simulate(
     result = Simulated()
     caches: dict[str, set[str]] = {}
     free = [f"worker-{number:03d}" for number in range(num_workers)]
-    for worker in free:
-        dispatcher.add_worker(worker)
     now = 0.0
     events: list[tuple[float, int, str, Unit | None]] = [
         (at, -1, worker, None) for at, worker in joins
@@ -105,17 +103,15 @@ def simulate(
         result.driver_seconds += time.perf_counter() - begin
         now, _, worker, unit = heapq.heappop(events)
         begin = time.perf_counter()
-        if unit is None:
-            dispatcher.add_worker(worker)
-        elif chance.random() < loss_probability:
+        # Without a unit a worker has come up.
+        if unit is not None and chance.random() < loss_probability:
             schedule.requeue(unit.key)
             dispatcher.returned(unit)
             dispatcher.remove_worker(worker)
             for value in [key for key, owner in schedule.values.items() if owner == worker]:
                 schedule.lose_value(value)
             worker += "'"
-            dispatcher.add_worker(worker)
-        else:
+        elif unit is not None:
             schedule.finish(unit.key, dict.fromkeys(unit.outputs, worker))
             dispatcher.finished(unit)
         free.append(worker)
