@@ -235,10 +235,7 @@ def read_allocation(store: Store) -> list[dict[str, Any]]:
 
 
 def write_windows(store: Store, windows: torch.Tensor, num_shards: int) -> None:
-    """Put calibration windows ``[N, L]`` into a run's folder, a file per shard.
-
-    As int32: no vocabulary has more, and whoever holds all of them holds half as much.
-    """
+    """Put calibration windows ``[N, L]`` into a run's folder, a file per shard, as int32."""
     for shard, part in enumerate(windows.tensor_split(num_shards)):
         store.write_tensors(_windows_file(shard), {"tokens": part.to(torch.int32)})
 

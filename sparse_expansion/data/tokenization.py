@@ -45,7 +45,7 @@ def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> En
     """
 
     def encode(text: str) -> torch.Tensor:
-        ids = _in_pieces(tokenizer, text, piece, overlap) if tokenizer.is_fast else None
+        ids = _in_pieces(tokenizer, text, piece, overlap) if getattr(tokenizer, "is_fast", False) else None
         if ids is None:
             ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
         return torch.from_numpy(ids)
@@ -101,4 +101,6 @@ def _piece(tokenizer: Any, text: str, start: int, end: int) -> _Piece:
     last = of_text[-1] + 1 if end < len(text) and len(of_text) else None
     ids = np.array(made["input_ids"], dtype=np.int64)[first:last]
     places = np.array([place for place, _ in made["offset_mapping"]], dtype=np.int64)
+    # What is put behind a text claims to begin where the text does.
+    places = np.maximum.accumulate(places)
     return _Piece(ids, places[first:last] + start, end)
