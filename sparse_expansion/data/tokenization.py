@@ -45,7 +45,11 @@ def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> En
     """
 
     def encode(text: str) -> torch.Tensor:
-        ids = _in_pieces(tokenizer, text, piece, overlap) if getattr(tokenizer, "is_fast", False) else None
+        ids = (
+            _in_pieces(tokenizer, text, piece, overlap)
+            if getattr(tokenizer, "is_fast", False)
+            else None
+        )
         if ids is None:
             ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
         return torch.from_numpy(ids)
