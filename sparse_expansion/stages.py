@@ -67,8 +67,9 @@ DENSE = " in the dense block"
 ATTENTION = "attention's outputs"
 """Ends the name of a group's inputs in the dense block where it has others too."""
 FREED_BYTES_KEPT = 256 << 20
-UNITS_PER_TRIM = 32
-"""Units between looks at the heap's holes: after each they made a run a fifth slower."""
+UNITS_PER_TRIM = 8
+"""Units between looks at the heap's holes: after each they made a run a fifth slower, after eight a
+thirtieth."""
 TRUNK_SHARD_BYTES = 4 << 30
 
 
