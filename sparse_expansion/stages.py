@@ -238,9 +238,9 @@ class Worker:
 
     def stage_capture(self, *, layer: int, shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the dense block on one shard; keep its group inputs; hand on a sample of them."""
-        stats: dict[str, Any] = {"tokens": self._shard_tokens(shard).numel()}
-        hidden = self._capture(layer, shard)
         calibration = self.config.calibration
+        stats: dict[str, Any] = {"tokens": calibration.windows_of(shard) * calibration.seqlen}
+        hidden = self._capture(layer, shard)
         if hidden is not None and layer + 1 < self._shell().num_blocks:
             stats |= self._write_hidden(layer + 1, shard, hidden)
         captured = self._captured[layer, shard]
