@@ -13,8 +13,9 @@ import torch
 from sparse_expansion.config import CalibrationConfig, RunConfig
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.plan import ModelShape, block_gap_units, cluster_units
-from sparse_expansion.stages import Unit, clusters_file
-from sparse_expansion.store import ALLOCATION_FILE, Store, read_windows, write_windows
+from sparse_expansion.run_files import ALLOCATION_FILE, clusters_file
+from sparse_expansion.store import Store, read_windows, write_windows
+from sparse_expansion.units import Unit
 
 STEEPNESS = 7.0
 """Growth of a block's gap with its sparsity: ``exp(7 * 0.1)`` is twice the gap for a tenth more.
@@ -106,9 +107,9 @@ def measure(
         shape,
         pruned.tolist(),
         scored.tolist(),
-        num_ranges=getattr(executor, "num_workers", 1),
+        num_ranges=executor.num_workers,
     )
-    reports = executor.run(units, observer)
+    reports = executor.run(units, config, observer)
     found = [reports[unit.key].stats for unit in units]
     tokens = int(found[0]["num_tokens"])
     gaps = [(loss - part["dense"]) / tokens for part in found for loss in part["pruned"]]
@@ -151,7 +152,7 @@ def measure_clusters(
         calibration_tokens=num_calibration * windows.shape[1],
         clusterings=["kmeans"],
     )
-    executor.run(units, observer)
+    executor.run(units, config, observer)
     store.delete_folder("run/hidden")
 
     def error(layer: int, linear: str, count: int) -> float:

@@ -16,7 +16,7 @@ from sparse_expansion.jobs import model_shape
 from sparse_expansion.model.families import Family
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plan import analysis_units
-from sparse_expansion.stages import neurons_file
+from sparse_expansion.run_files import neurons_file
 from sparse_expansion.store import Store, write_windows
 
 EXPANDED, ONE_CLUSTER = "expanded", "one_cluster"
@@ -92,7 +92,7 @@ def describe_neurons(
     """
     write_windows(store, windows, config.calibration.num_shards)
     folders = {name: str(folder) for name, folder in models.items()}
-    executor.run(analysis_units(config, model_shape(shell), folders), observer)
+    executor.run(analysis_units(config, model_shape(shell), folders), config, observer)
     store.delete_folder("run/hidden")
     return NeuronTable(_read(store, shell.num_blocks, shell.family), windows.numel())
 

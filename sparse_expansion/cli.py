@@ -184,19 +184,20 @@ def _executor(args: argparse.Namespace, **what: Any) -> Any:
     return executor
 
 
-def _measure_ceilings(args: argparse.Namespace, executor: Any, measured: Any, line: Any) -> None:
+def _measure_ceilings(
+    args: argparse.Namespace, executor: Any, config: RunConfig, measured: Any, line: Any
+) -> None:
     """With ``--profile``, what a worker's device can do."""
     from sparse_expansion.jobs import measure_ceilings
 
     if args.profile:
         line.say("measuring the ceilings of a worker")
-        measure_ceilings(executor, measured)
+        measure_ceilings(executor, config, measured)
 
 
 def _evaluation_split(args: argparse.Namespace, executor: Any) -> dict[str, Any]:
     """Shards of windows and ranges of blocks, by the workers there are."""
-    workers = getattr(executor, "num_workers", 1)
-    return {"num_shards": max(1, workers), "num_ranges": args.eval_pipeline}
+    return {"num_shards": executor.num_workers, "num_ranges": args.eval_pipeline}
 
 
 def _check_output(output: str) -> None:
@@ -230,7 +231,8 @@ def _run(args: argparse.Namespace) -> int:
     from sparse_expansion.model.streaming import load_config
     from sparse_expansion.progress import ProgressLine
     from sparse_expansion.report import model_card
-    from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, Store
+    from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE
+    from sparse_expansion.store import Store
 
     line = ProgressLine()
     line.say(f"model {source.location}")
@@ -261,9 +263,9 @@ def _run(args: argparse.Namespace) -> int:
         store.write_json(COMMAND_FILE, {"command": args.line})
         where = output if "://" in output else str(Path(output).expanduser().resolve())
         measured = jobs.Measurements()
-        executor = _executor(args, store=where, source=source, config=config)
+        executor = _executor(args, store=where, source=source)
         try:
-            _measure_ceilings(args, executor, measured, line)
+            _measure_ceilings(args, executor, config, measured, line)
             line.start("expand", prepared.shell.num_blocks)
             jobs.expand(prepared, store, executor, line.update, measured)
             metrics = jobs.expansion_metrics(prepared, store, args.executor)
@@ -275,6 +277,7 @@ def _run(args: argparse.Namespace) -> int:
                     nll, _ = jobs.evaluate(
                         kind,
                         tokens,
+                        config,
                         prepared.shell,
                         executor,
                         line.update,
@@ -334,14 +337,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         max_windows=args.eval_windows,
         vocabulary=int(shell.config.vocab_size),
     )
-    executor = _executor(args, store=str(folder), source=source, config=RunConfig(dtype=args.dtype))
+    config = RunConfig(dtype=args.dtype)
+    executor = _executor(args, store=str(folder), source=source)
     measured = jobs.Measurements()
     try:
-        _measure_ceilings(args, executor, measured, line)
+        _measure_ceilings(args, executor, config, measured, line)
         line.start("evaluate", shell.num_blocks)
         nll, per_window = jobs.evaluate(
             "dense",
             tokens,
+            config,
             shell,
             executor,
             line.update,
@@ -496,7 +501,8 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.progress import ProgressLine
     from sparse_expansion.report import neurons_table, write_table
-    from sparse_expansion.store import RUN_FILE, Store
+    from sparse_expansion.run_files import RUN_FILE
+    from sparse_expansion.store import Store
 
     folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
     shell = ModelShell(folder, dtype=args.dtype)
@@ -535,7 +541,7 @@ def _analyze_neurons(args: argparse.Namespace) -> int:
     config = RunConfig(calibration=calibration, dtype=args.dtype)
     line = ProgressLine()
     with tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where:
-        executor = _executor(args, store=where, source=source, config=config)
+        executor = _executor(args, store=where, source=source)
         try:
             line.start("analyze", shell.num_blocks)
             table = analysis.describe_neurons(
@@ -655,7 +661,7 @@ def _experiment(args: argparse.Namespace) -> int:
     config = experiment_config(args, len(calibration) + passing * len(held), seqlen)
     line = ProgressLine()
     with tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where:
-        executor = _executor(args, store=where, source=source, config=config)
+        executor = _executor(args, store=where, source=source)
         shared = {
             "config": config,
             "store": Store(where),

@@ -14,7 +14,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-ALLOCATIONS = ("uniform", "measured")
+UNIFORM, MEASURED = "uniform", "measured"
+ALLOCATIONS = (UNIFORM, MEASURED)
+"""Ways to share out zeros over the blocks, beside a list of shares."""
 CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
 CLUSTERINGS = ("kmeans", "random")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
@@ -114,11 +116,10 @@ class CompressionConfig:
 
     sparsity: SparsityPattern = field(default_factory=lambda: SparsityPattern(fraction=0.5))
     """Share and shape of the zeros."""
-    layer_sparsity: tuple[float, ...] = ()
-    """Share of zeros of every block, with the sparsity's as their mean; empty: all alike."""
-    allocation: str = "uniform"
-    """``measured``: an unstructured run first finds ``layer_sparsity`` by what each block loses
-    when it alone is pruned; ``uniform``: as given there."""
+    layer_sparsity: str | tuple[float, ...] = UNIFORM
+    """``uniform``: every block has the same share of zeros; ``measured``: an unstructured run first
+    finds shares by what each block loses when it alone is pruned; or the share of every block, with
+    the sparsity's as their mean."""
     pruner: str = "sparsegpt"
     """``sparsegpt``: the column sweep, which makes up for what it removes; ``admm``: mask and
     weights solved for together, and the sweep rounds; ``wanda`` and ``magnitude`` choose by a
@@ -174,16 +175,7 @@ class CompressionConfig:
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
         )
         group = self.sparsity.group
-        _require(
-            self.allocation in ALLOCATIONS,
-            f"allocation {self.allocation!r} is none of {', '.join(ALLOCATIONS)}",
-        )
-        _require(
-            self.allocation == "uniform" or self.sparsity.group is None,
-            f"allocation measured gives shares of zeros, {self.sparsity} is N:M: drop one of the "
-            "two",
-        )
-        if self.layer_sparsity:
+        if self.layer_sparsity != UNIFORM:
             self._check_layer_sparsity()
         if group is not None:
             _require(
@@ -202,6 +194,12 @@ class CompressionConfig:
             self.sparsity.group is None,
             f"layer_sparsity gives shares of zeros, {self.sparsity} is N:M: drop one of the two",
         )
+        if isinstance(self.layer_sparsity, str):
+            _require(
+                self.layer_sparsity in ALLOCATIONS,
+                f"layer_sparsity {self.layer_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
+            )
+            return
         for share in self.layer_sparsity:
             _require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
         mean = sum(self.layer_sparsity) / len(self.layer_sparsity)
@@ -217,21 +215,29 @@ class CompressionConfig:
         Raises:
             ValueError: it has another length.
         """
-        _require_layers("layer_sparsity", self.layer_sparsity, num_layers)
+        _require_layers("layer_sparsity", self.shares, num_layers)
 
     def at(self, layer: int) -> CompressionConfig:
         """The settings of one block, by its number from 0."""
-        if not self.layer_sparsity:
+        if not self.shares:
             return self
-        pattern = SparsityPattern(fraction=self.layer_sparsity[layer])
-        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=(), allocation="uniform")
+        pattern = SparsityPattern(fraction=self.shares[layer])
+        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=UNIFORM)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of zeros of every block; empty where all are alike, or still to be measured."""
+        return () if isinstance(self.layer_sparsity, str) else self.layer_sparsity
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:
         """Read back what ``dataclasses.asdict`` gave, also through JSON."""
         given = dict(data)
         given["sparsity"] = SparsityPattern(**given["sparsity"])
-        given["layer_sparsity"] = tuple(given.get("layer_sparsity", ()))
+        # Earlier runs had the way under a name of its own, and an empty list for no shares.
+        way = given.pop("allocation", UNIFORM)
+        shares = given.get("layer_sparsity", UNIFORM)
+        given["layer_sparsity"] = shares if isinstance(shares, str) else tuple(shares) or way
         return cls(**given)
 
     def min_tokens(self, width: int) -> int:
@@ -412,21 +418,27 @@ class CalibrationConfig:
 class RefinementConfig:
     """How a block's kept weights are trained once its experts are made."""
 
-    epochs: int = 0
+    finetune: int = 0
     """Passes over the calibration windows; 0 leaves the pruner's weights as they are."""
-    learning_rate: float = 2e-4
-    """Of Adam, at its highest."""
+    finetune_rate: float = 2e-4
+    """Adam's learning rate, at its highest."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         _require(
-            0 <= self.epochs <= 1000,
-            f"finetune {self.epochs} is outside 0 to 1000: passes over the windows, e.g. 2",
+            0 <= self.finetune <= 1000,
+            f"finetune {self.finetune} is outside 0 to 1000: passes over the windows, e.g. 2",
         )
         _require(
-            math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 1,
-            f"finetune_rate {self.learning_rate} is outside 0 to 1, e.g. 0.0002",
+            math.isfinite(self.finetune_rate) and 0 < self.finetune_rate <= 1,
+            f"finetune_rate {self.finetune_rate} is outside 0 to 1, e.g. 0.0002",
         )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RefinementConfig:
+        """Read back what ``dataclasses.asdict`` gave, also under the names of earlier runs."""
+        earlier = {"epochs": "finetune", "learning_rate": "finetune_rate"}
+        return cls(**{earlier.get(name, name): value for name, value in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +486,7 @@ class RunConfig:
     @property
     def refines(self) -> bool:
         """Whether experts are drafts until their block has been trained."""
-        return self.refinement.epochs > 0
+        return self.refinement.finetune > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
@@ -487,7 +499,7 @@ class RunConfig:
             compression=CompressionConfig.from_dict(data["compression"]),
             routing=RoutingConfig.from_dict(data["routing"]),
             calibration=CalibrationConfig(**data["calibration"]),
-            refinement=RefinementConfig(**data.get("refinement", {})),
+            refinement=RefinementConfig.from_dict(data.get("refinement", {})),
             dtype=data["dtype"],
             tf32=data.get("tf32", False),
             experts_per_unit=data["experts_per_unit"],

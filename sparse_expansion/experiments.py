@@ -18,7 +18,7 @@ from sparse_expansion.jobs import Measurements, evaluate, model_shape
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plan import cluster_units, pruning_units
-from sparse_expansion.stages import clusters_file, pruned_name
+from sparse_expansion.run_files import clusters_file, pruned_name
 from sparse_expansion.store import Store, write_windows
 
 
@@ -93,7 +93,7 @@ def sweep_clusters(
         calibration_tokens=num_calibration * windows.shape[1],
         neurons=[] if neuron is None else [neuron],
     )
-    executor.run(units, observer)
+    executor.run(units, config, observer)
     store.delete_folder("run/hidden")
     found = ClusterSweep([])
     for linear in linears:
@@ -159,18 +159,19 @@ def prune_neurons(
     """
     write_windows(store, windows, config.calibration.num_shards)
     units = pruning_units(config, model_shape(shell), rankings=rankings, shares=shares)
-    executor.run(units, observer)
+    executor.run(units, config, observer)
     store.delete_folder("run/hidden")
 
     def score(pruned: str | None) -> tuple[float, int]:
         nll, _ = evaluate(
             "dense",
             evaluation,
+            config,
             shell,
             executor,
             observer,
             Measurements(),
-            num_shards=getattr(executor, "num_workers", 1),
+            num_shards=executor.num_workers,
             pruned=pruned,
         )
         return nll.perplexity, nll.num_tokens

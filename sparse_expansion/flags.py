@@ -16,6 +16,7 @@ from sparse_expansion.config import (
     DTYPES,
     PRUNERS,
     RANKINGS,
+    UNIFORM,
     CalibrationConfig,
     CompressionConfig,
     RefinementConfig,
@@ -783,12 +784,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     return RunConfig(
         compression=CompressionConfig(
             sparsity=pattern,
-            allocation=(
-                "measured"
-                if args.layer_sparsity == "measured" and pattern.group is None
-                else "uniform"
-            ),
-            layer_sparsity=read_layer_sparsity(args.layer_sparsity),
+            layer_sparsity=read_layer_sparsity(args.layer_sparsity, pattern),
             pruner=args.pruner,
             solver_iterations=args.solver_iterations,
             bits=(4 if args.bits is None else args.bits) if args.quantize else None,
@@ -815,21 +811,24 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
             calibration_inputs=args.calibration_inputs,
             data_shards=args.data_shards,
         ),
-        refinement=RefinementConfig(epochs=args.finetune, learning_rate=args.finetune_rate),
+        refinement=RefinementConfig(finetune=args.finetune, finetune_rate=args.finetune_rate),
         dtype=args.dtype,
         tf32=args.tf32,
         experts_per_unit=args.experts_per_unit,
     )
 
 
-def read_layer_sparsity(path: str) -> tuple[float, ...]:
-    """Shares of zeros by block: a JSON list, or an object that holds it as ``layer_sparsity``.
+def read_layer_sparsity(path: str, pattern: SparsityPattern) -> str | tuple[float, ...]:
+    """How zeros are shared out: a way's name, or from a JSON file the share of every block.
+
+    The file holds a list, or an object that has it as ``layer_sparsity``. N:M leaves no choice, so
+    that nothing is measured then.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
     """
     if path in ALLOCATIONS:
-        return ()
+        return path if pattern.group is None else UNIFORM
     return tuple(map(float, _by_block(path, "layer_sparsity", int | float, "[0.6, 0.8]")))
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.allocation import gap_units_of, window_counts
-from sparse_expansion.config import RunConfig
+from sparse_expansion.config import MEASURED, RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.model.families import block_list, family_of, linear_shape
@@ -37,13 +37,9 @@ from sparse_expansion.plan import (
     group_shape,
     hands_on_sums,
 )
-from sparse_expansion.stages import (
-    CHUNK_TOKENS,
-    FREED_BYTES_KEPT,
-    TRUNK_SHARD_BYTES,
-    Unit,
-    captured_bytes,
-)
+from sparse_expansion.process_memory import FREED_BYTES_KEPT
+from sparse_expansion.stages import CHUNK_TOKENS, TRUNK_SHARD_BYTES, captured_bytes
+from sparse_expansion.units import Unit
 
 FLOAT32_BYTES = 4
 OBJECT_STORE_SHARE = 0.3
@@ -97,7 +93,7 @@ def forecast(
     shape, sizes, experts, routers = _measure(config, model_config)
     units = expansion_units(config, shape)
     measuring: list[Unit] = []
-    if config.compression.allocation == "measured":
+    if config.compression.layer_sparsity == MEASURED:
         measuring = gap_units_of(config, shape, cluster.num_workers)
     flops: Counter[str] = Counter()
     for unit in (*measuring, *units):
@@ -209,7 +205,7 @@ def worker_memory(
         + batch * (6 * hidden + 3 * sizes.intermediate) * item
     )
     stages = {"capture": forward, "trunk": _trunk_bytes(shape, sizes)}
-    if config.compression.allocation == "measured":
+    if config.compression.layer_sparsity == MEASURED:
         pruned, scored = window_counts(calibration.dataset_size, calibration.seqlen)
         streams = 1 + math.ceil(shape.num_layers / cluster.num_workers)
         kept = (pruned + streams * max(1, scored)) * calibration.seqlen * hidden * item

@@ -15,7 +15,7 @@ import torch
 
 from sparse_expansion import allocation
 from sparse_expansion.algorithms.packing import PackedLayout, grid_bytes, router_bytes
-from sparse_expansion.config import RunConfig, digest
+from sparse_expansion.config import MEASURED, RunConfig, digest
 from sparse_expansion.data.corpora import (
     calibration_windows,
     evaluation_windows,
@@ -37,9 +37,11 @@ from sparse_expansion.plan import (
     mlp_flops_per_token,
     needed_units,
 )
-from sparse_expansion.stages import DRAFTS, Unit, UnitReport, peak_memory_bytes
-from sparse_expansion.store import TIMELINE_FILE, Store, open_run, read_timeline, write_windows
+from sparse_expansion.process_memory import peak_memory_bytes
+from sparse_expansion.run_files import DRAFTS, TIMELINE_FILE
+from sparse_expansion.store import Store, open_run, read_timeline, write_windows
 from sparse_expansion.types import NllSum
+from sparse_expansion.units import Unit, UnitReport
 
 
 @dataclass
@@ -124,10 +126,10 @@ class Timeline:
         self.store.write_json(TIMELINE_FILE, self.rows)
 
 
-def measure_ceilings(executor: Executor, measured: Measurements) -> None:
+def measure_ceilings(executor: Executor, config: RunConfig, measured: Measurements) -> None:
     """Have a worker find out what its device can do; takes a few seconds."""
     unit = Unit(key="ceilings", stage="ceilings")
-    measured.ceilings = executor.run([unit], lambda progress: None)[unit.key].stats
+    measured.ceilings = executor.run([unit], config, lambda progress: None)[unit.key].stats
 
 
 def model_shape(shell: ModelShell) -> ModelShape:
@@ -279,7 +281,7 @@ def _allocate(
 ) -> None:
     """Settle what every block gets, where that is to be measured."""
     compression = prepared.config.compression
-    if compression.allocation != "measured":
+    if compression.layer_sparsity != MEASURED:
         return
 
     def observe(progress: Progress) -> None:
@@ -318,7 +320,7 @@ def _make(
         cleaner.finished(progress.unit)
         observer(progress)
 
-    measured.add(executor.run(todo, observe).values(), by_key)
+    measured.add(executor.run(todo, prepared.config, observe).values(), by_key)
 
 
 class _BlockCleaner:
@@ -430,6 +432,7 @@ def is_companion(name: str) -> bool:
 def evaluate(
     model: str,
     windows: torch.Tensor,
+    config: RunConfig,
     shell: ModelShell,
     executor: Executor,
     observer: Observer,
@@ -445,6 +448,7 @@ def evaluate(
     Args:
         model: which of the two.
         windows: ``[N, L]``.
+        config: with the dtype to compute in.
         shell: of either, for its shape.
         executor: does the units.
         observer: is told of every finished unit.
@@ -470,7 +474,7 @@ def evaluate(
         model_bytes=model_bytes,
         pruned=pruned,
     )
-    reports = executor.run(units, observer)
+    reports = executor.run(units, config, observer)
     measured.add(reports.values(), {unit.key: unit for unit in units})
     measured.seconds[f"evaluate_{model}"] += time.perf_counter() - start
     per_window = [

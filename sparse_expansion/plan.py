@@ -26,7 +26,8 @@ from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_
 from sparse_expansion.algorithms.packing import PackedLayout
 from sparse_expansion.config import CLUSTERINGS, CompressionConfig, RunConfig
 from sparse_expansion.model.families import LinearGroup, linear_shape
-from sparse_expansion.stages import Unit, range_name
+from sparse_expansion.run_files import range_name
+from sparse_expansion.units import Unit
 
 GATHER_BYTES = 512 << 20
 """A unit that gathers hands on at most this much, or one range of experts."""
@@ -474,7 +475,7 @@ def _refine_unit(
         rank=4,
         cost=refine_flops(config, shape),
         traffic_bytes=int(
-            config.refinement.epochs * tokens * shape.hidden_size * shape.item_bytes
+            config.refinement.finetune * tokens * shape.hidden_size * shape.item_bytes
             # A draft and what replaces it.
             + 2
             * config.routing.num_clusters
@@ -487,7 +488,7 @@ def refine_flops(config: RunConfig, shape: ModelShape) -> float:
     """Operations to train a block: the dense one forward, the expanded one forward and back."""
     calibration = config.calibration
     tokens = calibration.dataset_size * calibration.seqlen
-    return 4.0 * config.refinement.epochs * tokens * shape.block_flops(calibration.seqlen)
+    return 4.0 * config.refinement.finetune * tokens * shape.block_flops(calibration.seqlen)
 
 
 def _dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Unit]:

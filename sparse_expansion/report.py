@@ -10,7 +10,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion.store import COMMAND_FILE, METRICS_FILE, RUN_FILE, Store, write_file
+from sparse_expansion.config import RefinementConfig
+from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE, RUN_FILE
+from sparse_expansion.store import Store, write_file
 
 _EXPERT_STAGE = "experts-"
 
@@ -223,14 +225,15 @@ def describe_weights(config: dict[str, Any]) -> str:
     else:
         text = f"{100 * sparsity['fraction']:g} % sparse"
         by_block = compression.get("layer_sparsity")
-        if by_block:
+        # A name says that all blocks are alike, or are still to be measured.
+        if by_block and not isinstance(by_block, str):
             text += f" (blocks {100 * min(by_block):.0f} to {100 * max(by_block):.0f} %)"
     # Runs made before there was a choice have no such setting.
     if compression.get("pruner", "sparsegpt") != "sparsegpt":
         text += f" ({compression['pruner']})"
     if compression["bits"] is not None:
         text += f", {compression['bits']} bits"
-    epochs = config.get("refinement", {}).get("epochs", 0)
+    epochs = RefinementConfig.from_dict(config.get("refinement", {})).finetune
     if epochs:
         text += f", trained {epochs} {'pass' if epochs == 1 else 'passes'}"
     return text

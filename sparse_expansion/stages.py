@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import math
-import resource
 import statistics
-import sys
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,55 +55,33 @@ from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trained_block
 from sparse_expansion.model.sources import ModelSource, fetch_model
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.store import ALLOCATION_FILE, Store, read_windows
+from sparse_expansion.process_memory import (
+    keep_freed_memory,
+    peak_memory_bytes,
+    return_excess_memory,
+)
+from sparse_expansion.run_files import (
+    clusters_file,
+    experts_file,
+    hidden_file,
+    neurons_file,
+    pruned_file,
+    pruned_name,
+    range_name,
+    router_file,
+)
+from sparse_expansion.store import Store, read_windows
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum, NllSum, Router
+from sparse_expansion.units import Unit, UnitReport
 
 CHUNK_TOKENS = 8192
-DRAFTS = "run/drafts/"
 DENSE = " in the dense block"
-ATTENTION = "attention's outputs"
 """Ends the name of a group's inputs in the dense block where it has others too."""
-FREED_BYTES_KEPT = 256 << 20
+ATTENTION = "attention's outputs"
 UNITS_PER_TRIM = 8
 """Units between looks at the heap's holes: after each they made a run a fifth slower, after eight a
 thirtieth."""
 TRUNK_SHARD_BYTES = 4 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work; equal units give equal bytes, wherever and however often they run."""
-
-    key: str
-    """Unique, readable, and a relative path: ``layer-003/mlp.down_proj/experts-000-003``."""
-    stage: str
-    """Name of the worker's method."""
-    params: dict[str, Any] = field(default_factory=dict)
-    """Its keyword arguments."""
-    inputs: tuple[tuple[str, str], ...] = ()
-    """(unit key, output name) of the values it receives, in order."""
-    after: tuple[str, ...] = ()
-    """Units whose files must be there first."""
-    outputs: tuple[str, ...] = ()
-    """Names of the values it hands on."""
-    is_persistent: bool = False
-    """Whether it writes files and a marker, and is skipped when they are there."""
-    affinity: str | None = None
-    """Units of the same affinity share a worker's cache."""
-    layer: int = -1
-    """Block it belongs to, for ordering and progress."""
-    rank: int = 0
-    """Order of stages inside a block."""
-    cost: float = 0.0
-    """Estimated floating-point operations."""
-    move_cost: float = 0.0
-    """Operations to make its affinity's cache again on another worker."""
-    output_bytes: int = 0
-    """Estimated bytes of the values it hands on."""
-    cache_bytes: int = 0
-    """Estimated bytes that its worker keeps for units of the same affinity."""
-    traffic_bytes: int = 0
-    """Estimated bytes of weights, activations, sums and files that it has to read and write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +90,6 @@ class WorkerSpec:
 
     store: str
     source: ModelSource
-    config: RunConfig
     cache_dir: str | None = None
     revision: str | None = None
     device: str = "auto"
@@ -130,47 +104,45 @@ class WorkerSpec:
         return captured_bytes(self.activation_bytes)
 
 
-@dataclass
-class UnitReport:
-    """What a unit tells the driver: small, plain values."""
-
-    key: str
-    seconds: float
-    peak_memory_bytes: int
-    stats: dict[str, Any]
-
-
 class Worker:
     """Does units. One per process (or per Ray actor)."""
+
+    config: RunConfig
+    """Settings of the graph that the unit in hand belongs to."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Set threads and device; models are opened when first needed."""
         self.spec = spec
-        self.config = spec.config
         self.store = Store(spec.store)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
-        # Products of float32 stay float32 unless asked: TF32 changes masks and grids.
-        torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
         self.device = spec.device
         if spec.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.buffers = ActivationBuffers(memory_bytes=spec.activation_bytes, scratch=spec.scratch)
-        self._shells: dict[str, ModelShell] = {}
+        self._shells: dict[tuple[str, str], ModelShell] = {}
         self._captured: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
         self._labels: dict[tuple[int, int, str], torch.Tensor] = {}
         self._expanded: tuple[tuple[int, str], nn.Module] | None = None
-        self._shares: tuple[float, ...] = ()
         self._units = 0
         keep_freed_memory()
 
-    def run(self, unit: Unit, inputs: list[Any]) -> tuple[UnitReport, dict[str, Any]]:
-        """Do a unit; returns its report and its outputs by name.
+    def use(self, config: RunConfig) -> None:
+        """Take the settings of the graph whose units come next."""
+        self.config = config
+        # Products of float32 stay float32 unless asked: TF32 changes masks and grids.
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+
+    def run(
+        self, unit: Unit, config: RunConfig, inputs: list[Any]
+    ) -> tuple[UnitReport, dict[str, Any]]:
+        """Do a unit of a graph with these settings; returns its report and its outputs by name.
 
         Raises:
             CompressionError: the unit cannot be done; the message starts with its key.
         """
         start = time.perf_counter()
+        self.use(config)
         if unit.stage not in ("advance", "recapture"):
             # Unpacked experts are as large as any stage's arrays: the next stage has its own.
             self._expanded = None
@@ -440,7 +412,7 @@ class Worker:
             self.config.refinement,
             batches=batches,
             held_out=lambda: batches(None),
-            num_steps=self.config.refinement.epochs * per_epoch,
+            num_steps=self.config.refinement.finetune * per_epoch,
         )
         files = {}
         for group in family.groups:
@@ -815,7 +787,8 @@ class Worker:
 
     def _shell(self, model: str = "dense") -> ModelShell:
         """Of the source (``dense``), the store's folder (``expanded``), or another folder."""
-        if model not in self._shells:
+        dtype = self.config.dtype
+        if (model, dtype) not in self._shells:
             if model == "dense":
                 folder = fetch_model(
                     self.spec.source, cache_dir=self.spec.cache_dir, revision=self.spec.revision
@@ -824,17 +797,12 @@ class Worker:
                 folder = self.store.fetch_folder(self.spec.scratch)
             else:
                 folder = Path(model)
-            self._shells[model] = ModelShell(folder, device=self.device, dtype=self.config.dtype)
-        return self._shells[model]
+            self._shells[model, dtype] = ModelShell(folder, device=self.device, dtype=dtype)
+        return self._shells[model, dtype]
 
     def _compression(self, layer: int) -> CompressionConfig:
-        """A block's settings; what was measured at the run's start is in its folder."""
-        compression = self.config.compression
-        if compression.allocation == "measured":
-            if not self._shares:
-                self._shares = tuple(self.store.read_json(ALLOCATION_FILE)["layer_sparsity"])
-            compression = replace(compression, layer_sparsity=self._shares)
-        return compression.at(layer)
+        """A block's settings of pruning and quantization."""
+        return self.config.compression.at(layer)
 
     def _group(self, name: str) -> LinearGroup:
         for group in self._shell().family.groups:
@@ -1078,116 +1046,11 @@ def shuffled(labels_T: torch.Tensor, name: str) -> torch.Tensor:
     return labels_T[torch.randperm(labels_T.shape[0], generator=generator)]
 
 
-def router_file(layer: int, group: str) -> str:
-    """File of a group's router (and grids)."""
-    return f"router-{layer:03d}-{group}.safetensors"
-
-
-def range_name(experts: tuple[int, int]) -> str:
-    """A range of experts, as ``000-003``."""
-    return f"{experts[0]:03d}-{experts[1]:03d}"
-
-
-def experts_file(
-    layer: int, group: str, experts: tuple[int, int], *, is_draft: bool = False
-) -> str:
-    """File of a range of a group's experts; drafts are trained before they are final."""
-    folder = DRAFTS if is_draft else ""
-    return f"{folder}experts-{layer:03d}-{group}-{range_name(experts)}.safetensors"
-
-
 def held_windows(count: int) -> int:
     """How many of a shard's windows are not trained on: an eighth, none of a single one."""
     return max(1, count // 8) if count > 1 else 0
 
 
-def neurons_file(layer: int, group: str) -> str:
-    """File of what is known of a group's neurons."""
-    return f"neurons-{layer:03d}-{group}.safetensors"
-
-
-def clusters_file(layer: int, linear: str, num_clusters: int) -> str:
-    """File of what one number of clusters did to a linear."""
-    return f"clusters-{layer:03d}-{linear}-{num_clusters:04d}.safetensors"
-
-
-def pruned_file(layer: int, group: str) -> str:
-    """File of a group's pruned neurons."""
-    return f"pruned-{layer:03d}-{group}.safetensors"
-
-
-def pruned_name(ranking: str, share: float) -> str:
-    """Of the neurons that a ranking puts first."""
-    return f"{ranking}-{share:g}"
-
-
-def hidden_file(layer: int, shard: int) -> str:
-    """File of one shard's hidden states before a block."""
-    return f"run/hidden/layer-{layer:03d}-shard-{shard:03d}.safetensors"
-
-
 def captured_bytes(activation_bytes: int) -> int:
     """Captured activations that a worker keeps, scratch files included."""
     return 4 * activation_bytes
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to reuse freed activations instead of returning them to the system.
-
-    A worker frees and allocates the same tens of megabytes for every unit; returned pages come
-    back one fault and one clearing at a time, which was a fifth of an actor's time.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        library.mallopt(trim_threshold, FREED_BYTES_KEPT)
-        library.mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
-
-
-class _AllocatorState(ctypes.Structure):
-    """``struct mallinfo2`` of glibc 2.33 and later."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    ]
-
-
-def return_excess_memory() -> None:
-    """Give back freed memory beyond ``FREED_BYTES_KEPT``.
-
-    By itself glibc returns only what is free at the end of the heap: small things that outlive the
-    large ones around them leave holes, which would grow with the number of units.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim"):
-        library.mallinfo2.restype = _AllocatorState
-        if library.mallinfo2().fordblks > FREED_BYTES_KEPT:
-            library.malloc_trim(0)
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, without the object store that it shares with others.
-
-    Linux keeps ``ru_maxrss`` over ``exec``: a command started by a large process, a notebook say,
-    would report that one's peak. ``VmHWM`` is of this program alone.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in fields:
-            shared = fields.get("RssShmem", "0 kB")
-            return 1024 * (int(fields["VmHWM"].split()[0]) - int(shared.split()[0]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

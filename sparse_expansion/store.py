@@ -25,14 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.model.manifest import tensor_record
-
-RUN_FILE = "run/run.json"
-UNITS = "run/units"
-ALLOCATION_FILE = "run/allocation.json"
-METRICS_FILE = "metrics.json"
-COMMAND_FILE = "run/command.json"
-TIMELINE_FILE = "run/timeline.json"
-CALIBRATION = "run/calibration"
+from sparse_expansion.run_files import ALLOCATION_FILE, RUN_FILE, TIMELINE_FILE, UNITS, windows_file
 
 
 class Store:
@@ -237,16 +230,12 @@ def read_allocation(store: Store) -> list[dict[str, Any]]:
 def write_windows(store: Store, windows: torch.Tensor, num_shards: int) -> None:
     """Put calibration windows ``[N, L]`` into a run's folder, a file per shard, as int32."""
     for shard, part in enumerate(windows.tensor_split(num_shards)):
-        store.write_tensors(_windows_file(shard), {"tokens": part.to(torch.int32)})
+        store.write_tensors(windows_file(shard), {"tokens": part.to(torch.int32)})
 
 
 def read_windows(store: Store, shard: int) -> torch.Tensor:
     """A shard's calibration windows ``[N, L]``, int64."""
-    return store.read_tensors(_windows_file(shard))["tokens"].long()
-
-
-def _windows_file(shard: int) -> str:
-    return f"{CALIBRATION}/shard-{shard:03d}.safetensors"
+    return store.read_tensors(windows_file(shard))["tokens"].long()
 
 
 def read_timeline(store: Store) -> list[dict[str, Any]]:

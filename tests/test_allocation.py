@@ -147,7 +147,7 @@ def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
     where[-1] = "2:4"
     assert main(["expand", *where, *run[7:-1], str(tmp_path / "n-m")]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics["config"]["compression"]["layer_sparsity"] == []
+    assert metrics["config"]["compression"]["layer_sparsity"] == "uniform"
 
 
 def test_windows_to_prune_on_and_to_score(tmp_path):

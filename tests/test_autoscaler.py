@@ -87,7 +87,7 @@ def test_from_zero_up_and_back(cluster, tmp_path, neox_folder, text_folder):
     try:
         assert len(alive()) == 1 and ray.cluster_resources().get("GPU", 0) == 0
         with pytest.raises(ValueError, match="--num-workers"):
-            RayExecutor(WorkerSpec(store="", source=None, config=None), RayOptions())
+            RayExecutor(WorkerSpec(store="", source=None), RayOptions())
         job = subprocess.Popen(
             [str(BIN / "sparse-expansion"), "expand", *common, "--output", str(there)]
             + ["--executor", "ray", "--ray-address", cluster, "--num-workers", "2"]

@@ -120,7 +120,7 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tokenizer, text_folder, clu
 
 def test_peak_memory_is_not_that_of_the_process_which_started_this_one():
     """Linux hands the largest resident size on to a program that is started by vfork and exec."""
-    ask = "from sparse_expansion.stages import peak_memory_bytes as peak; print(peak())"
+    ask = "from sparse_expansion.process_memory import peak_memory_bytes as peak; print(peak())"
     start = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {ask!r}])"
     large = f"held = b'1' * 2_000_000_000; {start}"
     found = subprocess.run([sys.executable, "-c", large], check=True, capture_output=True)

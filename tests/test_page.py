@@ -11,7 +11,8 @@ import pytest
 from sparse_expansion.cli import main
 from sparse_expansion.page import report_page
 from sparse_expansion.report import run_report
-from sparse_expansion.store import RUN_FILE, Store
+from sparse_expansion.run_files import RUN_FILE
+from sparse_expansion.store import Store
 from tests.tiny import SMALL_RUN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

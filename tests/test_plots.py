@@ -7,7 +7,8 @@ import pytest
 
 from sparse_expansion import plots
 from sparse_expansion.cli import main
-from sparse_expansion.store import TIMELINE_FILE, Store
+from sparse_expansion.run_files import TIMELINE_FILE
+from sparse_expansion.store import Store
 from tests.tiny import SMALL_RUN
 
 

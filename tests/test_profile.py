@@ -22,7 +22,7 @@ from sparse_expansion.plan import (
     mlp_flops_per_token,
 )
 from sparse_expansion.report import profile_table
-from sparse_expansion.stages import Unit, UnitReport
+from sparse_expansion.units import Unit, UnitReport
 from tests.tiny import SMALL_RUN
 
 

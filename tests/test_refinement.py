@@ -26,7 +26,7 @@ SHAPES = {
         block_size=16, sparsity=SparsityPattern(fraction=0.0), bits=3, group_size=16
     ),
 }
-TRAINED = RefinementConfig(epochs=4, learning_rate=3e-4)
+TRAINED = RefinementConfig(finetune=4, finetune_rate=3e-4)
 
 
 @pytest.fixture(params=SHAPES)
@@ -103,7 +103,7 @@ def test_training_keeps_masks_and_grids_and_lowers_the_loss(expanded):
         copied,
         linears,
         dense,
-        RefinementConfig(epochs=4, learning_rate=1e-3),
+        RefinementConfig(finetune=4, finetune_rate=1e-3),
         batches=lambda epoch: [batch] * 8,
         held_out=lambda: [batch],
         num_steps=32,
@@ -135,7 +135,7 @@ def test_training_that_makes_it_worse_is_thrown_away(expanded):
         copied,
         linears,
         dense,
-        RefinementConfig(epochs=2, learning_rate=1.0),
+        RefinementConfig(finetune=2, finetune_rate=1.0),
         batches=lambda epoch: [batch],
         held_out=lambda: [batch],
         num_steps=2,
@@ -212,7 +212,7 @@ def test_a_run_on_the_command_line(tmp_path, neox_folder, text_folder, capsys):
     assert main([*run, "--eval-windows", "3", "--finetune", "--output", str(tmp_path / "o")]) == 0
     assert "training changed" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
-    assert metrics["config"]["refinement"] == {"epochs": 1, "learning_rate": 2e-4}
+    assert metrics["config"]["refinement"] == {"finetune": 1, "finetune_rate": 2e-4}
     found = metrics["refinement"]
     assert 0 <= found["trained_blocks"] <= 3 and found["loss_after"] <= found["loss_before"]
     # One window: nothing to hold out.

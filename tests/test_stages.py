@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from sparse_expansion import jobs, stages
+from sparse_expansion import jobs, process_memory
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import (
@@ -54,7 +54,7 @@ def make(
     )
     store = Store(output)
     jobs.claim(store, prepared, windows, resume=resume)
-    spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), config=config, threads=1)
+    spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)
     measured = jobs.Measurements()
     jobs.expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured)
     return store, windows, measured
@@ -169,9 +169,10 @@ def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_
     group, ranges = "mlp.down_proj", [(0, 0)]
     # Hidden states are deleted at the end of a run.
     workers = [
-        Worker(WorkerSpec(store=str(tmp_path / "o"), source=source, config=config, threads=1))
-        for _ in range(2)
+        Worker(WorkerSpec(store=str(tmp_path / "o"), source=source, threads=1)) for _ in range(2)
     ]
+    for worker in workers:
+        worker.use(config)
     workers[0].stage_embed(shard=1)
     workers[0].stage_capture(layer=0, shard=1)
     workers[0].stage_recapture(layer=0, shard=1, group=group, experts=ranges)
@@ -337,8 +338,8 @@ def test_a_blocks_experts_are_unpacked_once_for_all_shards(
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
 def test_holes_in_the_heap_are_given_back(monkeypatch):
-    monkeypatch.setattr(stages, "FREED_BYTES_KEPT", 64 << 20)
-    stages.keep_freed_memory()
+    monkeypatch.setattr(process_memory, "FREED_BYTES_KEPT", 64 << 20)
+    process_memory.keep_freed_memory()
 
     def resident():
         with open("/proc/self/statm") as file:
@@ -352,7 +353,7 @@ def test_holes_in_the_heap_are_given_back(monkeypatch):
     full = resident()
     del large
     kept = resident()
-    stages.return_excess_memory()
+    process_memory.return_excess_memory()
     assert resident() < full - (100 << 20)
     assert resident() <= kept and len(small) == 40
 
@@ -360,5 +361,5 @@ def test_holes_in_the_heap_are_given_back(monkeypatch):
 def test_tf32_only_where_it_is_asked_for(tmp_path, llama_folder):
     source = resolve_name(str(llama_folder))
     for asked in (True, False):
-        Worker(WorkerSpec(store=str(tmp_path), source=source, config=RunConfig(tf32=asked)))
+        Worker(WorkerSpec(store=str(tmp_path), source=source)).use(RunConfig(tf32=asked))
         assert torch.backends.cuda.matmul.allow_tf32 is asked

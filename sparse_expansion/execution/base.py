@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparse_expansion.stages import Unit, UnitReport
+from sparse_expansion.config import RunConfig
+from sparse_expansion.units import Unit, UnitReport
 
 Observer = Callable[["Progress"], None]
 
@@ -30,8 +31,20 @@ class Progress:
 class Executor(Protocol):
     """Runs graphs of units."""
 
-    def run(self, units: Sequence[Unit], observer: Observer) -> dict[str, UnitReport]:
+    @property
+    def num_workers(self) -> int:
+        """Workers that do units at the same time."""
+        ...
+
+    def run(
+        self, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> dict[str, UnitReport]:
         """Do all units in an order that their needs allow; returns their reports by key.
+
+        Args:
+            units: a graph.
+            config: what all of its units are done with; travels with every unit.
+            observer: is told of every finished unit.
 
         Raises:
             CompressionError: a unit failed for a reason of its own.

@@ -25,7 +25,7 @@ import heapq
 from collections import defaultdict
 
 from sparse_expansion.execution.base import Schedule, unit_order
-from sparse_expansion.stages import Unit
+from sparse_expansion.units import Unit
 
 VALUE_SHARE = 0.6
 """Share of the object store that values between units may fill."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule, unit_order
-from sparse_expansion.stages import Unit, UnitReport, Worker, WorkerSpec
+from sparse_expansion.stages import Worker, WorkerSpec
+from sparse_expansion.units import Unit, UnitReport
 
 
 class LocalExecutor:
     """One worker, here."""
 
+    num_workers = 1
+
     def __init__(self, spec: WorkerSpec) -> None:
         """The worker keeps its caches between graphs."""
         self.worker = Worker(spec)
 
-    def run(self, units: Sequence[Unit], observer: Observer) -> dict[str, UnitReport]:
+    def run(
+        self, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
         schedule = Schedule(units)
         reports: dict[str, UnitReport] = {}
@@ -28,7 +34,7 @@ class LocalExecutor:
             unit = min((schedule.units[key] for key in schedule.ready), key=unit_order)
             self.worker.forget_before(schedule.first_open_layer)
             started = time.time()
-            report, outputs = self.worker.run(unit, schedule.start(unit.key))
+            report, outputs = self.worker.run(unit, config, schedule.start(unit.key))
             schedule.finish(unit.key, outputs)
             reports[unit.key] = report
             cost_done += unit.cost

@@ -34,10 +34,12 @@ from ray.exceptions import (
 )
 from ray.util.metrics import Counter, Gauge
 
+from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
-from sparse_expansion.stages import Unit, UnitReport, Worker, WorkerSpec
+from sparse_expansion.stages import Worker, WorkerSpec
 from sparse_expansion.types import CompressionError, HessianSum
+from sparse_expansion.units import Unit, UnitReport
 
 _LOST_WORKER = (
     ActorDiedError,
@@ -88,10 +90,10 @@ class UnitActor:
         """Node id and host name: the first call, answered once the actor is placed."""
         return ray.get_runtime_context().get_node_id(), os.uname().nodename
 
-    def run(self, unit: Unit, first_open_layer: int, *inputs: Any) -> Any:
+    def run(self, unit: Unit, config: RunConfig, first_open_layer: int, *inputs: Any) -> Any:
         """Do a unit; the report and each output are objects of their own."""
         self.worker.forget_before(first_open_layer)
-        report, outputs = self.worker.run(unit, [from_wire(value) for value in inputs])
+        report, outputs = self.worker.run(unit, config, [from_wire(value) for value in inputs])
         if not unit.outputs:
             return report
         return (report, *(to_wire(outputs[name]) for name in unit.outputs))
@@ -269,9 +271,11 @@ class RayExecutor:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def run(self, units: Sequence[Unit], observer: Observer) -> dict[str, UnitReport]:
+    def run(
+        self, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
-        return _Run(self, units, observer).loop()
+        return _Run(self, units, config, observer).loop()
 
     def close(self) -> None:
         """Give the workers back, and Ray too if it was started here."""
@@ -284,16 +288,18 @@ class RayExecutor:
 class _Run:
     """One graph on its way."""
 
-    def __init__(self, executor: RayExecutor, units: Sequence[Unit], observer: Observer) -> None:
+    def __init__(
+        self, executor: RayExecutor, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> None:
         self.executor = executor
+        self.config = config
         self.observer = observer
         self.schedule = Schedule(units)
-        calibration = executor.spec.config.calibration
         store = ray.cluster_resources().get("object_store_memory", float("inf"))
         self.dispatcher = Dispatcher(
             self.schedule,
             num_workers=executor.num_workers,
-            captures_first=calibration.calibration_inputs == "dense",
+            captures_first=config.calibration.calibration_inputs == "dense",
             captured_bytes=executor.spec.captured_bytes,
             value_budget=VALUE_SHARE * store,
         )
@@ -344,7 +350,7 @@ class _Run:
                 continue
             inputs = self.schedule.start(unit.key)
             method = handle.actor.run.options(num_returns=1 + len(unit.outputs), name=unit.key)
-            refs = method.remote(unit, self.schedule.first_open_layer, *inputs)
+            refs = method.remote(unit, self.config, self.schedule.first_open_layer, *inputs)
             refs = tuple(refs) if isinstance(refs, list) else (refs,)
             handle.busy = True
             self.calls[refs[0]] = _Call(unit, handle, refs, time.time())

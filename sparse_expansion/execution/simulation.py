@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from sparse_expansion.execution.base import Schedule
 from sparse_expansion.execution.dispatch import Dispatcher
-from sparse_expansion.stages import Unit
+from sparse_expansion.units import Unit
 
 
 @dataclass

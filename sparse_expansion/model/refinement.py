@@ -159,7 +159,7 @@ def refine(
         num_steps: batches of all epochs, for the learning rate's schedule (half a cosine).
     """
     weights = [linear.weight_KOD for linear in linears.values()]
-    optimizer = torch.optim.Adam(weights, lr=config.learning_rate, betas=BETAS)
+    optimizer = torch.optim.Adam(weights, lr=config.finetune_rate, betas=BETAS)
 
     def loss_of(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
@@ -174,11 +174,11 @@ def refine(
     before = best = held_out_loss()
     best_epoch, step = 0, 0
     best_weights = [weight.detach().clone() for weight in weights]
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(1, config.finetune + 1):
         for batch in batches(epoch):
             rate = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
+                group["lr"] = config.finetune_rate * rate
             optimizer.zero_grad()
             loss_of(batch).backward()
             for linear in linears.values():

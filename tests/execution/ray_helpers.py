@@ -102,7 +102,7 @@ def config(schedule: str = "compressed", **changes: Any) -> RunConfig:
         compression=CompressionConfig(block_size=16),
         routing=RoutingConfig(num_clusters=4, pca_reduction_factor=4),
         calibration=CalibrationConfig(**calibration),
-        refinement=RefinementConfig(epochs=2 if schedule == "finetune" else 0),
+        refinement=RefinementConfig(finetune=2 if schedule == "finetune" else 0),
         experts_per_unit=2,
     )
 
@@ -117,9 +117,7 @@ class Run:
             settings, folder, dataset=str(text), cache_dir=None, model_name="m"
         )
         jobs.claim(self.store, self.prepared, self.windows, resume=True)
-        self.spec = WorkerSpec(
-            store=str(output), source=resolve_name(str(folder)), config=settings, threads=1
-        )
+        self.spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)
         self.measured = jobs.Measurements()
         self.seen: list[Any] = []
 

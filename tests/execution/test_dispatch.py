@@ -9,7 +9,7 @@ from sparse_expansion.execution.base import Schedule
 from sparse_expansion.execution.dispatch import Dispatcher
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.plan import GroupShape, ModelShape, expansion_units
-from sparse_expansion.stages import Unit
+from sparse_expansion.units import Unit
 
 
 def units(schedule="dense", layers=4, shards=3, clusters=8):

@@ -1,0 +1,119 @@
+"""Names of a run's files and of its units, made here and read back here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+RUN_FILE = "run/run.json"
+"""What the folder was claimed for: settings, model, weights, calibration tokens."""
+UNITS = "run/units"
+"""Folder of the markers of finished units."""
+ALLOCATION_FILE = "run/allocation.json"
+"""What every block lost when it alone was pruned, and its share of zeros."""
+METRICS_FILE = "metrics.json"
+COMMAND_FILE = "run/command.json"
+TIMELINE_FILE = "run/timeline.json"
+CALIBRATION = "run/calibration"
+"""Folder of the calibration windows, a file per shard."""
+HIDDEN = "run/hidden/"
+"""Folder of the hidden states that enter blocks."""
+DRAFTS = "run/drafts/"
+"""Folder of experts that are still to be trained."""
+
+ExpertRange = tuple[int, int]
+"""First and last expert of a unit."""
+
+
+def block_key(layer: int) -> str:
+    """What the keys of a block's units begin with: ``layer-003``."""
+    return f"layer-{layer:03d}"
+
+
+def group_key(layer: int, group: str) -> str:
+    """What the keys of a linear group's units begin with: ``layer-003/mlp.down_proj``."""
+    return f"{block_key(layer)}/{group}"
+
+
+def shard_name(shard: int) -> str:
+    """How the keys of one shard's units end: ``shard-002``."""
+    return f"shard-{shard:03d}"
+
+
+def router_key(layer: int, group: str) -> str:
+    """Key of the unit that fits a group's router."""
+    return f"{group_key(layer, group)}/router"
+
+
+def experts_key(layer: int, group: str, experts: ExpertRange) -> str:
+    """Key of the unit that makes a range of a group's experts."""
+    return f"{group_key(layer, group)}/experts-{range_name(experts)}"
+
+
+@dataclass(frozen=True)
+class ExpertsKey:
+    """What the key of a unit of experts says."""
+
+    layer: int
+    group: str
+    experts: ExpertRange
+
+
+def parse_experts_key(key: str) -> ExpertsKey | None:
+    """The inverse of ``experts_key``; None for the key of another unit."""
+    found = re.fullmatch(r"layer-(\d+)/([^/]+)/experts-(\d+)-(\d+)", key)
+    if found is None:
+        return None
+    layer, group, first, last = found.groups()
+    return ExpertsKey(int(layer), group, (int(first), int(last)))
+
+
+def windows_file(shard: int) -> str:
+    """File of one shard's calibration windows."""
+    return f"{CALIBRATION}/{shard_name(shard)}.safetensors"
+
+
+def router_file(layer: int, group: str) -> str:
+    """File of a group's router (and grids)."""
+    return f"router-{layer:03d}-{group}.safetensors"
+
+
+def range_name(experts: ExpertRange) -> str:
+    """A range of experts, as ``000-003``."""
+    return f"{experts[0]:03d}-{experts[1]:03d}"
+
+
+def experts_file(layer: int, group: str, experts: ExpertRange, *, is_draft: bool = False) -> str:
+    """File of a range of a group's experts; drafts are trained before they are final."""
+    start = block_scratch_files(layer)[1] if is_draft else f"experts-{layer:03d}-"
+    return f"{start}{group}-{range_name(experts)}.safetensors"
+
+
+def neurons_file(layer: int, group: str) -> str:
+    """File of what is known of a group's neurons."""
+    return f"neurons-{layer:03d}-{group}.safetensors"
+
+
+def clusters_file(layer: int, linear: str, num_clusters: int) -> str:
+    """File of what one number of clusters did to a linear."""
+    return f"clusters-{layer:03d}-{linear}-{num_clusters:04d}.safetensors"
+
+
+def pruned_file(layer: int, group: str) -> str:
+    """File of a group's pruned neurons."""
+    return f"pruned-{layer:03d}-{group}.safetensors"
+
+
+def pruned_name(ranking: str, share: float) -> str:
+    """Of the neurons that a ranking puts first."""
+    return f"{ranking}-{share:g}"
+
+
+def block_scratch_files(layer: int) -> tuple[str, str]:
+    """How the names of a block's hidden states and drafts begin; they go when it is finished."""
+    return f"{HIDDEN}layer-{layer:03d}-", f"{DRAFTS}experts-{layer:03d}-"
+
+
+def hidden_file(layer: int, shard: int) -> str:
+    """File of one shard's hidden states before a block."""
+    return f"{block_scratch_files(layer)[0]}{shard_name(shard)}.safetensors"
