@@ -19,9 +19,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.packing import mask_of
-from sparse_expansion.algorithms.packing import PackedLayout, pack_expert
+from sparse_expansion.algorithms.packing.experts import pack_expert
+from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
-from sparse_expansion.model.expansion import ExpandedLinear, ExpertCache
+from sparse_expansion.model.expansion import ExpandedLinear
+from sparse_expansion.model.expert_cache import ExpertCache
 
 ROWS, COLUMNS, EXPERTS = 11008, 4096, 4
 

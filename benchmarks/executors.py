@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 VARIANTS = {
     "local, 2 threads": "--executor local --threads 2",
@@ -32,14 +33,14 @@ SAME = [
 
 
 def digest(folder: Path) -> str:
-    """Of all weight files, in order."""
+    """SHA-256 over the names and contents of a folder's weight files, in order."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
 
-def run_once(command: str, where: list[str], flags: str) -> dict:
+def run_once(command: str, where: list[str], flags: str) -> dict[str, Any]:
     """Run the command as a user would; its metrics, seconds and the digest of its weights."""
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "sparse_expansion.cli", command, "--json", *where]
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--flags",
         action="append",
-        help="of all commands; given several times, each is run with all executors",
+        help="flags of all commands; given several times, each is run with all executors",
     )
     parser.add_argument("--command", choices=("run", "expand"), default="expand")
     parser.add_argument("--repeat", type=int, default=3)

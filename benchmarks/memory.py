@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ SHARD_TOKENS = 16384
 
 
 def flags(tokens: int) -> list[str]:
-    """Settings of a run over so many tokens."""
+    """The flags of a run over so many tokens."""
     windows = tokens // SEQLEN
     found = f"--dataset-size {windows} --data-shards {max(1, tokens // SHARD_TOKENS)} "
     found += f"--preset paper --seqlen {SEQLEN} --num_clusters 8 --experts-per-unit 4 "
@@ -31,10 +32,44 @@ def flags(tokens: int) -> list[str]:
     return found.split()
 
 
+def measure(layers: int, scale: int, tokens: int) -> dict[str, Any]:
+    """Plan and expand one model; returns what it is and both peaks.
+
+    Args:
+        layers: number of blocks.
+        scale: width of the model, in steps of 128 features.
+        tokens: calibration tokens.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_model(
+            Path(folder) / "model",
+            "llama",
+            torch.float32,
+            hidden_size=128 * scale,
+            intermediate_size=352 * scale,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=SEQLEN,
+        )
+        plan = command("plan", "--model", model, *flags(tokens))
+        where = ["--model", model, "--dataset", "pydoc", "--output", Path(folder) / "out"]
+        found = command("expand", *where, "--threads", "2", *flags(tokens))
+    return {
+        "layers": layers,
+        "hidden_size": 128 * scale,
+        "tokens": tokens,
+        "measured_bytes": found["peak_memory_bytes"],
+        "plan_bytes": plan["memory_bytes"]["peak"],
+        "seconds": found["seconds"]["expand"],
+    }
+
+
 def main() -> None:
     """Print a table and one JSON line per row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", help="these rows alone, of two layers")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="only these numbers of tokens, with two layers"
+    )
     args = parser.parse_args()
     print(
         f"{'layers':>6} {'width':>6} {'tokens':>8} {'measured MB':>12} {'plan MB':>8} {'ratio':>6}"
@@ -46,42 +81,11 @@ def main() -> None:
         cases += [(2, 1, tokens) for tokens in (10240, 102400, 1048576, 4194304)]
         cases += [(2, scale, 32768) for scale in (4, 8)]
     for layers, scale, tokens in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            model = save_model(
-                Path(folder) / "model",
-                "llama",
-                torch.float32,
-                hidden_size=128 * scale,
-                intermediate_size=352 * scale,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                max_position_embeddings=SEQLEN,
-            )
-            plan = command("plan", "--model", model, *flags(tokens))
-            found = command(
-                "expand",
-                "--model",
-                model,
-                "--dataset",
-                "pydoc",
-                "--output",
-                Path(folder) / "out",
-                "--threads",
-                "2",
-                *flags(tokens),
-            )
-        row = {
-            "layers": layers,
-            "hidden_size": 128 * scale,
-            "tokens": tokens,
-            "measured_bytes": found["peak_memory_bytes"],
-            "plan_bytes": plan["memory_bytes"]["peak"],
-            "seconds": found["seconds"]["expand"],
-        }
+        row = measure(layers, scale, tokens)
         ratio = row["measured_bytes"] / row["plan_bytes"]
         print(
-            f"{layers:>6} {128 * scale:>6} {tokens:>8} {row['measured_bytes'] / 1e6:>12.0f} "
-            f"{row['plan_bytes'] / 1e6:>8.0f} {ratio:>6.2f}"
+            f"{layers:>6} {row['hidden_size']:>6} {tokens:>8} "
+            f"{row['measured_bytes'] / 1e6:>12.0f} {row['plan_bytes'] / 1e6:>8.0f} {ratio:>6.2f}"
         )
         print(json.dumps(row), flush=True)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from sparse_expansion.algorithms.packing import PackedLayout, pack_expert, unpack_expert
+from sparse_expansion.algorithms.packing.experts import pack_expert, unpack_expert
+from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 

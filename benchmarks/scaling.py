@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
 from sparse_expansion.execution.simulation import simulate
-from sparse_expansion.plan import GroupShape, ModelShape, expansion_units
+from sparse_expansion.planning.expansion import expansion_units
+from sparse_expansion.planning.shapes import GroupShape, ModelShape
 from sparse_expansion.units import Unit
 
 LLAMA_2_13B = ModelShape(

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.baseline import DAMPING, prune
-from sparse_expansion.algorithms.sweep import compress_linears
+from benchmarks.published import DAMPING, prune
+from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
 EXPERTS, TOKENS = 2, 8192

@@ -2,35 +2,56 @@
 
     python docs/build_flags.py [FILE]
 
-Both come from the code: argparse's help, and the text under the fields of the settings' classes.
+Both come from the code: the parsers of the commands, and the fields of the settings' classes.
 """
 
 import argparse
-import ast
-import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparse_expansion import config
-from sparse_expansion.flags import DEFAULT_PRESET, PRESETS, build_parser
+from sparse_expansion.cli.flags import default_text
+from sparse_expansion.cli.parser import command_parsers
+from sparse_expansion.config.calibration import CalibrationConfig
+from sparse_expansion.config.compression import CompressionConfig
+from sparse_expansion.config.fields import settings_of
+from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS
+from sparse_expansion.config.routing import RoutingConfig
+from sparse_expansion.config.run import RefinementConfig, RunConfig
 
-HEAD = """# Flags and settings
+HEAD = f"""# Flags and settings
 
 Written by `docs/build_flags.py` from the code. Hyphens and underscores are the same in flags, and
 so is their case. Where a flag of `run`, `expand` or `plan` is part of a preset, its default is that
-of `--preset {preset}`.
+of `--preset {DEFAULT_PRESET}`. Explicit flags override the preset, and the preset overrides the
+defaults that belong to a pruner.
 """
-SETTINGS = (
+PRESETS_HEAD = "Settings that are the same in all presets are left out."
+SETTINGS_HEAD = (
     "The `config` of `metrics.json` and of `run/run.json`. Defaults are those of the Python "
     "classes, which are the paper's."
 )
-SECTIONS = (config.CompressionConfig, config.RoutingConfig, config.CalibrationConfig)
+SECTIONS = {
+    "compression": CompressionConfig,
+    "routing": RoutingConfig,
+    "calibration": CalibrationConfig,
+    "refinement": RefinementConfig,
+    "all": RunConfig,
+}
+"""Settings' classes by heading."""
 
 
 def cell(text: object) -> str:
-    """Of a table, on one line."""
+    """A table's cell, on one line."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """A value as code; words that say what happens without one stay words."""
+    value, space, meaning = text.partition(" ")
+    if not text or (space and not meaning.startswith("(")):
+        return text
+    return f"`{value}`{space}{meaning}"
 
 
 def flag_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
@@ -41,44 +62,42 @@ def flag_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]
         names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
         if action.choices:
             names += ": " + ", ".join(map(str, action.choices))
-        shown = action.default not in (None, False, argparse.SUPPRESS)
-        yield names, f"`{action.default}`" if shown else "", action.help or ""
+        yield names, code(default_text(action)), action.help or ""
 
 
 def field_rows(section: type) -> Iterator[tuple[str, str, str]]:
-    """Name, default and meaning of every field of a dataclass."""
-    (tree,) = ast.parse(inspect.getsource(section)).body
-    assert isinstance(tree, ast.ClassDef)
-    for node, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(node.target, ast.Name) and isinstance(text.value, ast.Constant)
-            shown = node.value if isinstance(node.value, ast.Constant | ast.Tuple) else None
-            default = "" if shown is None else f"`{ast.unparse(shown)}`"
-            yield f"`{node.target.id}`", default, str(text.value.value).replace("``", "`")
+    """Name, default and meaning of every field of a settings class."""
+    for name, spec in settings_of(section).items():
+        is_section = type(spec.default) in SECTIONS.values()
+        default = "" if is_section else code(spec.text_of(spec.default))
+        yield f"`{name}`", default, spec.help
 
 
-def table(rows: Iterator[tuple[str, str, str]], head: tuple[str, str, str]) -> list[str]:
+def preset_rows() -> Iterator[tuple[str, ...]]:
+    """Flag and its value in every preset."""
+    for section in SECTIONS.values():
+        for name, spec in settings_of(section).items():
+            if any(name in values for values in PRESETS.values()):
+                given = [values.get(name, spec.default) for values in PRESETS.values()]
+                yield f"`{spec.flag}`", *(code(spec.text_of(value)) for value in given)
+
+
+def table(rows: Iterator[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
     """Lines of Markdown."""
-    lines = [head, ("---", "---", "---"), *rows]
+    lines = [head, ("---",) * len(head), *rows]
     return [f"| {' | '.join(map(cell, line))} |" for line in lines]
 
 
 def page() -> str:
     """The whole page."""
-    parser = build_parser(PRESETS[DEFAULT_PRESET])
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    lines = [HEAD.format(preset=DEFAULT_PRESET)]
-    for name, command in commands.choices.items():
+    lines = [HEAD]
+    for name, command in command_parsers()[1].items():
         lines += [f"## {name}", "", command.description or "", ""]
         lines += [*table(flag_rows(command), ("flag", "default", "meaning")), ""]
-    lines += ["## Presets", "", "| flag | " + " | ".join(PRESETS) + " |"]
-    lines.append("|---" * (len(PRESETS) + 1) + "|")
-    for flag in next(iter(PRESETS.values())):
-        values = " | ".join(f"`{preset[flag]}`" for preset in PRESETS.values())
-        lines.append(f"| `--{flag.replace('_', '-')}` | {values} |")
-    lines += ["", "## Settings", "", SETTINGS, ""]
-    for section in (*SECTIONS, config.RunConfig):
-        name = section.__name__.removesuffix("Config").lower().replace("run", "all")
+    lines += ["## Presets", "", PRESETS_HEAD, ""]
+    lines += [*table(preset_rows(), ("flag", *PRESETS)), ""]
+    lines += ["## Settings", "", SETTINGS_HEAD, ""]
+    for name, section in SECTIONS.items():
         lines += [f"### {name}", "", section.__doc__ or "", ""]
         lines += [*table(field_rows(section), ("field", "default", "meaning")), ""]
     return "\n".join(lines)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from sparse_expansion.cli import main
-from sparse_expansion.flags import normalise_flags
+from sparse_expansion.cli.flags import normalise_flags
+from sparse_expansion.cli.main import main
 
 
 def job(command: str) -> int:

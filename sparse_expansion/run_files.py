@@ -21,6 +21,9 @@ HIDDEN = "run/hidden/"
 DRAFTS = "run/drafts/"
 """Folder of experts that are still to be trained."""
 
+TRUNK_KEY = "trunk"
+"""Key of the unit that copies what is neither expert nor router."""
+
 ExpertRange = tuple[int, int]
 """First and last expert of a unit."""
 
@@ -48,6 +51,76 @@ def router_key(layer: int, group: str) -> str:
 def experts_key(layer: int, group: str, experts: ExpertRange) -> str:
     """Key of the unit that makes a range of a group's experts."""
     return f"{group_key(layer, group)}/experts-{range_name(experts)}"
+
+
+def embed_key(shard: int) -> str:
+    """Key of the unit that embeds one shard of the windows."""
+    return f"embed/{shard_name(shard)}"
+
+
+def shard_affinity(layer: int, shard: int) -> str:
+    """Affinity of the units that work on one shard's captured inputs of a block."""
+    return f"{block_key(layer)}/{shard_name(shard)}"
+
+
+def capture_key(layer: int, shard: int) -> str:
+    """Key of the unit that captures one shard's inputs of a block's linears."""
+    return f"{block_key(layer)}/capture/{shard_name(shard)}"
+
+
+def recapture_key(layer: int, group: str, shard: int) -> str:
+    """Key of the unit that captures a group's inputs behind compressed linears of its block."""
+    return f"{group_key(layer, group)}/recapture/{shard_name(shard)}"
+
+
+def gather_key(layer: int, group: str, experts: ExpertRange, shard: int) -> str:
+    """Key of the unit that gathers one shard's inputs of a span of experts."""
+    return f"{group_key(layer, group)}/gather-{range_name(experts)}/{shard_name(shard)}"
+
+
+def reduce_key(layer: int, group: str, experts: ExpertRange, level: int, position: int) -> str:
+    """Key of a unit that adds up Hessian sums: its level in the tree, and its place there."""
+    return f"{group_key(layer, group)}/reduce-{range_name(experts)}/{level}-{position:03d}"
+
+
+def refine_key(layer: int) -> str:
+    """Key of the unit that trains a block's experts."""
+    return f"{block_key(layer)}/refine"
+
+
+def advance_key(layer: int, shard: int) -> str:
+    """Key of the unit that takes one shard's hidden states through a compressed block."""
+    return f"{block_key(layer)}/advance/{shard_name(shard)}"
+
+
+def neurons_key(layer: int, group: str) -> str:
+    """Key of the unit that describes a group's neurons."""
+    return f"{group_key(layer, group)}/neurons"
+
+
+def prune_neurons_key(layer: int, group: str) -> str:
+    """Key of the unit that prunes a group's first neurons of every ranking."""
+    return f"{group_key(layer, group)}/prune-neurons"
+
+
+def clusters_key(layer: int, linear: str, num_clusters: int) -> str:
+    """Key of the unit that tries one number of clusters on a linear."""
+    return f"{group_key(layer, linear)}/clusters-{num_clusters:04d}"
+
+
+def block_gaps_key(layers: tuple[int, int]) -> str:
+    """Key of the unit that scores windows with one block pruned at a time, first to last."""
+    return f"block-gaps/{range_name(layers)}"
+
+
+def evaluate_key(name: str, shard: int, blocks: int) -> str:
+    """Key of the unit that scores one shard of windows through one range of a model's blocks."""
+    return f"evaluate-{name}/{shard_name(shard)}/blocks-{blocks:03d}"
+
+
+def evaluate_affinity(name: str, blocks: int) -> str:
+    """Affinity of the units that share one range of a model's blocks."""
+    return f"evaluate-{name}/blocks-{blocks:03d}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Unit:
     """Units whose files must be there first."""
     outputs: tuple[str, ...] = ()
     """Names of the values it hands on."""
+    makes_captures: bool = False
+    """Whether it makes the captured activations that units of the same affinity read."""
     is_persistent: bool = False
     """Whether it writes files and a marker, and is skipped when they are there."""
     affinity: str | None = None

@@ -11,8 +11,9 @@ import ray
 import yaml
 
 from sparse_expansion.cli import main
-from sparse_expansion.execution.ray import RayExecutor, RayOptions
-from sparse_expansion.stages import WorkerSpec
+from sparse_expansion.config import ExecutionOptions
+from sparse_expansion.execution.ray.executor import RayExecutor
+from sparse_expansion.work.spec import WorkerSpec
 from tests.execution.ray_helpers import BIN, free_port, ray_head
 from tests.tiny import SMALL_RUN, digests
 
@@ -23,7 +24,7 @@ HEAD_ID = "f" * 51 + "00000"
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
+def cluster(short_home):
     """Address of a head without workers, whose autoscaler starts processes in place of machines."""
     shipped = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     port = free_port()
@@ -49,7 +50,7 @@ def cluster(tmp_path_factory):
             "disable_node_updaters": True,
         },
     }
-    home = tmp_path_factory.mktemp("home")  # short: Ray's sockets live below it
+    home = short_home
     (home / "autoscaling.json").write_text(json.dumps(config))
 
     def is_up():
@@ -87,7 +88,7 @@ def test_from_zero_up_and_back(cluster, tmp_path, neox_folder, text_folder):
     try:
         assert len(alive()) == 1 and ray.cluster_resources().get("GPU", 0) == 0
         with pytest.raises(ValueError, match="--num-workers"):
-            RayExecutor(WorkerSpec(store="", source=None), RayOptions())
+            RayExecutor(WorkerSpec(store="", source=None), ExecutionOptions(executor="ray"))
         job = subprocess.Popen(
             [str(BIN / "sparse-expansion"), "expand", *common, "--output", str(there)]
             + ["--executor", "ray", "--ray-address", cluster, "--num-workers", "2"]

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import baseline
-from benchmarks.quality.neox import docstrings
+from benchmarks import baseline, published
+from benchmarks.quality import __main__ as table
+from benchmarks.quality import neox
+from sparse_expansion import cli
+from sparse_expansion.algorithms.compress import compress_experts
 from sparse_expansion.algorithms.hessian import hessian_sum
-from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import CompressionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,11 +25,11 @@ def test_the_baseline_prunes_as_we_do():
     torch.manual_seed(0)
     mixing = torch.randn(160, 160) / 12 + torch.eye(160)
     W, X = torch.randn(40, 160), torch.randn(600, 160) @ mixing
-    sums = baseline.Hessians(160, 1)
+    sums = published.Hessians(160, 1)
     for index, part in enumerate(X.split(200)):
         sums.add(lambda rows: torch.zeros(len(rows), dtype=torch.int64), index, part)
     torch.testing.assert_close(sums.H[0], 2 / 600 * X.T @ X, rtol=1e-4, atol=1e-4)
-    theirs = baseline.prune(W, sums.H[0], 0.5)
+    theirs = published.prune(W, sums.H[0], 0.5)
     ours = compress_experts(W, hessian_sum(X).sum_DD[None], CompressionConfig(), None)
     same = (theirs != 0) == ours.kept_KOD[0]
     assert float(same.float().mean()) > 0.995
@@ -35,18 +38,17 @@ def test_the_baseline_prunes_as_we_do():
 
 def test_the_baselines_experts_route_each_token():
     experts = [torch.eye(3), 2 * torch.eye(3)]
-    linear = baseline.RoutedLinear(lambda X: (X[:, 0] > 0).long(), experts, torch.ones(3))
+    linear = published.RoutedLinear(lambda X: (X[:, 0] > 0).long(), experts, torch.ones(3))
     X = torch.tensor([[[1.0, 2.0, 3.0], [-1.0, 2.0, 3.0]]])
     assert linear(X).tolist() == [[[3.0, 5.0, 7.0], [0.0, 3.0, 4.0]]]
 
 
-def test_the_benchmark_runs(llama_folder, text_folder):
+def test_the_benchmark_compares_equal_work(llama_folder, text_folder, capsys):
     flags = "--layers 1 --windows 4 --seqlen 32 --clusters 2 --restarts 2 --threads 1".split()
-    line = [sys.executable, "-m", "benchmarks.baseline", str(llama_folder), str(text_folder)]
-    done = subprocess.run([*line, *flags], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < sum(result["baseline_parts"].values()) <= 1.001 * result["baseline_seconds"]
+    baseline.main([str(llama_folder), str(text_folder), *flags])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert sum(result["baseline_parts"].values()) == pytest.approx(result["baseline_seconds"])
+    assert min(result["baseline_parts"].values()) > 0
     assert result["expand_seconds"] > 0
     assert set(result["unavoidable_seconds"]) == {
         "passes",
@@ -54,6 +56,12 @@ def test_the_benchmark_runs(llama_folder, text_folder):
         "factorizations",
         "error products",
     }
+    assert result["blocks"] == 1
+    # Both prune half of every expert, and lose as much of the block's output by it.
+    assert result["baseline_zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert result["expand_zeros"] == pytest.approx(result["baseline_zeros"], abs=1e-3)
+    assert result["baseline_error"] > 0
+    assert result["expand_error"] == pytest.approx(result["baseline_error"], rel=0.1)
 
 
 def test_the_sweeps_benchmark_finds_equal_masks():
@@ -66,12 +74,9 @@ def test_the_sweeps_benchmark_finds_equal_masks():
     assert all(row["same_mask"] > 0.995 and row["ratio"] > 0 for row in rows)
 
 
-def test_the_quality_tables_model_is_trained_and_loads(text_folder, tmp_path):
-    line = [sys.executable, "-m", "benchmarks.quality.neox", str(text_folder)]
-    line += [str(tmp_path / "model"), "--steps", "10"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    model = AutoModelForCausalLM.from_pretrained(done.stdout.strip())
+def test_the_quality_tables_model_is_trained_and_loads(text_folder, tmp_path, capsys):
+    neox.main([str(text_folder), str(tmp_path / "model"), "--steps", "10"])
+    model = AutoModelForCausalLM.from_pretrained(capsys.readouterr().out.strip())
     tokens = torch.tensor(
         [AutoTokenizer.from_pretrained(tmp_path / "model")("def it")["input_ids"]]
     )
@@ -86,10 +91,22 @@ def test_docstrings_are_read_and_tests_left_out(tmp_path):
         (tmp_path / name).write_text(
             f'"""Of {name}."""\ndef f():\n    """Of f."""\ndef g(): 1 / 0\n'
         )
-    assert list(docstrings(tmp_path)) == ["Of a.py.", "Of f.", ""]
+    assert list(neox.docstrings(tmp_path)) == ["Of a.py.", "Of f.", ""]
 
 
-def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, tmp_path):
+def test_the_quality_table_grows_and_is_not_run_twice(
+    neox_folder, text_folder, tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def run_here(*arguments):
+        """The command in this process: importing PyTorch takes longer than the run."""
+        commands.append(arguments[0])
+        capsys.readouterr()
+        assert cli.main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setattr(table, "command", run_here)
     settings = {
         "common": "--seqlen 48 --threads 1",
         "evaluation": "--eval-windows 4",
@@ -105,14 +122,13 @@ def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, 
     }
     file = tmp_path / "settings.json"
     output = tmp_path / "out"
-    line = [sys.executable, "-m", "benchmarks.quality", str(neox_folder), str(text_folder)]
-    line += ["--output", str(output), "--settings", str(file), "--hold-out", "0.1"]
+    line = [str(neox_folder), str(text_folder), "--output", str(output)]
+    line += ["--settings", str(file), "--hold-out", "0.1"]
 
     def rows_after_a_run():
         file.write_text(json.dumps(settings))
-        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads((output / "rows.json").read_text()), done.stdout
+        table.main(line)
+        return json.loads((output / "rows.json").read_text()), capsys.readouterr().out
 
     rows, text = rows_after_a_run()
     assert [(row["point"], row["method"]) for row in rows] == [
@@ -120,6 +136,7 @@ def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, 
         ("70 %", "magnitude"),
         ("4 bits", "one cluster"),
     ]
+    assert (commands.count("expand"), commands.count("evaluate")) == (3, 3 + 1)
     assert rows[0]["gap"] < rows[1]["gap"] and rows[0]["hold_out"] == 0.1
     ratio = rows[0]["perplexity"] / rows[0]["perplexity_dense"]
     np.testing.assert_allclose(rows[0]["gap"], np.log(ratio))
@@ -130,6 +147,7 @@ def test_the_quality_table_grows_and_is_not_run_twice(neox_folder, text_folder, 
     settings["seeds"] = [0, 1]
     settings["points"] = {"70 %": "--sparsity 0.7"}
     more, text = rows_after_a_run()
+    assert (commands.count("expand"), commands.count("evaluate")) == (9, 9 + 1)
     assert more[:3] == rows and [row["seed"] for row in more[3:]] == [0, 0, 1, 1, 1, 1]
     assert "4 bits" not in text
     assert {row["calibration_tokens"] for row in more} == {8 * 48, 16 * 48}

@@ -89,6 +89,6 @@ def test_rayjob():
     assert spec["enableInTreeAutoscaling"] and spec["authOptions"]["mode"] == "token"
     (group,) = spec["workerGroupSpecs"]
     assert group["minReplicas"] == 0 and group["template"]["spec"]["restartPolicy"] == "Never"
-    from sparse_expansion.flags import parse_arguments
+    from sparse_expansion.cli.parser import parse_arguments
 
     parse_arguments(job["spec"]["entrypoint"].split()[1:])

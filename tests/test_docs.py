@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sparse_expansion.cli import main
-from sparse_expansion.flags import parse_arguments
+from sparse_expansion.cli.parser import COMMANDS, parse_arguments
+from sparse_expansion.cli.settings import execution_options, experiment_config, run_config
+from sparse_expansion.config import SparsityPattern
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,13 +40,46 @@ def commands():
 
 
 def test_there_are_commands():
-    assert len(commands()) >= 4
-    assert {page for page, _ in commands()} >= {"README.md", "how-to.md"}
+    found = commands()
+    assert {page for page, _ in found} == {"README.md", "findings.md", "how-to.md", "tutorial.md"}
+    assert {command[0] for _, command in found} >= set(COMMANDS) - {"expand"}
+    assert len(found) >= 30
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_every_command_parses(page, command):
-    parse_arguments(command)
+    """Flags that a command knows, whose values make settings."""
+    args = parse_arguments(command)
+    name = command[0]
+    assert args.command == name and name in COMMANDS
+    if name in ("run", "expand", "plan"):
+        config = settings_as_if_files_were_there(args)
+        assert config.calibration.seqlen == 512
+        assert config.compression.sparsity == sparsity_in(command)
+    elif name in ("sweep-clusters", "prune-neurons", "allocate"):
+        config = experiment_config(args, 1, 512)
+        assert config.calibration.calibration_inputs == "dense"
+        assert config.compression.sparsity == sparsity_in(command)
+    elif name == "evaluate":
+        assert args.model in command
+    else:
+        assert set(vars(args)) & {"folder", "folders"}
+    if "executor" in args:
+        assert execution_options(args).executor == args.executor
+
+
+def sparsity_in(command):
+    given = command[command.index("--sparsity") + 1] if "--sparsity" in command else "0.5"
+    return SparsityPattern.parse(given)
+
+
+def settings_as_if_files_were_there(args):
+    """Settings of a run, without the files that other commands of the page write."""
+    if args.layer_sparsity.endswith(".json"):
+        args.layer_sparsity = "uniform"
+    if args.layer_clusters:
+        args.layer_clusters = ()
+    return run_config(args, 512)
 
 
 SMALL = {
@@ -175,8 +210,10 @@ def test_links_lead_somewhere():
 def test_the_format_pages_test_vectors():
     import torch
 
-    from sparse_expansion.algorithms.packing import PackedLayout, pack_codes, pack_expert, pack_mask
-    from sparse_expansion.config import CompressionConfig, SparsityPattern
+    from sparse_expansion.algorithms.packing.experts import pack_expert
+    from sparse_expansion.algorithms.packing.layout import PackedLayout
+    from sparse_expansion.algorithms.packing.streams import pack_codes, pack_mask
+    from sparse_expansion.config import CompressionConfig
 
     mask = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
     codes = torch.tensor([5, 1, 7], dtype=torch.uint8)

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
+def head(short_home):
     """Address of a job server; everything it started ends with the tests."""
-    home = tmp_path_factory.mktemp("home")
+    home = short_home
     dashboard = free_port()
     address = f"http://127.0.0.1:{dashboard}"
     flags = [

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sparse_expansion.report import write_table
+from sparse_expansion.report.parquet import write_table
 from sparse_expansion.store import Store, open_run, read_windows, write_windows
 
 

@@ -18,14 +18,16 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import command
 from sparse_expansion.data.corpora import load_corpus
-from sparse_expansion.plots import figure_and_axes, save
-from sparse_expansion.report import columns_of, gap_and_cost, table, write_table
+from sparse_expansion.report.comparison import gap_and_cost
+from sparse_expansion.report.figures.canvas import figure_and_axes, save
+from sparse_expansion.report.formatting import table
+from sparse_expansion.report.parquet import columns_of, write_table
 from sparse_expansion.store import Store
 
 SETTINGS = Path(__file__).with_name("settings.json")
@@ -52,7 +54,7 @@ def wanted(settings: dict[str, Any]) -> Iterator[Row]:
 
 
 def name_of(row: Row) -> tuple[Any, ...]:
-    """What makes a row another one: how it is expanded, then how it is evaluated."""
+    """What tells rows apart: how each is expanded, then how it is evaluated."""
     return tuple(row[key] for key in ("flags", "evaluation", "model", "dataset", "hold_out"))
 
 
@@ -67,7 +69,7 @@ def held_out(dataset: str, share: float, folder: Path) -> Path:
 
 
 def summary(rows: list[Row], reference: str) -> list[Row]:
-    """Over seeds: gaps, and ratios to the reference's gaps seed by seed."""
+    """Means over seeds of the gaps, and of their ratios to the reference's gaps seed by seed."""
     gaps = {(r["point"], r["calibration"], r["method"], r["seed"]): r["gap"] for r in rows}
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -99,7 +101,7 @@ def summary(rows: list[Row], reference: str) -> list[Row]:
 
 
 def summary_table(found: list[Row], reference: str) -> str:
-    """The summary for people."""
+    """The summary as text."""
     cells: list[tuple[str, ...]] = [
         ("point, calibration, method", "seeds", "perplexity", "gap", f"of {reference}", "cost")
     ]
@@ -158,52 +160,69 @@ def curves_figure(found: list[Row], point: str) -> Any:
     return figure
 
 
-def main() -> None:
-    """Run what is missing, and print the summary of all there is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("dataset")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--settings", type=Path, default=SETTINGS)
-    parser.add_argument(
-        "--hold-out", type=float, help="share of the calibration text to measure on"
-    )
-    args = parser.parse_args()
-    settings = json.loads(args.settings.read_text(encoding="utf-8"))
-    store = Store(args.output)
-    rows: list[Row] = store.read_json(ROWS) if store.exists(ROWS) else []
-    measured = {name_of(row): row for row in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = args.dataset
-        if args.hold_out is not None:
-            dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
-        text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
-        for row in wanted(settings):
-            row |= text
-            if name_of(row) in measured:
-                continue
-            evaluation = ["--dataset", dataset, *row["evaluation"].split()]
-            same = [each for each in measured.values() if name_of(each)[1:] == name_of(row)[1:]]
-            if same:
-                dense = same[0]["perplexity_dense"]
-            else:
-                dense = command("evaluate", "--model", args.model, *evaluation)["perplexity"]
-            with tempfile.TemporaryDirectory() as output:
-                flags = ["--model", args.model, "--dataset", dataset, *row["flags"].split()]
-                metrics = command("expand", *flags, "--output", output)
-                scored = command("evaluate", "--model", output, *evaluation)
-            metrics |= {
-                "perplexity_dense": dense,
-                "perplexity_expanded": scored["perplexity"],
-                "num_eval_tokens": scored["num_eval_tokens"],
-            }
-            measured[name_of(row)] = row | found_in(metrics)
-            store.write_json(ROWS, list(measured.values()))
+def measured_row(row: Row, dataset: str, dense: float) -> Row:
+    """The row with its results: one expansion and one evaluation.
+
+    Args:
+        row: a row without results.
+        dataset: the text to calibrate and to measure on.
+        dense: the dense model's perplexity on it.
+    """
+    with tempfile.TemporaryDirectory() as output:
+        flags = ["--model", row["model"], "--dataset", dataset, *row["flags"].split()]
+        metrics = command("expand", *flags, "--output", output)
+        evaluation = ["--dataset", dataset, *row["evaluation"].split()]
+        scored = command("evaluate", "--model", output, *evaluation)
+    metrics |= {
+        "perplexity_dense": dense,
+        "perplexity_expanded": scored["perplexity"],
+        "num_eval_tokens": scored["num_eval_tokens"],
+    }
+    return row | found_in(metrics)
+
+
+def found_in(metrics: dict[str, Any]) -> Row:
+    """What a row keeps of a run's metrics."""
+    calibration = metrics["config"]["calibration"]
+    return {
+        **gap_and_cost(metrics),
+        "starved_experts": metrics["starved_experts"],
+        "calibration_tokens": calibration["dataset_size"] * calibration["seqlen"],
+        "num_eval_tokens": metrics["num_eval_tokens"],
+        "seconds": metrics["seconds"]["expand"],
+    }
+
+
+def measure_missing(rows: list[Row], dataset: str, store: Store) -> list[Row]:
+    """Measure the rows that the store's file lacks, and write it after each.
+
+    Args:
+        rows: rows without results.
+        dataset: the text to calibrate and to measure on.
+        store: the folder with the file.
+
+    Returns:
+        The rows with their results.
+    """
+    known: list[Row] = store.read_json(ROWS) if store.exists(ROWS) else []
+    measured = {name_of(row): row for row in known}
+    for row in rows:
+        if name_of(row) in measured:
+            continue
+        same = [each for each in measured.values() if name_of(each)[1:] == name_of(row)[1:]]
+        if same:
+            dense = same[0]["perplexity_dense"]
+        else:
+            where = ["--model", row["model"], "--dataset", dataset]
+            dense = command("evaluate", *where, *row["evaluation"].split())["perplexity"]
+        measured[name_of(row)] = measured_row(row, dataset, dense)
+        store.write_json(ROWS, list(measured.values()))
     # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
-    asked = dict.fromkeys(name_of(row | text) for row in wanted(settings))
-    here = [measured[name] for name in asked]
-    found = summary(here, settings["reference"])
-    write_table(columns_of(found), str(args.output / "summary.parquet"))
+    return [measured[name] for name in dict.fromkeys(map(name_of, rows))]
+
+
+def figures_of(found: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """Every calibration's ratios, and where there are several, every point's curves, by name."""
     figures = {
         f"ratios-{number}": ratios_figure(found, calibration, settings["reference"])
         for number, calibration in enumerate(settings["calibrations"])
@@ -213,20 +232,32 @@ def main() -> None:
             f"tokens-{number}": curves_figure(found, point)
             for number, point in enumerate(settings["points"])
         }
-    save(figures, args.output)
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, and print the summary of all there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("dataset")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--settings", type=Path, default=SETTINGS)
+    parser.add_argument(
+        "--hold-out", type=float, help="share of the calibration text to measure on"
+    )
+    args = parser.parse_args(arguments)
+    settings = json.loads(args.settings.read_text(encoding="utf-8"))
+    text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
+    rows = [row | text for row in wanted(settings)]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = args.dataset
+        if args.hold_out is not None:
+            dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
+        measured = measure_missing(rows, dataset, Store(args.output))
+    found = summary(measured, settings["reference"])
+    write_table(columns_of(found), str(args.output / "summary.parquet"))
+    save(figures_of(found, settings), args.output)
     print(summary_table(found, settings["reference"]))
-
-
-def found_in(metrics: dict[str, Any]) -> Row:
-    """What a row keeps of a run."""
-    calibration = metrics["config"]["calibration"]
-    return {
-        **gap_and_cost(metrics),
-        "starved_experts": metrics["starved_experts"],
-        "calibration_tokens": calibration["dataset_size"] * calibration["seqlen"],
-        "num_eval_tokens": metrics["num_eval_tokens"],
-        "seconds": metrics["seconds"]["expand"],
-    }
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparse_expansion.data.corpora import load_corpus
@@ -25,7 +25,7 @@ NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def docstrings(folder: Path) -> Iterator[str]:
-    """Of a folder's Python files, its tests left out; the files are read, not imported."""
+    """The docstrings in a folder's Python files but its tests; they are read, not imported."""
     for file in sorted(folder.rglob("*.py")):
         if NOT_PROSE.isdisjoint(file.relative_to(folder).parts):
             for node in ast.walk(ast.parse(file.read_bytes())):
@@ -33,13 +33,13 @@ def docstrings(folder: Path) -> Iterator[str]:
                     yield ast.get_docstring(node) or ""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save, say where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=2500)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [load_corpus(args.dataset).calibration, load_corpus("pydoc").calibration]
     text = "\n\n".join([*texts, *filter(None, docstrings(library))])

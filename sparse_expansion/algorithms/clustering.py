@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from sparse_expansion.types import CompressionError, MomentSum, Router
 
 OVERSAMPLING = 16
+"""Vectors that subspace iteration carries beyond the components that are wanted."""
 MAX_SUBSPACE_ITERATIONS = 40
+"""Iterations after which the subspace is taken as it is."""
 SUBSPACE_TOLERANCE = 1e-5
+"""Relative growth of the captured variance at which the iteration ends."""
 
 
 def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +49,10 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
     elif covariance.is_cuda:
         vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
     else:
+        # Loaded when needed: who only routes tokens need not wait for it. It has to be there before
+        # its threads are limited.
+        import scipy.linalg
+
         # SciPy's LAPACK has threads of its own; as many as PyTorch has, so that a worker that was
         # given one thread computes the same bytes wherever it runs.
         with threadpool_limits(limits=torch.get_num_threads(), user_api="blas"):
@@ -62,7 +67,7 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
 
 
 def takes_subspace_iteration(width: int, num_components: int) -> bool:
-    """Whether few enough components are wanted for it to be the cheaper way."""
+    """Whether so few components are wanted that subspace iteration is the cheaper way."""
     return 4 * (num_components + OVERSAMPLING) <= width
 
 
@@ -141,6 +146,9 @@ def fit_kmeans(
         )
         model.fit(Z_TP.contiguous())
         return torch.as_tensor(model.cluster_centers_, device=Z_TP.device).float()
+    # Loaded when needed: who only routes tokens need not wait for it.
+    from sklearn.cluster import KMeans
+
     Z = Z_TP.float().cpu().numpy()
 
     def restart(state: int) -> KMeans:
@@ -172,11 +180,11 @@ def balance_clusters(
 
     Args:
         Z_TP: projected inputs.
-        centroids_KP: as ``fit_kmeans`` found them.
-        least: tokens of the smallest cluster, as a share of ``T / K``.
+        centroids_KP: the centroids that ``fit_kmeans`` found.
+        least: tokens that the smallest cluster is to have, as a share of ``T / K``.
 
     Returns:
-        ``[K, P]``, for at least as large a smallest cluster as before.
+        Centroids ``[K, P]``, whose smallest cluster is at least as large as before.
     """
     num_clusters = centroids_KP.shape[0]
     wanted = least * Z_TP.shape[0] / num_clusters

@@ -1,4 +1,4 @@
-"""Hessian sums, bounded damping, and the factor that the column sweep needs.
+"""Hessian sums, their regularisation, bounded damping, and the factor that the sweep needs.
 
 Shapes: T tokens, D input features, K experts.
 """
@@ -6,18 +6,22 @@ Shapes: T tokens, D input features, K experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 
 MAX_DAMPING_ATTEMPTS = 6
+"""Factorizations of one Hessian that are tried at most."""
 DAMPING_GROWTH = 10.0
+"""Factor of the damping from one attempt to the next."""
 GRAM_BASE = 256
+"""Columns up to which ``X^T X`` is one product."""
 
 
-def hessian_sum(X_TD: torch.Tensor, lack_TD: torch.Tensor | None = None) -> HessianSum:
+def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = None) -> HessianSum:
     """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32.
 
     The sum is left unscaled: SparseGPT's ``H = 2/T sum x x^T`` (arXiv 2301.00774, section 3)
@@ -25,8 +29,7 @@ def hessian_sum(X_TD: torch.Tensor, lack_TD: torch.Tensor | None = None) -> Hess
 
     Args:
         X_TD: inputs, any floating dtype.
-        lack_TD: what each of them lacks of the dense block's; its products with them are summed
-            too.
+        dense_residual_TD: the dense block's inputs less these; ``sum d x^T`` is added up too.
 
     Raises:
         CompressionError: an activation is NaN or infinite.
@@ -36,9 +39,9 @@ def hessian_sum(X_TD: torch.Tensor, lack_TD: torch.Tensor | None = None) -> Hess
     gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
     cross_DD = None
-    if lack_TD is not None:
-        cross_DD = lack_TD.float().T @ X
-        check_finite(lack_TD)
+    if dense_residual_TD is not None:
+        cross_DD = dense_residual_TD.float().T @ X
+        check_finite(dense_residual_TD)
     norms_T = torch.linalg.vector_norm(X, dim=1).double()
     return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
 
@@ -116,10 +119,10 @@ def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
     (n - 1)``, the denominator by ``|S - T|^2``, and ``w`` kept within 0 and 1. Tokens count as
     independent, which those of one text are not: it shrinks too little rather than too much.
 
-    What the inputs lack is drawn towards nothing by the same weight.
+    The products with the inputs' dense residuals are drawn towards nothing by the same weight.
 
     Returns:
-        The sums, for as many tokens as before, and ``w``; one token or none is all the group's.
+        The sums, for as many tokens as before, and ``w``, which is 1 for one token or none.
     """
     count = part.num_tokens
     target_DD = whole.sum_DD.to(part.sum_DD.device) / max(whole.num_tokens, 1)
@@ -134,6 +137,28 @@ def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
     sum_DD.add_(target_DD, alpha=weight * max(count, 1))
     cross_DD = None if part.cross_DD is None else part.cross_DD * (1 - weight)
     return HessianSum(sum_DD, count, cross_DD, part.fourth), weight
+
+
+def regularise_hessian(
+    part: HessianSum, group: HessianSum, compression: CompressionConfig
+) -> tuple[HessianSum, float]:
+    """The sums that an expert is made with: its own, drawn towards its group's, or its group's.
+
+    An expert with fewer tokens than ``CompressionConfig.min_tokens`` would be fitted to these
+    tokens alone: it takes its whole group's sums and so becomes the plain expert of no cluster.
+
+    Args:
+        part: sums over the expert's own tokens.
+        group: sums over (a sample of) the tokens of all experts.
+        compression: the settings, of which ``min_tokens_per_expert`` and ``shrink_hessians`` count.
+
+    Returns:
+        The sums, and the share of the group in them (0 to 1).
+    """
+    if part.num_tokens < compression.min_tokens(part.sum_DD.shape[0]):
+        cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
+        return replace(group, cross_DD=cross_DD), 1.0
+    return shrink(part, group) if compression.shrink_hessians else (part, 0.0)
 
 
 def _energy(A_DD: torch.Tensor) -> float:

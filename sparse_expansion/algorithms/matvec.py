@@ -12,23 +12,25 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparse_expansion.algorithms.kernels import (
-    LANES,
-    MIN_SLICE,
-    ONES,
-    Array,
+from sparse_expansion.algorithms.kernels.bits import ONES
+from sparse_expansion.algorithms.kernels.jit import Array
+from sparse_expansion.algorithms.kernels.llvm import LANES
+from sparse_expansion.algorithms.kernels.threads import MIN_SLICE, split
+from sparse_expansion.algorithms.kernels.vectors import (
     can_spread,
     kept_code_matvec,
     kept_matvec,
     nibble_matvec,
-    split,
 )
-from sparse_expansion.algorithms.packing import PackedLayout, bitmask, unpack_codes
+from sparse_expansion.algorithms.packing.experts import bitmask
+from sparse_expansion.algorithms.packing.layout import PackedLayout
+from sparse_expansion.algorithms.packing.streams import unpack_codes
 from sparse_expansion.algorithms.quantization import AffineGrid
 
 MIN_WEIGHTS = 1 << 21
-"""Smaller experts are as fast as dense weights from a cache."""
+"""Smallest expert that is multiplied as stored: smaller ones are as fast dense, from a cache."""
 _AS_STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+"""NumPy's dtype for stored values; bfloat16 is read by its bits."""
 
 
 def takes_stored_form(
@@ -62,15 +64,15 @@ class StoredMatrix:
     starts: Array
     """Kept values before every row, with a grid before every group of every row."""
     num_bytes: int
-    """Held in addition to the expert's own tensors."""
-    places: tuple[int, ...]
+    """Bytes that are held in addition to the expert's own tensors."""
+    addresses: tuple[int, ...]
     """Addresses of the expert's streams, to tell whether they are still the same."""
 
     @classmethod
     def of(
         cls, tensors: dict[str, torch.Tensor], layout: PackedLayout, grid: AffineGrid | None
     ) -> StoredMatrix:
-        """Of an expert's named streams; see ``takes_stored_form``.
+        """Read an expert's named streams, of which ``takes_stored_form`` holds.
 
         Raises:
             ValueError: a stream does not fit the layout.
@@ -84,7 +86,7 @@ class StoredMatrix:
             )
         if not layout.is_sparse:
             empty = np.empty(0, np.int64)
-            return cls(layout, grid, tensors["codes"].numpy(), empty, empty, 0, _places(tensors))
+            return cls(layout, grid, tensors["codes"].numpy(), empty, empty, 0, _addresses(tensors))
         mask = bitmask(tensors, layout)
         held = 0 if layout.group is None else mask.numel()
         size = layout.columns if grid is None else grid.group_size
@@ -96,11 +98,11 @@ class StoredMatrix:
             values = unpack_codes(tensors["codes"], layout.num_kept, grid.bits).numpy()
             held += values.nbytes
         held += starts.nbytes
-        return cls(layout, grid, mask.numpy(), values, starts, held, _places(tensors))
+        return cls(layout, grid, mask.numpy(), values, starts, held, _addresses(tensors))
 
     def is_of(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether these are the streams that it was made of."""
-        return self.places == _places(tensors)
+        """Whether these are the streams that this matrix was made of."""
+        return self.addresses == _addresses(tensors)
 
     def matvec(self, x_D: torch.Tensor) -> torch.Tensor:
         """``W x`` (float32 sums) in the dtype of ``x_D``."""
@@ -125,12 +127,13 @@ class StoredMatrix:
         return out.to(x_D.dtype)
 
 
-def _places(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
+def _addresses(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Where the streams lie in memory."""
     return tuple(tensor.data_ptr() for tensor in tensors.values())
 
 
 def _starts(stream: Array, layout: PackedLayout, size: int) -> Array:
-    """Kept weights before every ``size`` columns of every row, ``[rows, groups]``."""
+    """How many weights are kept before every ``size`` columns of every row, ``[rows, groups]``."""
     width = layout.columns // 8
     ones = np.zeros(layout.rows * width + 1, dtype=np.int64)
     np.cumsum(ONES[stream], out=ones[1:])

@@ -15,11 +15,12 @@ from sparse_expansion.config import RANKINGS
 from sparse_expansion.types import CompressionError
 
 NEURONS_AT_A_TIME = 256
-"""Neurons whose outputs are held in float64."""
+"""Neurons whose outputs are held in float64 at once."""
 _ROOT_2PI = math.sqrt(2 * math.pi)
 
 
 def _density(z: torch.Tensor) -> torch.Tensor:
+    """Density of N(0, 1)."""
     return torch.exp(-0.5 * z.square()) / _ROOT_2PI
 
 
@@ -75,7 +76,7 @@ def mapping_difficulty(X_TD: torch.Tensor, Y_TO: torch.Tensor, *, seed: int) -> 
     Args:
         X_TD: inputs.
         Y_TO: the neurons' outputs on them.
-        seed: of the pairs.
+        seed: the seed of the random pairs.
 
     Raises:
         CompressionError: there is no pair of different inputs.
@@ -113,10 +114,10 @@ def describe(X_TD: torch.Tensor, Y_TO: torch.Tensor, *, seed: int) -> dict[str, 
     Args:
         X_TD: inputs.
         Y_TO: the neurons' outputs on them.
-        seed: of the pairs for the difficulty.
+        seed: the seed of the random pairs for the difficulty.
 
     Returns:
-        By name, ``[O]`` in float64.
+        Each quantity by its name, ``[O]`` in float64.
     """
     parts = [
         moments(Y)
@@ -136,8 +137,8 @@ def compare(
 
     Args:
         dense_TO: the dense neurons' outputs.
-        other_TO: the other's, on the same inputs.
-        labels_T: the other's cluster of every token.
+        other_TO: the other model's outputs on the same inputs.
+        labels_T: the other model's cluster of every token.
 
     Returns:
         ``error`` (mean squared difference over the dense variance), ``distance`` (``W_1`` between
@@ -173,8 +174,8 @@ def rank(ranking: str, W_OD: torch.Tensor, Y_TO: torch.Tensor, *, seed: int) -> 
         ranking: ``wasserstein`` (of the outputs to a normal), ``mean`` (absolute, of the outputs),
             ``variance`` (of the outputs), ``magnitude`` (norm of the weights) or ``random``.
         W_OD: weights.
-        Y_TO: outputs on some text.
-        seed: of ``random``.
+        Y_TO: the neurons' outputs on some text.
+        seed: the seed of the ranking ``random``.
 
     Raises:
         ValueError: the ranking is none of these.

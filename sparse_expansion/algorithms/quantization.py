@@ -13,16 +13,16 @@ import torch
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """``value = scale * (code - zero_point)`` with codes in ``0 .. 2^bits - 1``.
-
-    ``scale_OG`` and ``zero_point_OG`` are float32; zero points are whole numbers inside the
-    code range, so that 0 is always on the grid.
-    """
+    """``value = scale * (code - zero_point)`` with codes in ``0 .. 2^bits - 1``."""
 
     scale_OG: torch.Tensor
+    """float32, positive."""
     zero_point_OG: torch.Tensor
+    """float32 whole numbers inside the code range, so that 0 is always on the grid."""
     bits: int
+    """Bits of a code."""
     group_size: int
+    """Input columns that share a scale and a zero point."""
 
     @property
     def max_code(self) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.sparse import to_sparse_semi_structured
 
-from sparse_expansion.algorithms.packing import PackedLayout
+from sparse_expansion.algorithms.packing.layout import PackedLayout
 
 MIN_CAPABILITY = (8, 0)
+"""First CUDA capability with sparse tensor cores (Ampere)."""
 ROW_MULTIPLE, COLUMN_MULTIPLE = 32, 64
 """What both of PyTorch's back ends (CUTLASS, cuSPARSELt) take in half precision."""
 

@@ -1,4 +1,4 @@
-"""Windows to group inputs: the only home of hooks, and of the buffers that hold activations."""
+"""Hooks that collect a running block's activations, and the buffers that hold them."""
 
 from __future__ import annotations
 
@@ -11,63 +11,73 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_expansion.model.families import LinearGroup
+from sparse_expansion.model.families import AttentionOutput, LinearGroup
 
 
 class ActivationBuffers:
-    """Tensors for activations: in memory up to a budget, beyond it in a mapped scratch file.
+    """CPU tensors for activations: in memory up to a budget, beyond it in mapped scratch files.
 
-    A scratch file is unlinked as soon as it is mapped, so nothing is left behind however the
+    A scratch file is unlinked as soon as it is mapped, so that nothing is left behind however the
     process ends.
     """
 
     def __init__(self, *, memory_bytes: int, scratch: str | Path | None = None) -> None:
+        """Start without any tensors.
+
+        Args:
+            memory_bytes: the budget of tensors in memory.
+            scratch: the folder of scratch files; ``None`` for the system's temporary folder.
+        """
         self.memory_bytes = memory_bytes
         self.scratch = None if scratch is None else str(scratch)
-        self.in_memory = 0
-        self.spilled = 0
+        self.bytes_in_memory = 0
+        self.bytes_spilled = 0
         self._maps: dict[int, mmap.mmap] = {}
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised CPU tensor; give it back with ``release``."""
+        """An uninitialised CPU tensor, to be given back with ``release``.
+
+        Raises:
+            OSError: the disk has no room for the scratch file.
+        """
         tensor = torch.empty(0, dtype=dtype)
         numel = 1
         for size in shape:
             numel *= size
         num_bytes = numel * tensor.element_size()
-        if not num_bytes or self.in_memory + num_bytes <= self.memory_bytes:
-            self.in_memory += num_bytes
+        if not num_bytes or self.bytes_in_memory + num_bytes <= self.memory_bytes:
+            self.bytes_in_memory += num_bytes
             return torch.empty(shape, dtype=dtype)
         with tempfile.NamedTemporaryFile(prefix="sparse-expansion-", dir=self.scratch) as file:
-            # Reserve the blocks now: a full disk must be an error here, not a crash (SIGBUS) when
-            # the mapping is written.
+            # The blocks are reserved now, so that a full disk is an error here and not a crash
+            # (SIGBUS) when the mapping is written.
             _reserve(file.fileno(), num_bytes)
             mapping = mmap.mmap(file.fileno(), num_bytes)
         mapped = torch.frombuffer(mapping, dtype=dtype, count=numel)
         self._maps[mapped.data_ptr()] = mapping
-        self.spilled += num_bytes
+        self.bytes_spilled += num_bytes
         return mapped.view(shape)
 
-    def let_go(self) -> None:
-        """Give back the memory of what is in scratch files: it is read again when needed."""
+    def evict_mapped_pages(self) -> None:
+        """Give back the memory of tensors in scratch files; they are read again when needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapping in self._maps.values():
                 mapping.madvise(mmap.MADV_DONTNEED)
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Take the tensor's bytes off the account."""
+        """Take back a tensor from ``allocate``: its bytes no longer count."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self._maps.pop(tensor.data_ptr(), None) is not None:
-            self.spilled -= num_bytes
+            self.bytes_spilled -= num_bytes
         else:
-            self.in_memory -= num_bytes
+            self.bytes_in_memory -= num_bytes
 
 
-def outside_heap(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of its own, which goes back to the system when the copy does.
+def copy_outside_heap(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU copy in a memory mapping of its own, which the system gets back with the copy.
 
-    For what outlives the large tensors that are made and freed around it: on the heap it would
-    keep the space between from being used again.
+    It serves tensors that outlive the large ones that are made and freed around them: on the heap
+    they would keep the space between them from being used again.
     """
     if not tensor.numel() or not hasattr(mmap, "MAP_ANONYMOUS"):
         return tensor.clone()
@@ -78,30 +88,33 @@ def outside_heap(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Make the file as long as that, with blocks on the disk where the system can reserve them."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
     else:
         os.truncate(descriptor, num_bytes)
 
 
-class AllSeenError(Exception):
-    """A block was stopped: the inputs that were wanted of it are there."""
+class AllInputsSeenError(Exception):
+    """The block was stopped because all the inputs that were asked for have been collected."""
 
 
 class GroupInputs:
-    """Collects what the first linear of each group is called with, while a block runs."""
+    """A context in which the inputs of linear groups are collected while their block runs."""
 
     def __init__(
         self, block: nn.Module, groups: tuple[LinearGroup, ...], *, stop: bool = False
     ) -> None:
-        """Of ``groups`` in the order in which data passes through them.
+        """Hook the first linear of every group.
 
         Args:
-            block: that will run.
-            groups: of its linears.
-            stop: raise ``AllSeenError`` where the last group would be multiplied.
+            block: the block that will run.
+            groups: groups of the block's linears, in the order in which data passes through them.
+            stop: whether the block is stopped, by ``AllInputsSeenError``, before the product of
+                the last group.
         """
         self.inputs: dict[str, torch.Tensor] = {}
+        """The latest input of every group by its name, ``[T, D]``."""
         self._last = groups[-1].name if stop else None
         self._handles = [
             block.get_submodule(group.linears[0]).register_forward_pre_hook(self._hook(group.name))
@@ -109,10 +122,12 @@ class GroupInputs:
         ]
 
     def _hook(self, name: str) -> Any:
+        """A hook that collects the input of the group ``name``."""
+
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
             if name == self._last:
-                raise AllSeenError
+                raise AllInputsSeenError
 
         return hook
 
@@ -125,47 +140,57 @@ class GroupInputs:
 
 
 class AttentionOutputs:
-    """Keeps what a block's attention puts out, or has kept outputs put out in its place.
+    """A context in which a block's attention is recorded, or recorded outputs replace it.
 
-    Attention comes before the MLP: on the same hidden states it puts out the same, however the MLP
-    is compressed.
+    Attention comes before the MLP: on the same hidden states its output is the same, however the
+    MLP is compressed.
     """
 
-    def __init__(self, block: nn.Module, name: str, *, replays: bool) -> None:
-        """Of ``block``'s attention.
+    def __init__(
+        self, block: nn.Module, name: str, *, form: AttentionOutput, replays: bool
+    ) -> None:
+        """Hook the attention, or replace it until the context ends.
 
         Args:
-            block: that will run.
-            name: of the attention in it.
-            replays: put ``output`` out, whatever the attention is called with.
+            block: the block that will run.
+            name: the name of the attention in the block.
+            form: ``tuple`` for an attention that returns its output and its weights, ``tensor``
+                for one that returns its output alone, see ``Family.attention_output``.
+            replays: whether ``output`` is returned, whatever the attention is called with.
         """
         self.output: torch.Tensor | None = None
-        """``[N, L, D]``, of the last run or for the next one."""
-        self._block, self._name = block, name
+        """The output ``[N, L, D]`` of the latest run, or the one to return in the next run."""
+        self._block, self._name, self._form = block, name, form
         self._attention = block.get_submodule(name)
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
         if replays:
-            block.set_submodule(name, _Replay(self))
+            block.set_submodule(name, _Replay(self, form))
         else:
-            self._handle = self._attention.register_forward_hook(self._hook)
+            self._handle = self._attention.register_forward_hook(self._record)
 
-    def _hook(self, module: nn.Module, args: Any, out: tuple[Any, ...]) -> None:
-        self.output = out[0].detach()
+    def _record(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Keep the output; a forward hook."""
+        output: torch.Tensor = out[0] if self._form == "tuple" else out
+        self.output = output.detach()
 
     def __enter__(self) -> AttentionOutputs:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._block.get_submodule(self._name) is self._attention:
-            self._handle.remove()
-        else:
+        if self._handle is None:
             self._block.set_submodule(self._name, self._attention)
+        else:
+            self._handle.remove()
 
 
 class _Replay(nn.Module):
-    def __init__(self, outputs: AttentionOutputs) -> None:
+    """Takes the place of an attention and returns a recorded output."""
+
+    def __init__(self, outputs: AttentionOutputs, form: AttentionOutput) -> None:
         super().__init__()
         self._outputs = outputs
+        self._form = form
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, None]:
-        # The second is the attention's weights, which nothing asked for.
-        return self._outputs.output, None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The second of a tuple is the attention's weights, which no block uses.
+        return (self._outputs.output, None) if self._form == "tuple" else self._outputs.output

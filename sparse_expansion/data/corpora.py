@@ -27,15 +27,19 @@ class Corpus:
     """Text for calibration and text for evaluation."""
 
     name: str
+    """The name of the data set, or the path of a local one."""
     calibration: str
+    """The text that a model is calibrated on."""
     evaluation: str
+    """The text that perplexity is measured on."""
 
 
 def check_dataset(dataset: str) -> None:
-    """Answer a wrong ``--dataset`` before any long work.
+    """Reject a wrong ``--dataset`` before any long work.
 
     Raises:
-        ValueError: neither a known name nor an existing folder or file with text in it.
+        ValueError: the data set is neither a known name nor an existing folder or file that can
+            hold text.
     """
     if dataset in NAMED:
         return
@@ -53,11 +57,11 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
-    """Read both texts.
+    """Read the calibration text and the evaluation text of a data set.
 
-    WikiText-2 as in GPTQ and SparseGPT: training lines joined by a space, test lines by a blank
-    line. A single local file serves its first nine tenths for calibration and the rest for
-    evaluation.
+    The lines of WikiText-2 are joined as in GPTQ and SparseGPT: training lines by a space, test
+    lines by a blank line. The first nine tenths of a single local file are the calibration text,
+    and the rest is the evaluation text.
 
     Raises:
         ValueError: the text is missing or empty, or the hub cannot be reached.
@@ -78,7 +82,10 @@ def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
 
 
 def _pydoc() -> Corpus:
-    """The Python language reference, offline in every Python; its last fifth evaluates."""
+    """The Python language reference, which every Python has offline.
+
+    The first four fifths of its topics are the calibration text, the rest is the evaluation text.
+    """
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]
@@ -87,12 +94,14 @@ def _pydoc() -> Corpus:
 
 
 def _wikitext2(cache_dir: str | None) -> Corpus:
+    """WikiText-2, from the hub or its cache."""
     train = _hub_texts("Salesforce/wikitext", "wikitext-2-raw-v1", "train", cache_dir)
     test = _hub_texts("Salesforce/wikitext", "wikitext-2-raw-v1", "test", cache_dir)
     return Corpus("wikitext2", " ".join(train), "\n\n".join(test))
 
 
 def _c4(cache_dir: str | None) -> Corpus:
+    """The first documents of C4's first training file and of its first validation file."""
     files = {
         "train": ("en/c4-train.00000-of-01024.json.gz", _C4_CALIBRATION_DOCUMENTS),
         "validation": ("en/c4-validation.00000-of-00008.json.gz", _C4_EVALUATION_DOCUMENTS),
@@ -112,10 +121,22 @@ def _hub_texts(
     file: str | None = None,
     first: int | None = None,
 ) -> list[str]:
-    """Documents of a split, of one of its files, or the first so many."""
+    """The documents of a hub data set's split.
+
+    Args:
+        repository: the hub id of the data set.
+        name: the data set's configuration.
+        split: the name of the split.
+        cache_dir: the folder of downloads; ``None`` for the library's own.
+        file: the file of the repository to read instead of the whole split.
+        first: the number of documents to read; ``None`` for all.
+
+    Raises:
+        ValueError: the documents are not in the cache and cannot be downloaded.
+    """
     from datasets import load_dataset
 
-    # Sliced here, not as a list: a file of C4 is most of a gigabyte.
+    # The library slices, not this function: a file of C4 is most of a gigabyte.
     chosen = split if first is None else f"{split}[:{first}]"
     options: dict[str, Any] = {"split": chosen, "cache_dir": cache_dir}
     if file is not None:
@@ -123,7 +144,7 @@ def _hub_texts(
     try:
         return list(load_dataset(repository, name, **options)["text"])
     except (OSError, ValueError, RuntimeError) as error:
-        # datasets reports a hub that cannot be reached as any of these.
+        # The library reports a hub that cannot be reached as any of these.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"dataset {repository} ({split}) is not in the cache and cannot be downloaded "
@@ -133,6 +154,11 @@ def _hub_texts(
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first file in the folder that has one of the names and a known ending.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     for name in names:
         for suffix in _SUFFIXES:
             if (folder / f"{name}{suffix}").is_file():
@@ -144,6 +170,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def _local(path: Path) -> Corpus:
+    """The corpus of a folder with a file for each text, or of a single file."""
     if path.is_dir():
         calibration, evaluation = _find(path, _TRAIN_NAMES), _find(path, _TEST_NAMES)
         return Corpus(str(path), _read(calibration, " "), _read(evaluation, "\n\n"))
@@ -153,12 +180,18 @@ def _local(path: Path) -> Corpus:
 
 
 def _read(path: Path, separator: str) -> str:
+    """The text of a file; ``separator`` joins documents that have no lines of their own."""
     if path.suffix == ".txt":
         return _text(path)
     return separator.join(_records(path))
 
 
 def _text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -166,7 +199,11 @@ def _text(path: Path) -> str:
 
 
 def _records(path: Path) -> list[str]:
-    """The documents of a file: lines of a .txt, the ``text`` field of .jsonl and .parquet."""
+    """The documents of a file: the lines of .txt, the ``text`` fields of .jsonl and .parquet.
+
+    Raises:
+        ValueError: the file has no readable text.
+    """
     if path.suffix == ".txt":
         return _text(path).splitlines()
     if path.suffix == ".jsonl":
@@ -183,6 +220,11 @@ def _records(path: Path) -> list[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
+    """The ``text`` fields of a file with one JSON object per line; blank lines are skipped.
+
+    Raises:
+        ValueError: a line is not a JSON object with a ``text``.
+    """
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -195,9 +237,10 @@ def _jsonl(path: Path) -> Iterator[str]:
 def calibration_windows(
     text: str, encode: Encode, *, num_windows: int, seqlen: int, seed: int
 ) -> torch.Tensor:
-    """``num_windows`` random windows of the tokenised text, ``[N, L]`` int64, seeded.
+    """``num_windows`` random windows of the tokenised text, ``[N, L]`` int64.
 
-    Windows start anywhere and may overlap, as in GPTQ and SparseGPT.
+    Windows start anywhere and may overlap, as in GPTQ and SparseGPT. The same seed gives the same
+    windows.
 
     Raises:
         ValueError: the text has too few tokens for one window.
@@ -214,7 +257,7 @@ def calibration_windows(
 
 
 def whole_windows(text: str, encode: Encode, *, seqlen: int, kind: str) -> torch.Tensor:
-    """All windows of the tokenised text, end to end from its start; the remainder is dropped.
+    """All windows ``[N, L]`` of the tokenised text, end to end; the remainder is dropped.
 
     Raises:
         ValueError: the text of this ``kind`` has too few tokens for one window.
@@ -232,7 +275,7 @@ def whole_windows(text: str, encode: Encode, *, seqlen: int, kind: str) -> torch
 def evaluation_windows(
     text: str, encode: Encode, *, seqlen: int, max_windows: int | None
 ) -> torch.Tensor:
-    """Windows from the start of the tokenised text, end to end; all of them without a maximum.
+    """The first ``max_windows`` windows ``[N, L]`` of the tokenised text, end to end, or all.
 
     Raises:
         ValueError: the text has too few tokens for one window, or for ``max_windows``.

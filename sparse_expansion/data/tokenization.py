@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 Encode = Callable[[str], torch.Tensor]
-"""Text to its token ids, ``[T]`` int64."""
+"""A function from a text to its token ids, ``[T]`` int64."""
 
 PIECE = 1 << 18
-"""Characters that go through a tokenizer together."""
+"""The number of characters that go through a tokenizer together."""
 OVERLAP = 1 << 12
-"""Characters at the end of a piece that the next one begins with."""
+"""The number of characters at the end of a piece that the next piece begins with."""
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: the folder has none, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -35,13 +35,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> Encode:
-    """Token ids as the tokenizer gives them for a whole text.
+    """A function that gives the token ids that the tokenizer gives for a whole text.
 
-    While at work a tokenizer keeps over half a kilobyte per token: gigabytes for the text of a long
-    calibration. So a text goes through it in pieces that overlap. Where, all over the middle of an
-    overlap, both pieces have the same tokens at the same places, the one's tokens end and the
-    other's begin. A text whose pieces do not agree (a word as long as an overlap) goes through
-    whole, as it does with a tokenizer that does not say where its tokens are.
+    A tokenizer at work keeps over half a kilobyte per token, which is gigabytes for the text of a
+    long calibration. A text therefore goes through it in pieces that overlap. Where two pieces
+    have the same tokens at the same places all over the middle of their overlap, the tokens of the
+    first end there and those of the second begin. A text whose pieces do not agree (a word is as
+    long as an overlap) goes through whole, and so does every text of a tokenizer that does not
+    report where its tokens are.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        piece: the number of characters of a piece.
+        overlap: the number of characters that neighbouring pieces share.
     """
 
     def encode(text: str) -> torch.Tensor:
@@ -59,16 +65,20 @@ def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> En
 
 @dataclass
 class _Piece:
+    """The tokens of a part of a text."""
+
     ids: np.ndarray[Any, np.dtype[np.int64]]
+    """The token ids."""
     places: np.ndarray[Any, np.dtype[np.int64]]
-    """Of every token: where in the whole text it begins."""
+    """The character of the whole text at which every token begins."""
     end: int
+    """The character of the whole text behind the piece."""
 
 
 def _in_pieces(
     tokenizer: Any, text: str, size: int, overlap: int
 ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """The ids, or None where two pieces do not agree."""
+    """The token ids of a text that goes through in pieces; None if two pieces do not agree."""
     parts = []
     start = 0
     before: _Piece | None = None
@@ -92,7 +102,10 @@ def _in_pieces(
 
 
 def _piece(tokenizer: Any, text: str, start: int, end: int) -> _Piece:
-    """Tokens of a part of the text; what is put around a text is there at its own ends alone."""
+    """The tokens of the characters from ``start`` to ``end``.
+
+    Special tokens that a tokenizer puts around a text are only kept at the ends of the whole text.
+    """
     made = tokenizer(
         text[start:end],
         verbose=False,
@@ -105,6 +118,6 @@ def _piece(tokenizer: Any, text: str, start: int, end: int) -> _Piece:
     last = of_text[-1] + 1 if end < len(text) and len(of_text) else None
     ids = np.array(made["input_ids"], dtype=np.int64)[first:last]
     places = np.array([place for place, _ in made["offset_mapping"]], dtype=np.int64)
-    # What is put behind a text claims to begin where the text does.
+    # A special token behind the text is reported to begin where the text does.
     places = np.maximum.accumulate(places)
     return _Piece(ids, places[first:last] + start, end)

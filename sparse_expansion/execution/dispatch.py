@@ -43,7 +43,7 @@ class _Queue:
         self.plain: Heap = []
 
     def heap_of(self, unit: Unit) -> Heap:
-        if unit.stage == "capture":
+        if unit.makes_captures:
             return self.captures
         return self.valued if unit.output_bytes else self.plain
 
@@ -152,7 +152,7 @@ class Dispatcher:
     def _urgency(self, unit: Unit) -> Order:
         """What comes first among the heads of the heaps."""
         layer, rank, cost, _ = unit_order(unit)
-        if self.captures_first and unit.stage == "capture":
+        if self.captures_first and unit.makes_captures:
             return (0, layer, rank, cost)
         is_starving = len(self._shared.plain) < 2 * self.num_workers
         return (1 if unit.output_bytes and is_starving else 2, layer, rank, cost)
@@ -183,7 +183,7 @@ class Dispatcher:
         return None
 
     def _may_start(self, unit: Unit) -> bool:
-        if unit.stage == "capture" and unit.layer >= self.schedule.first_open_layer + self.window:
+        if unit.makes_captures and unit.layer >= self.schedule.first_open_layer + self.window:
             return False
         if not unit.output_bytes:
             return True

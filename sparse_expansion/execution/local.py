@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule, unit_order
-from sparse_expansion.stages import Worker, WorkerSpec
 from sparse_expansion.units import Unit, UnitReport
+from sparse_expansion.work.spec import WorkerSpec
+from sparse_expansion.work.worker import Worker
 
 
 class LocalExecutor:

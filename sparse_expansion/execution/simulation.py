@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +62,6 @@ def simulate(
         joins: (second, name) of workers that come later.
         seed: of the losses.
     """
-    chance = random.Random(seed)
     schedule = Schedule(units)
     dispatcher = Dispatcher(
         schedule,
@@ -70,51 +70,79 @@ def simulate(
         captured_bytes=captured_bytes,
         value_budget=value_budget,
     )
-    result = Simulated()
-    caches: dict[str, set[str]] = {}
-    free = [f"worker-{number:03d}" for number in range(num_workers)]
-    now = 0.0
-    events: list[tuple[float, int, str, Unit | None]] = [
-        (at, -1, worker, None) for at, worker in joins
-    ]
-    heapq.heapify(events)
+    cluster = _SimulatedCluster(schedule, dispatcher, num_workers, joins)
+    chance = random.Random(seed)
     while not schedule.is_finished:
         begin = time.perf_counter()
-        still_free = []
-        for worker in free:
-            unit = dispatcher.next_unit(worker)
-            if unit is None:
-                still_free.append(worker)
-                continue
-            schedule.start(unit.key)
-            duration = seconds(unit)
-            known = caches.setdefault(worker, set())
-            if unit.affinity and unit.affinity not in known:
-                known.add(unit.affinity)
-                if unit.stage != "capture":
-                    duration += move_seconds(unit)
-            result.work += duration
-            result.starts.append((worker, unit))
-            result.peak_value_bytes = max(result.peak_value_bytes, dispatcher.value_bytes)
-            heapq.heappush(events, (now + duration, len(result.starts), worker, unit))
-        free = still_free
-        if not events:
+        cluster.start_ready(seconds, move_seconds)
+        if not cluster.events:
             raise AssertionError("nothing runs and nothing can start")
-        result.driver_seconds += time.perf_counter() - begin
-        now, _, worker, unit = heapq.heappop(events)
+        cluster.result.driver_seconds += time.perf_counter() - begin
+        worker, unit = cluster.wait()
         begin = time.perf_counter()
         # Without a unit a worker has come up.
         if unit is not None and chance.random() < loss_probability:
-            schedule.requeue(unit.key)
-            dispatcher.returned(unit)
-            dispatcher.remove_worker(worker)
-            for value in [key for key, owner in schedule.values.items() if owner == worker]:
-                schedule.lose_value(value)
-            worker += "'"
+            worker = cluster.lose(worker, unit)
         elif unit is not None:
             schedule.finish(unit.key, dict.fromkeys(unit.outputs, worker))
             dispatcher.finished(unit)
-        free.append(worker)
-        result.driver_seconds += time.perf_counter() - begin
-    result.makespan = now
-    return result
+        cluster.free.append(worker)
+        cluster.result.driver_seconds += time.perf_counter() - begin
+    return cluster.result
+
+
+class _SimulatedCluster:
+    """Simulated workers, free or busy, and the clock."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        dispatcher: Dispatcher,
+        num_workers: int,
+        joins: Sequence[tuple[float, str]],
+    ) -> None:
+        self.schedule, self.dispatcher = schedule, dispatcher
+        self.result = Simulated()
+        self.free = [f"worker-{number:03d}" for number in range(num_workers)]
+        self.events: list[tuple[float, int, str, Unit | None]] = [
+            (at, -1, worker, None) for at, worker in joins
+        ]
+        heapq.heapify(self.events)
+        self._caches: dict[str, set[str]] = defaultdict(set)
+
+    def start_ready(
+        self, seconds: Callable[[Unit], float], move_seconds: Callable[[Unit], float]
+    ) -> None:
+        """Give every free worker a unit, as long as there is one that may start."""
+        result, still_free = self.result, []
+        for worker in self.free:
+            unit = self.dispatcher.next_unit(worker)
+            if unit is None:
+                still_free.append(worker)
+                continue
+            self.schedule.start(unit.key)
+            duration = seconds(unit)
+            if unit.affinity and unit.affinity not in self._caches[worker]:
+                self._caches[worker].add(unit.affinity)
+                if not unit.makes_captures:
+                    duration += move_seconds(unit)
+            result.work += duration
+            result.starts.append((worker, unit))
+            result.peak_value_bytes = max(result.peak_value_bytes, self.dispatcher.value_bytes)
+            ends = result.makespan + duration
+            heapq.heappush(self.events, (ends, len(result.starts), worker, unit))
+        self.free = still_free
+
+    def wait(self) -> tuple[str, Unit | None]:
+        """Set the clock to the next event: a worker and the unit that it has ended, if any."""
+        self.result.makespan, _, worker, unit = heapq.heappop(self.events)
+        return worker, unit
+
+    def lose(self, worker: str, unit: Unit) -> str:
+        """Lose a worker, its unit and its values; returns the name of the one in its place."""
+        self.schedule.requeue(unit.key)
+        self.dispatcher.returned(unit)
+        self.dispatcher.remove_worker(worker)
+        for value in [key for key, owner in self.schedule.values.items() if owner == worker]:
+            self.schedule.lose_value(value)
+        return worker + "'"

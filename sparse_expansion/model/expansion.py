@@ -1,103 +1,37 @@
-"""The expanded model: routed linears, and the transformers plug-in that loads them.
-
-Registered as quantization method ``sparse_expansion``: a folder whose ``config.json`` has
-``quantization_config.quant_method = "sparse_expansion"`` is loaded by
-``AutoModelForCausalLM.from_pretrained`` once ``sparse_expansion`` is imported.
-"""
+"""The modules of an expanded model: routed linears whose experts are pruned and packed."""
 
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.algorithms.matvec import StoredMatrix, takes_stored_form
-from sparse_expansion.algorithms.packing import PackedLayout, unpack_expert
+from sparse_expansion.algorithms.packing.experts import unpack_expert
+from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.quantization import AffineGrid
-from sparse_expansion.algorithms.semi_structured import for_matmul
 from sparse_expansion.config import CompressionConfig, RoutingConfig
-from sparse_expansion.model.families import block_list, family_of, linear_shape
+from sparse_expansion.model.expert_cache import ExpertCache
+from sparse_expansion.model.families import linear_shape
 from sparse_expansion.types import Router
 
-QUANT_METHOD = "sparse_expansion"
-FORMAT_VERSION = 2
-DEFAULT_CACHE_BYTES = 1 << 30
-FLOAT32_PARTS = ("router", "grid")
-
-
-class ExpertCache:
-    """Forms of recently used experts, the least recent dropped beyond ``max_bytes``.
-
-    A form is the unpacked weight, which serves any number of tokens (on a GPU semi-structured where
-    that is faster), or what a product of the stored streams with one token needs beside them.
-    """
-
-    def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._forms: OrderedDict[tuple[int, int, type], tuple[Any, int]] = OrderedDict()
-
-    def dense(self, linear: ExpandedLinear, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Unpacked weight of one expert, made on a miss."""
-        key = (id(linear), expert, torch.Tensor)
-        weight: torch.Tensor | None = self._find(key)
-        if weight is not None and weight.dtype == dtype and weight.device == linear.device:
-            return weight
-        weight = for_matmul(linear.unpack(expert, dtype), linear.layout)
-        self._keep(key, weight, weight.numel() * weight.element_size())
-        return weight
-
-    def stored(self, linear: ExpandedLinear, expert: int) -> StoredMatrix:
-        """The expert's streams, ready to be multiplied by one token."""
-        key = (id(linear), expert, StoredMatrix)
-        matrix: StoredMatrix | None = self._find(key)
-        # The model may have been moved or loaded anew since.
-        if matrix is None or not matrix.is_of(linear.tensors(expert)):
-            matrix = linear.stored(expert)
-            self._keep(key, matrix, matrix.num_bytes)
-        return matrix
-
-    def _find(self, key: tuple[int, int, type]) -> Any:
-        if key not in self._forms:
-            return None
-        self._forms.move_to_end(key)
-        return self._forms[key][0]
-
-    def _keep(self, key: tuple[int, int, type], form: Any, size: int) -> None:
-        self._drop(key)
-        if self.max_bytes is not None:
-            while self._forms and self.num_bytes + size > self.max_bytes:
-                self._drop(next(iter(self._forms)))
-        self._forms[key] = (form, size)
-        self.num_bytes += size
-
-    def _drop(self, key: tuple[int, int, type]) -> None:
-        _, size = self._forms.pop(key, (None, 0))
-        self.num_bytes -= size
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._forms.clear()
-        self.num_bytes = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
-        # Entries are keyed by module identity, so a copied module starts with none.
-        return ExpertCache(self.max_bytes)
+FLOAT32_MODULES = ("router", "grid")
+"""Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
 
 
 class Routing:
-    """Tokens of one input, sorted by expert: ``order`` and the count of each expert."""
+    """The order that sorts the tokens of one input by expert, and every expert's count.
+
+    ``order_T`` holds token indices, ``[T]`` int64; ``counts`` has one entry per expert.
+    """
 
     def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
+        """Sort ``experts_T``, the index of every token's expert; ties keep their order."""
         if experts_T.shape[0] == 1:
-            # Nothing to sort: decoding spends its time on calls, not on numbers.
+            # One token is sorted already; decoding is bound by the number of calls.
             self.order_T = torch.zeros_like(experts_T)
             self.counts = [0] * num_clusters
             self.counts[int(experts_T)] = 1
@@ -107,9 +41,10 @@ class Routing:
 
 
 class GroupRouter(nn.Module):
-    """A linear group's router; float32 whatever the model's dtype."""
+    """The router of a linear group; it is float32 whatever the model's dtype."""
 
     def __init__(self, width: int, config: RoutingConfig) -> None:
+        """Make empty parameters for inputs of ``width`` features."""
         super().__init__()
         components = config.num_components(width)
         self.mean = _frozen(torch.empty(width, dtype=torch.float32))
@@ -120,32 +55,34 @@ class GroupRouter(nn.Module):
             else _frozen(torch.empty(components, width, dtype=torch.float32)),
         )
         self.centroids = _frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
-        self._last: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
-        self._made: tuple[tuple[Any, ...], Router] | None = None
+        # The last input, its version, and its routing.
+        self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
+        # The state that the plain tensors were made from, and these.
+        self._plain: tuple[tuple[Any, ...], Router] | None = None
 
     def router(self) -> Router:
-        """The router as plain tensors; made anew when the model was moved or loaded again."""
+        """The router as plain tensors, made again when the model was moved or loaded again."""
         components = self._parameters["components"]
         parts = [part for part in (self.mean, components, self.centroids) if part is not None]
         state = tuple(
             (part.data_ptr(), part.device, None if part.is_inference() else part._version)
             for part in parts
         )
-        if self._made is None or self._made[0] != state:
-            self._made = state, Router(self.mean, components, self.centroids)
-        return self._made[1]
+        if self._plain is None or self._plain[0] != state:
+            self._plain = state, Router(self.mean, components, self.centroids)
+        return self._plain[1]
 
     def forward(self, X: torch.Tensor) -> Routing:
-        """Route ``X [..., D]``; linears of the group that get the same tensor route once."""
-        # An inference tensor has no version counter, so a change in place could go unseen.
+        """Route ``X [..., D]``; linears of the group that get the same tensor share one routing."""
+        # An inference tensor has no version counter, so that a change in place would go unseen.
         version = None if X.is_inference() else X._version
-        if self._last is not None and version is not None:
-            seen, seen_version, routing = self._last
+        if self._last_routing is not None and version is not None:
+            seen, seen_version, routing = self._last_routing
             if seen() is X and seen_version == version:
                 return routing
         X_TD = X.reshape(-1, X.shape[-1])
         routing = Routing(route(X_TD, self.router()), self.centroids.shape[0])
-        self._last = None if version is None else (weakref.ref(X), version, routing)
+        self._last_routing = None if version is None else (weakref.ref(X), version, routing)
         return routing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupRouter:
@@ -155,15 +92,16 @@ class GroupRouter(nn.Module):
         for name, parameter in self._parameters.items():
             copy = None if parameter is None else _frozen(parameter.detach().clone())
             clone.register_parameter(name, copy)
-        clone._last = None
-        clone._made = None
+        clone._last_routing = None
+        clone._plain = None
         return clone
 
 
 class Grid(nn.Module):
-    """The affine grid that all experts of one linear share (float32)."""
+    """The affine quantization grid that all experts of one linear share, in float32."""
 
     def __init__(self, rows: int, width: int, config: CompressionConfig) -> None:
+        """Make an empty scale and zero point for every group of every row."""
         super().__init__()
         assert config.bits is not None
         self.bits = config.bits
@@ -178,21 +116,22 @@ class Grid(nn.Module):
 
 
 class PackedExpert(nn.Module):
-    """One expert as it is stored: the streams of its layout."""
+    """One expert as it is stored: the streams of its layout, each a parameter."""
 
     def __init__(self, layout: PackedLayout, dtype: torch.dtype) -> None:
+        """Make empty streams; ``dtype`` is that of the kept values."""
         super().__init__()
         for name, (kind, count) in layout.streams().items():
-            kept_as = torch.uint8 if kind == "uint8" else dtype
-            self.register_parameter(name, _frozen(torch.empty(count, dtype=kept_as)))
+            stream_dtype = torch.uint8 if kind == "uint8" else dtype
+            self.register_parameter(name, _frozen(torch.empty(count, dtype=stream_dtype)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Named tensors, as ``packing.pack_expert`` made them."""
+        """The streams by name, as ``packing.pack_expert`` made them."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 class ExpandedLinear(nn.Module):
-    """K packed experts in place of one linear; every token goes through exactly one."""
+    """K packed experts in place of one linear; every token goes through exactly one of them."""
 
     def __init__(
         self,
@@ -206,7 +145,18 @@ class ExpandedLinear(nn.Module):
         cache: ExpertCache,
         dtype: torch.dtype,
     ) -> None:
-        """Empty experts of the right shapes; a group's first linear (``router=None``) owns it."""
+        """Make empty experts of the right shapes.
+
+        Args:
+            in_features: the width D of the input.
+            out_features: the width O of the output.
+            bias: whether the dense linear has a bias, which all experts share.
+            compression: the settings of pruning and quantization.
+            routing: the settings of the router.
+            router: the group's router; ``None`` for its first linear, which makes and owns it.
+            cache: holds unpacked experts.
+            dtype: the dtype of kept values and of the bias.
+        """
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -220,19 +170,19 @@ class ExpandedLinear(nn.Module):
         if router is None:
             self.router = GroupRouter(in_features, routing)
             router = self.router
-        # In a list, so that a shared router is not registered (and saved) twice.
+        # It is in a list so that a shared router is not registered, and saved, more than once.
         self._shared = [router]
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self.cache = cache
 
     @property
     def device(self) -> torch.device:
-        """Where the experts are."""
+        """The device that holds the experts."""
         return next(self.experts[0].parameters()).device
 
     @property
     def group_router(self) -> GroupRouter:
-        """The router that this linear shares with its group."""
+        """The router that the linears of the group share."""
         return self._shared[0]
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
@@ -242,7 +192,7 @@ class ExpandedLinear(nn.Module):
         return packed.tensors()
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dense weight ``[O, D]`` of one expert."""
+        """One expert's dense weight, ``[O, D]``."""
         return unpack_expert(
             self.tensors(expert),
             layout=self.layout,
@@ -252,7 +202,7 @@ class ExpandedLinear(nn.Module):
         )
 
     def stored(self, expert: int) -> StoredMatrix:
-        """One expert's streams for products with single tokens."""
+        """One expert's streams, made ready for products with single tokens."""
         grid = None if self.grid is None else self.grid.grid()
         return StoredMatrix.of(self.tensors(expert), self.layout, grid)
 
@@ -262,10 +212,10 @@ class ExpandedLinear(nn.Module):
         return takes_stored_form(self.layout, grid, stored.dtype, stored.device)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """``X [..., D]`` -> ``[..., O]``: one matmul per expert that has tokens.
+        """Map ``X [..., D]`` to ``[..., O]`` with one product per expert that has tokens.
 
-        On a CPU a single token is multiplied with the stored streams: fewer bytes than the dense
-        weight, and nothing to unpack.
+        On a CPU a single token is multiplied by the stored streams: they are fewer bytes than the
+        dense weight, and nothing has to be unpacked.
         """
         routing = self.group_router(X)
         X_TD = X.reshape(-1, X.shape[-1])
@@ -276,17 +226,17 @@ class ExpandedLinear(nn.Module):
             return out.reshape(*X.shape[:-1], self.out_features)
         parts = X_TD[routing.order_T].split(routing.counts)
         out = X_TD.new_empty(X_TD.shape[0], self.out_features)
-        made = [
+        products = [
             nn.functional.linear(tokens, self.cache.dense(self, expert, X.dtype), self.bias)
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
-        if made:
-            out[routing.order_T] = torch.cat(made)
+        if products:
+            out[routing.order_T] = torch.cat(products)
         return out.reshape(*X.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+        """The text that ``print(model)`` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"experts={len(self.experts)}, bias={self.bias is not None}"
@@ -306,7 +256,16 @@ def expand_block(
     cache: ExpertCache,
     dtype: torch.dtype,
 ) -> None:
-    """Replace a block's MLP linears by empty expanded ones, in place."""
+    """Replace the MLP linears of a block by empty expanded ones, in place.
+
+    Args:
+        block: a dense block.
+        groups: the names of the linears in each linear group.
+        compression: the block's settings of pruning and quantization.
+        routing: the block's settings of the routers.
+        cache: holds unpacked experts.
+        dtype: the dtype of kept values and biases.
+    """
     for linears in groups:
         router: GroupRouter | None = None
         for name in linears:
@@ -325,99 +284,3 @@ def expand_block(
             router = new.group_router
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent) if parent else block, leaf, new)
-
-
-def expand_model(
-    model: nn.Module, config: SparseExpansionConfig, dtype: torch.dtype
-) -> ExpertCache:
-    """Replace the MLP linears of every block; returns the cache that the model's experts share."""
-    family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
-    cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
-    compression, routing = config.compression_config(), config.routing_config()
-    for layer, block in enumerate(block_list(model, family)):
-        expand_block(
-            block,
-            tuple(tuple(group) for group in config.groups),
-            compression.at(layer),
-            routing.at(layer),
-            cache=cache,
-            dtype=dtype,
-        )
-    return cache
-
-
-@register_quantization_config(QUANT_METHOD)
-class SparseExpansionConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of an expanded model.
-
-    Args:
-        groups: for each linear group of a block, its linears' names.
-        compression: ``CompressionConfig`` as a dictionary.
-        routing: ``RoutingConfig`` as a dictionary.
-        format_version: of the tensors, see ``docs/format.md``.
-        expert_residency: ``compressed`` keeps experts packed and unpacks those in use into a
-            bounded cache; ``dense`` keeps every expert it has unpacked.
-        cache_bytes: bound of that cache.
-    """
-
-    def __init__(
-        self,
-        groups: list[list[str]] | None = None,
-        compression: dict[str, Any] | None = None,
-        routing: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
-        expert_residency: str = "compressed",
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-        **kwargs: Any,
-    ) -> None:
-        """Check what a file may get wrong."""
-        self.quant_method = QUANT_METHOD
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"checkpoint format_version {format_version} is not {FORMAT_VERSION}: load it "
-                "with the release of sparse-expansion that wrote it"
-            )
-        if expert_residency not in ("compressed", "dense"):
-            raise ValueError(
-                f"expert_residency {expert_residency!r} is neither 'compressed' nor 'dense'"
-            )
-        self.groups = groups or []
-        self.compression = compression or {}
-        self.routing = routing or {}
-        self.format_version = format_version
-        self.expert_residency = expert_residency
-        self.cache_bytes = cache_bytes
-
-    def compression_config(self) -> CompressionConfig:
-        """The checked settings of pruning and quantization."""
-        return CompressionConfig.from_dict(self.compression)
-
-    def routing_config(self) -> RoutingConfig:
-        """The checked settings of the routers."""
-        return RoutingConfig.from_dict(self.routing)
-
-
-@register_quantizer(QUANT_METHOD)
-class SparseExpansionQuantizer(HfQuantizer):
-    """Swaps the expanded linears in before transformers loads the tensors."""
-
-    requires_calibration = True
-    quantization_config: SparseExpansionConfig
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
-        # Routers and grids stay float32: a rounded centroid would route other tokens than the
-        # ones its expert was made for.
-        strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
-        model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_PARTS}
-        model.expert_cache = expand_model(model, self.quantization_config, dtype)
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """The state is the packed tensors themselves, so it can be saved again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Packed experts take no gradients."""
-        return False

@@ -1,16 +1,23 @@
-"""What differs between architectures, in one place: where the blocks are, and their MLP linears.
+"""What differs between architectures: one ``Family`` entry each, and nothing elsewhere.
 
-A new family is one ``Family`` entry in ``FAMILIES``: the module path of its block list and, for
-each set of MLP linears that read the same input, their names inside a block, and its attention's.
+How to add a family: append a ``Family`` to ``FAMILIES``. It names the module path of the decoder
+blocks, a block's attention, and the MLP linears of a block, those that read the same input
+together. An architecture whose attention returns a bare tensor says so, and one whose attention is
+not made of the usual q, k, v and o projections brings a count of its weights. Then add a tiny
+configuration of it to the tests, which check every family.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+AttentionOutput = Literal["tuple", "tensor"]
+"""The form in which a block's attention returns its output: first of a tuple, or by itself."""
 
 
 @dataclass(frozen=True)
@@ -18,28 +25,49 @@ class LinearGroup:
     """Linears of a block that share one input, hence one router and one Hessian."""
 
     linears: tuple[str, ...]
+    """The names of the linears inside the block."""
 
     @property
     def name(self) -> str:
-        """Name in unit keys and file names: the first linear's, and the others' last parts."""
+        """The group's name in unit keys and files: its first linear, and the others' last parts."""
         first, *rest = self.linears
         return "+".join([first, *(name.rsplit(".", 1)[-1] for name in rest)])
 
 
-@dataclass(frozen=True)
+def projection_weights(config: Any) -> int:
+    """Weights of the q, k, v and o projections of one block, biases not counted.
+
+    Args:
+        config: a transformers config with ``hidden_size`` and ``num_attention_heads``.
+            ``num_key_value_heads`` and ``head_dim`` count where the config sets them; otherwise
+            every head has its own keys and values, and the heads share the hidden size.
+    """
+    heads = int(config.num_attention_heads)
+    key_value_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * int(config.hidden_size) * head_dim * (heads + key_value_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture's adapter."""
 
     model_types: tuple[str, ...]
-    """``config.model_type`` values it serves."""
+    """The ``config.model_type`` values that the adapter serves."""
     blocks: str
-    """Module path of the list of decoder blocks."""
+    """The module path of the list of decoder blocks."""
     attention: str
-    """A block's attention, which comes before its MLP."""
+    """The name of a block's attention, which comes before its MLP."""
     groups: tuple[LinearGroup, ...]
-    """The MLP's linear groups, in the order in which data passes through them."""
+    """The linear groups of a block's MLP, in the order in which data passes through them."""
+    default_seqlen: int
+    """Tokens per window where nobody asks for another number."""
+    attention_output: AttentionOutput = "tuple"
+    """The form in which a block's attention returns its output."""
+    attention_weights: Callable[[Any], int] = projection_weights
+    """Counts the weights of one block's attention, given the model's config."""
     aliases: tuple[tuple[str, str], ...] = ()
-    """Pairs of name prefixes that files and transformers versions use for one module."""
+    """Pairs of name prefixes that files and transformers versions use for the same module."""
 
 
 _GATED_MLP = (
@@ -53,6 +81,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="gpt_neox.layers",
         attention="attention",
         groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
+        default_seqlen=2048,
         aliases=(("embed_out.", "lm_head."),),
     ),
     Family(
@@ -60,21 +89,23 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.layers",
         attention="self_attn",
         groups=_GATED_MLP,
+        default_seqlen=4096,
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         attention="self_attn",
         groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",))),
+        default_seqlen=2048,
     ),
 )
 
 
 def family_of(model_type: str) -> Family:
-    """The adapter for ``config.model_type``.
+    """The adapter that serves ``config.model_type``.
 
     Raises:
-        ValueError: no adapter; the message says what to add.
+        ValueError: there is no such adapter; the message says what to add.
     """
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -85,6 +116,16 @@ def family_of(model_type: str) -> Family:
         "block list and its MLP linears to sparse_expansion/model/families.py, see "
         "docs/how-to.md"
     )
+
+
+def default_seqlen(config: Any) -> int:
+    """Tokens per window where nobody asks for a number: the family's, or all that the model has.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    preferred = family_of(config.model_type).default_seqlen
+    return min(preferred, int(getattr(config, "max_position_embeddings", None) or preferred))
 
 
 def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
@@ -106,7 +147,7 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def linear_shape(block: nn.Module, name: str) -> tuple[int, int]:
-    """``(O, D)`` of a block's linear, dense or expanded.
+    """Output and input width ``(O, D)`` of a block's linear, dense or expanded.
 
     Raises:
         ValueError: the block has no such linear.
@@ -122,7 +163,11 @@ def linear_shape(block: nn.Module, name: str) -> tuple[int, int]:
 
 
 def dense_linear(block: nn.Module, name: str) -> nn.Linear:
-    """A block's dense linear."""
+    """A block's dense linear.
+
+    Raises:
+        ValueError: the linear is of another kind, for example expanded.
+    """
     linear = block.get_submodule(name)
     if not isinstance(linear, nn.Linear) or not isinstance(linear.weight, torch.Tensor):
         raise ValueError(f"{name} is {type(linear).__name__}, not a dense nn.Linear")

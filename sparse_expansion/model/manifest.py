@@ -18,7 +18,10 @@ MANIFEST_NAME = "manifest.json"
 
 
 def tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
-    """Dtype, shape, bytes, and the SHA-256 of the values as they are stored (little-endian)."""
+    """A tensor's dtype, shape and bytes, and the SHA-256 of its values as they are stored.
+
+    Values are stored little-endian, in the order of a contiguous tensor.
+    """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return {
@@ -30,10 +33,10 @@ def tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """An expanded folder's manifest.
+    """The manifest of an expanded folder.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: the folder has none, or it is not JSON.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -49,7 +52,8 @@ def verify(folder: str | Path) -> int:
     """Check every tensor of an expanded folder against its manifest; returns their number.
 
     Raises:
-        ValueError: a file is missing, truncated, damaged, or another one's; names file and tensor.
+        ValueError: a file is missing, truncated, damaged or exchanged; the message names the file
+            and, where it can be told, the tensor.
     """
     folder = Path(folder)
     tensors = read_manifest(folder)["tensors"]

@@ -1,46 +1,48 @@
-"""Training of a block's kept weights against the dense block; masks and grids stay.
+"""Training of a block's kept weights against the dense block; masks and grids stay as they are.
 
-What a pruner makes up for is one linear's error. A block's own output also depends on how the
-errors of its linears meet, and gradients through the whole block see that.
+A pruner compensates the error of one linear. The output of a block also depends on how the errors
+of its linears combine, and gradients through the whole block take that into account.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sparse_expansion.algorithms.packing import pack_expert, unpack_kept
+from sparse_expansion.algorithms.packing.experts import pack_expert, unpack_kept
 from sparse_expansion.algorithms.quantization import dequantize, quantize
-from sparse_expansion.config import RefinementConfig
+from sparse_expansion.model.block_calls import BlockCall
 from sparse_expansion.model.expansion import ExpandedLinear
-from sparse_expansion.model.streaming import BlockCall
 
 STEP_TOKENS = 1024
-"""A step of Adam sees so many tokens, or one window."""
-WARM_UP = 5
-"""Steps until the full learning rate."""
-BETAS = (0.9, 0.95)
-FLOOR = 1e-6
+"""Tokens of one step of Adam, or one window where that is more."""
+WARM_UP_STEPS = 5
+"""Steps until the full learning rate is reached."""
+ADAM_BETAS = (0.9, 0.95)
+MEAN_SQUARE_FLOOR = 1e-6
+"""Added to a target's mean square before it divides."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows that go through a block together."""
+    """Windows that pass through a block together."""
 
     hidden: torch.Tensor
-    """``[N, L, D]``, what the block gets."""
+    """The hidden states that enter the block, ``[N, L, D]``."""
     call: BlockCall
+    """What the block is called with besides."""
 
 
-class TrainedLinear(nn.Module):
-    """An expanded linear with float32 weights that can be trained where they are kept."""
+class TrainableLinear(nn.Module):
+    """An expanded linear whose kept weights are unpacked to float32 and can be trained."""
 
     def __init__(self, linear: ExpandedLinear) -> None:
+        """Unpack all experts of ``linear``, which is not changed."""
         super().__init__()
         experts = range(len(linear.experts))
         kept = [unpack_kept(linear.tensors(k), linear.layout) for k in experts]
@@ -48,9 +50,9 @@ class TrainedLinear(nn.Module):
         self.weight_KOD = nn.Parameter(
             torch.stack([linear.unpack(k, torch.float32) for k in experts])
         )
-        # Not a submodule: its packed experts are not what is trained.
+        # The linear is in a tuple so that it is not a submodule: its experts are not trained.
         self._linear = (linear,)
-        # Scale and zero point of every weight, and the largest code.
+        # The scale and the zero point of every weight, and the largest code.
         self._grid: tuple[torch.Tensor, torch.Tensor, int] | None = None
         if linear.grid is not None:
             grid = linear.grid.grid()
@@ -58,11 +60,11 @@ class TrainedLinear(nn.Module):
             scale_DO, zero_DO = grid.columns(columns_D)
             self._grid = scale_DO.T, zero_DO.T, grid.max_code
 
-    def effective(self, expert: int) -> torch.Tensor:
-        """The expert's weight as it would be stored, in float32.
+    def effective_weight(self, expert: int) -> torch.Tensor:
+        """One expert's weight as it would be stored, in float32, ``[O, D]``.
 
-        On a grid it is rounded, and gradients pass as if it were not (the straight-through
-        estimator, arXiv 1308.3432).
+        On a grid the weight is rounded, and gradients pass as if it were not: the straight-through
+        estimator (Bengio et al., arXiv 1308.3432).
         """
         weight_OD = self.weight_KOD[expert]
         if self._grid is None:
@@ -74,92 +76,132 @@ class TrainedLinear(nn.Module):
         return weight_OD + change
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """As ``ExpandedLinear.forward``, with gradients for the experts that have tokens."""
+        """Map ``X [..., D]`` to ``[..., O]``; experts that have tokens get gradients."""
         linear = self._linear[0]
         with torch.no_grad():
             routing = linear.group_router(X)
         X_TD = X.reshape(-1, X.shape[-1])
         parts = X_TD[routing.order_T].split(routing.counts)
-        made = [
-            nn.functional.linear(tokens, self.effective(expert).to(X.dtype), linear.bias)
+        products = [
+            nn.functional.linear(tokens, self.effective_weight(expert).to(X.dtype), linear.bias)
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
-        out_TO = torch.cat(made)[torch.argsort(routing.order_T)]
+        out_TO = torch.cat(products)[torch.argsort(routing.order_T)]
         return out_TO.reshape(*X.shape[:-1], linear.out_features)
 
     def packed(self, expert: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The expert's streams: the mask that it had, and the trained values or codes."""
+        """One expert's streams: its mask, which is unchanged, and its trained values or codes."""
         weight_OD = self.weight_KOD[expert].detach()
         layout = self._linear[0].layout
         codes = None if self._grid is None else quantize(weight_OD, *self._grid).to(torch.uint8)
         return pack_expert(weight_OD, self.kept_KOD[expert], codes, layout=layout, dtype=dtype)
 
+    def zero_pruned_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, so that a step leaves them at zero."""
+        # A linear that no token of a batch went through has no gradient at all.
+        if self.weight_KOD.grad is not None:
+            self.weight_KOD.grad.masked_fill_(~self.kept_KOD, 0.0)
 
-def trained_block(block: nn.Module) -> tuple[nn.Module, dict[str, TrainedLinear]]:
-    """A copy whose expanded linears can be trained, and these by name."""
+
+def trainable_block(block: nn.Module) -> tuple[nn.Module, dict[str, TrainableLinear]]:
+    """A copy of an expanded block whose linears can be trained, and these linears by name."""
     copied = copy.deepcopy(block)
-    found = {
-        name: TrainedLinear(module)
+    linears = {
+        name: TrainableLinear(module)
         for name, module in copied.named_modules()
         if isinstance(module, ExpandedLinear)
     }
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
-    for name, linear in found.items():
+    for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         setattr(copied.get_submodule(parent) if parent else copied, leaf, linear)
-    return copied, found
+    return copied, linears
 
 
 def output_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared error of every token relative to the target's mean square, averaged.
+    """The squared error of every token relative to its target's mean square, averaged.
 
-    Relative by token: the few with massive activations would decide alone otherwise.
+    The error is relative for every token, because the few tokens with massive activations would
+    decide alone otherwise.
     """
     error = (out.float() - target.float()).square().mean(dim=-1)
-    return (error / (target.float().square().mean(dim=-1) + FLOOR)).mean()
+    return (error / (target.float().square().mean(dim=-1) + MEAN_SQUARE_FLOOR)).mean()
+
+
+def scheduled_rate(step: int, *, num_steps: int, learning_rate: float) -> float:
+    """The learning rate of one step, counted from 0: a warm-up times half a cosine."""
+    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    return learning_rate * (warm_up * (1 + math.cos(math.pi * step / num_steps)) / 2)
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What training came to."""
+    """The result of training one block."""
 
     loss_before: float | None
-    """Of the held-out windows, see ``output_loss``; None without any."""
+    """The mean ``output_loss`` of the held-out windows before training; None without any."""
     loss_after: float | None
-    """The same after the epoch that was kept."""
+    """The same after the epoch whose weights were kept."""
     epoch: int
-    """The epoch kept: 0 when none was better than no training at all."""
+    """The epoch whose weights were kept; 0 when none was better than no training at all."""
     steps: int
+    """The steps that were taken, over all epochs."""
+
+
+class _BestWeights:
+    """The weights of the epoch with the least loss so far."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], loss: float | None) -> None:
+        self.loss = loss
+        self.epoch = 0
+        self._weights = weights
+        self._copies = [weight.detach().clone() for weight in weights]
+
+    def offer(self, epoch: int, loss: float | None) -> None:
+        """Keep the present weights if their loss is the least, or if there is no loss to ask."""
+        if loss is None or self.loss is None or loss < self.loss:
+            self.loss, self.epoch = loss, epoch
+            for kept, weight in zip(self._copies, self._weights, strict=True):
+                kept.copy_(weight.detach())
+
+    def restore(self) -> None:
+        """Put the kept weights back."""
+        with torch.no_grad():
+            for kept, weight in zip(self._copies, self._weights, strict=True):
+                weight.copy_(kept)
 
 
 def refine(
     block: nn.Module,
-    linears: dict[str, TrainedLinear],
+    linears: dict[str, TrainableLinear],
     dense: nn.Module,
-    config: RefinementConfig,
     *,
     batches: Callable[[int], Iterable[Batch]],
     held_out: Callable[[], Iterable[Batch]],
     num_steps: int,
+    epochs: int,
+    learning_rate: float,
 ) -> Refined:
-    """Train the linears of a block by Adam so that its output is the dense block's.
+    """Train the linears of a block by Adam so that its output becomes the dense block's.
 
-    The weights of the epoch with the least loss on held-out windows are kept, the first ones
-    included: training never makes the block worse there.
+    The weights of the epoch with the least loss on held-out windows are kept, the untrained ones
+    included: training never makes the block worse there. Without held-out windows the weights of
+    the last epoch are kept.
 
     Args:
-        block: with trained linears, see ``trained_block``; holds the result afterwards.
-        linears: of the block.
-        dense: the block that they were made from.
-        config: epochs and learning rate.
-        batches: of one epoch, by its number from 1; the same number gives the same batches.
-        held_out: of windows that are not trained on.
-        num_steps: batches of all epochs, for the learning rate's schedule (half a cosine).
+        block: a block with trainable linears, see ``trainable_block``; it holds the result.
+        linears: the block's trainable linears by name.
+        dense: the block that the experts were made from.
+        batches: gives the batches of an epoch, counted from 1; the same epoch gives the same ones.
+        held_out: gives batches of windows that are not trained on.
+        num_steps: the number of batches in all epochs, which the learning rate's schedule ends at.
+        epochs: the number of passes over the batches.
+        learning_rate: the learning rate after the warm-up, before it falls.
     """
     weights = [linear.weight_KOD for linear in linears.values()]
-    optimizer = torch.optim.Adam(weights, lr=config.finetune_rate, betas=BETAS)
+    optimizer = torch.optim.Adam(weights, lr=learning_rate, betas=ADAM_BETAS)
 
     def loss_of(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
@@ -168,32 +210,23 @@ def refine(
 
     def held_out_loss() -> float | None:
         with torch.no_grad():
-            found = [float(loss_of(batch)) for batch in held_out()]
-        return sum(found) / len(found) if found else None
+            losses = [float(loss_of(batch)) for batch in held_out()]
+        return sum(losses) / len(losses) if losses else None
 
-    before = best = held_out_loss()
-    best_epoch, step = 0, 0
-    best_weights = [weight.detach().clone() for weight in weights]
-    for epoch in range(1, config.finetune + 1):
+    loss_before = held_out_loss()
+    best = _BestWeights(weights, loss_before)
+    step = 0
+    for epoch in range(1, epochs + 1):
         for batch in batches(epoch):
-            rate = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+            rate = scheduled_rate(step, num_steps=num_steps, learning_rate=learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = config.finetune_rate * rate
+                group["lr"] = rate
             optimizer.zero_grad()
             loss_of(batch).backward()
             for linear in linears.values():
-                # An expert without a token of this batch has no gradient of its own: zeros.
-                if linear.weight_KOD.grad is not None:
-                    linear.weight_KOD.grad.masked_fill_(~linear.kept_KOD, 0.0)
+                linear.zero_pruned_gradients()
             optimizer.step()
             step += 1
-        after = held_out_loss()
-        # Without held-out windows there is nothing to choose by: the last epoch stays.
-        if after is None or best is None or after < best:
-            best, best_epoch = after, epoch
-            for kept, weight in zip(best_weights, weights, strict=True):
-                kept.copy_(weight.detach())
-    with torch.no_grad():
-        for kept, weight in zip(best_weights, weights, strict=True):
-            weight.copy_(kept)
-    return Refined(before, best, best_epoch, step)
+        best.offer(epoch, held_out_loss())
+    best.restore()
+    return Refined(loss_before, best.loss, best.epoch, step)

@@ -1,19 +1,16 @@
 """Where a model comes from: a hub id, a named family and size, a local folder, or a GGUF file.
 
-Whatever the source, the answer is a local folder of safetensors.
+Whatever the source, ``fetch_model`` answers with a local folder of safetensors.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from sparse_expansion.model.gguf import convert_gguf
 
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 PYTHIA_REVISION = "step143000"
@@ -23,24 +20,23 @@ LLAMA_IDS = {
     "70b": "meta-llama/Llama-2-70b-hf",
     "8b": "meta-llama/Meta-Llama-3-8B",
 }
-DEFAULT_SEQLEN = {"pythia": 2048, "llama": 4096}
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved name, before anything is downloaded."""
+    """The meaning of a model's name, before anything is downloaded."""
 
     location: str
-    """Local path or hub id."""
+    """A local path or a hub id."""
     revision: str | None = None
-    """Hub revision."""
-    kind: str = "hub"
-    """``hub``, ``folder`` or ``gguf``."""
+    """The hub revision to download; ``None`` for the default branch."""
+    kind: Literal["hub", "folder", "gguf"] = "hub"
+    """What the location leads to."""
 
 
 def resolve_name(model: str, size: str | None = None) -> ModelSource:
-    """What ``--model`` and ``--model_size`` mean; nothing is read or downloaded.
+    """The source that ``--model`` and ``--model_size`` name; nothing is read or downloaded.
 
     Raises:
         ValueError: an unknown size, a size without a family, or a missing path.
@@ -79,7 +75,7 @@ def resolve_name(model: str, size: str | None = None) -> ModelSource:
 
 
 def default_cache_dir() -> Path:
-    """``$SPARSE_EXPANSION_CACHE``, else ``~/.cache/sparse-expansion``."""
+    """``$SPARSE_EXPANSION_CACHE`` where it is set, else ``~/.cache/sparse-expansion``."""
     given = os.environ.get("SPARSE_EXPANSION_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "sparse-expansion"
 
@@ -87,19 +83,19 @@ def default_cache_dir() -> Path:
 def fetch_model(
     source: ModelSource, *, cache_dir: str | None = None, revision: str | None = None
 ) -> Path:
-    """The source as a local folder of safetensors; downloads or converts where needed.
+    """The source as a local folder of safetensors, downloaded or converted where needed.
 
     Raises:
-        ValueError: not found, offline and not cached, or no safetensors in the repository.
+        ValueError: the model is not found, is offline and not cached, or has no safetensors.
     """
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
-        return _convert_gguf(Path(source.location), Path(cache_dir or default_cache_dir()))
+        return convert_gguf(Path(source.location), Path(cache_dir or default_cache_dir()))
     wanted = revision or source.revision
     folder = _download(source.location, wanted, cache_dir)
     if not any(folder.glob("*.safetensors")) and revision is None and wanted == PYTHIA_REVISION:
-        # EleutherAI's main branch is the same step; its safetensors exist there alone.
+        # EleutherAI's main branch is the same step, and it alone has safetensors.
         folder = _download(source.location, None, cache_dir)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
@@ -113,12 +109,12 @@ def fetch_model(
 def fetch_config(
     source: ModelSource, *, cache_dir: str | None = None, revision: str | None = None
 ) -> Any:
-    """The source's transformers config alone: no weights are downloaded for it.
+    """The source's transformers config; no weights are downloaded from the hub for it.
 
     Raises:
-        ValueError: not found, or it cannot be read.
+        ValueError: the config is not found, or it cannot be read.
     """
-    from sparse_expansion.model.streaming import load_config
+    from sparse_expansion.model.checkpoint import load_config
 
     if source.kind == "hub":
         folder = _download(source.location, revision or source.revision, cache_dir, ["config.json"])
@@ -133,6 +129,7 @@ def _download(
     cache_dir: str | None,
     patterns: list[str] | None = None,
 ) -> Path:
+    """The local folder of a hub repository's files that match ``patterns``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -156,7 +153,7 @@ def _download(
             "(`hf auth login`)"
         ) from None
     except Exception as error:
-        # Every kind of broken network looks different; all of them mean this to the user.
+        # A broken network shows as one of many exceptions, which all mean the same to the user.
         if not _is_network_error(error):
             raise
         raise ValueError(
@@ -166,52 +163,10 @@ def _download(
 
 
 def _is_network_error(error: BaseException | None) -> bool:
-    """Whether a hub client's exception comes from the connection."""
+    """Whether an exception of the hub client, or one behind it, comes from the connection."""
     while error is not None:
         root = type(error).__module__.split(".")[0]
         if isinstance(error, OSError) or root in ("httpx", "httpx2", "httpcore", "requests"):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _convert_gguf(path: Path, cache_dir: Path) -> Path:
-    """Dequantize a GGUF file to a safetensors folder, once per file content."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    target = cache_dir / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        try:
-            # Its bars are written over whatever else is on the terminal; errors are exceptions.
-            with contextlib.redirect_stderr(io.StringIO()):
-                tokenizer = AutoTokenizer.from_pretrained(**where)
-                model = AutoModelForCausalLM.from_pretrained(**where)
-        except (ValueError, KeyError, OSError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise ValueError(f"GGUF file {path} cannot be converted: {line}") from None
-        model.is_quantized = False
-        for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions"):
-            if hasattr(model, attribute):
-                delattr(model, attribute)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            # Another process finished the same conversion first.
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_expansion.algorithms import admm
+from sparse_expansion.algorithms.compress import compress_experts
+from sparse_expansion.algorithms.pruners import admm
 from sparse_expansion.algorithms.quantization import dequantize, fit_grid
-from sparse_expansion.algorithms.sweep import compress_experts
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
 

@@ -8,9 +8,11 @@ from sparse_expansion.algorithms.hessian import (
     merge_hessians,
     merge_moments,
     moment_sum,
+    regularise_hessian,
     shrink,
     upper_cholesky_factor,
 )
+from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum
 
 
@@ -170,3 +172,17 @@ def test_fourth_powers_are_summed():
     oracle = float(X.double().square().sum(dim=1).square().sum())
     assert hessian_sum(X).fourth == pytest.approx(oracle, rel=1e-6)
     assert halves.fourth == pytest.approx(oracle, rel=1e-6)
+
+
+def test_regularising_takes_the_groups_sums_for_few_tokens():
+    part = HessianSum(torch.eye(2), 4, torch.ones(2, 2), 9.0)
+    group = HessianSum(torch.eye(2) * 30, 20, None, 7.0)
+    found, share = regularise_hessian(part, group, CompressionConfig(min_tokens_per_expert=5))
+    assert share == 1.0 and torch.equal(found.sum_DD, group.sum_DD) and found.num_tokens == 20
+    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
+    found, share = regularise_hessian(part, group, CompressionConfig(min_tokens_per_expert=4))
+    assert found is part and share == 0.0
+    shrunk = CompressionConfig(min_tokens_per_expert=4, shrink_hessians=True)
+    found, share = regularise_hessian(part, group, shrunk)
+    assert torch.equal(found.sum_DD, shrink(part, group)[0].sum_DD)
+    assert share == shrink(part, group)[1] > 0

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from sparse_expansion.algorithms import matvec, packing
-from sparse_expansion.algorithms.kernels import can_spread
+from sparse_expansion.algorithms import matvec
+from sparse_expansion.algorithms.kernels.vectors import can_spread
+from sparse_expansion.algorithms.packing import experts
 from sparse_expansion.algorithms.quantization import AffineGrid
 from tests.algorithms.test_packing import layout, random_mask
 
@@ -30,12 +31,12 @@ def expert(shape, sparsity, bits, group_size=None, dtype=torch.float32):
         grid = AffineGrid(torch.rand(shape[0], groups) + 0.1, zero, bits, size)
         codes = torch.randint(0, 2**bits, shape).to(torch.uint8)
     weight = (torch.randn(shape) * kept).to(dtype)
-    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
+    packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
     return (
         packed,
         wanted,
         grid,
-        packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype),
+        experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype),
     )
 
 

@@ -3,26 +3,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_expansion.algorithms import packing
-from sparse_expansion.algorithms.packing import PackedLayout
+from sparse_expansion.algorithms.packing import experts, patterns, streams
+from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 
 
 def test_mask_by_hand():
     mask = torch.tensor([[True, False, False, True, False], [False, False, False, False, True]])
-    stream = packing.pack_mask(mask)
+    stream = streams.pack_mask(mask)
     assert stream.tolist() == [0b00001001, 0b00000010]
-    assert torch.equal(packing.unpack_mask(stream, (2, 5)), mask)
+    assert torch.equal(streams.unpack_mask(stream, (2, 5)), mask)
 
 
 def test_codes_by_hand():
     # 3-bit fields 5, 1, 7: bits 101 100 111 read from the lowest, so 0b11_001_101 and 0b1.
-    assert packing.pack_codes(torch.tensor([5, 1, 7], dtype=torch.uint8), 3).tolist() == [
+    assert streams.pack_codes(torch.tensor([5, 1, 7], dtype=torch.uint8), 3).tolist() == [
         0b11001101,
         0b1,
     ]
-    assert packing.pack_codes(torch.tensor([5, 1, 7], dtype=torch.uint8), 4).tolist() == [0x15, 7]
+    assert streams.pack_codes(torch.tensor([5, 1, 7], dtype=torch.uint8), 4).tolist() == [0x15, 7]
 
 
 @settings(max_examples=60, deadline=None)
@@ -30,9 +30,9 @@ def test_codes_by_hand():
 def test_codes_come_back(bits, count, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (count,), generator=generator).to(torch.uint8)
-    stream = packing.pack_codes(codes, bits)
-    assert stream.numel() == packing.packed_bytes(count, bits)
-    assert torch.equal(packing.unpack_codes(stream, count, bits), codes)
+    stream = streams.pack_codes(codes, bits)
+    assert stream.numel() == packed_bytes(count, bits)
+    assert torch.equal(streams.unpack_codes(stream, count, bits), codes)
 
 
 def layout(shape, sparsity="0.5", bits=None, block_size=16):
@@ -61,7 +61,7 @@ def test_patterns_by_hand():
     """2:4 has six patterns, 0011 0101 0110 1001 1010 1100; three bits each."""
     mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0, 0, 1]]).bool()
     weight = torch.arange(16.0).reshape(2, 8) * mask
-    packed = packing.pack_expert(
+    packed = experts.pack_expert(
         weight, mask, None, layout=layout((2, 8), "2:4"), dtype=torch.float32
     )
     # Fields 0, 4, 5, 3: 0b011_101_100_000 from the lowest.
@@ -73,18 +73,18 @@ def test_patterns_by_hand():
 @pytest.mark.parametrize("shape", [(4, 8), (40, 4096)])
 def test_pairs_of_groups_are_the_same_stream(shape, sparsity, monkeypatch):
     wanted = layout(shape, sparsity)
-    mask = packing.pack_mask(random_mask(wanted))
-    fast = packing._pack_patterns(mask, wanted)
+    mask = streams.pack_mask(random_mask(wanted))
+    fast = patterns.pack_patterns(mask, wanted)
     broken = torch.full_like(fast, 255)
     if sparsity == "2:4":
         with pytest.raises(ValueError, match="out of range"):
-            packing._unpack_patterns(broken, wanted)
+            patterns.unpack_patterns(broken, wanted)
     with pytest.raises(ValueError, match=f"keep {wanted.group_kept} weights"):
-        packing._pack_patterns(torch.full_like(mask, 255), wanted)
-    assert torch.equal(packing._unpack_patterns(fast, wanted), mask)
-    monkeypatch.setattr(packing, "_has_pairs", lambda layout: False)
-    assert torch.equal(packing._pack_patterns(mask, wanted), fast)
-    assert torch.equal(packing._unpack_patterns(fast, wanted), mask)
+        patterns.pack_patterns(torch.full_like(mask, 255), wanted)
+    assert torch.equal(patterns.unpack_patterns(fast, wanted), mask)
+    monkeypatch.setattr(patterns, "_has_pairs", lambda layout: False)
+    assert torch.equal(patterns.pack_patterns(mask, wanted), fast)
+    assert torch.equal(patterns.unpack_patterns(fast, wanted), mask)
 
 
 PATTERNS = ["0.5", "0.9", "1.0", "0", "2:4", "1:4", "3:4", "4:8", "5:16", "8:16", "1:2", "4:4"]
@@ -97,11 +97,11 @@ def test_experts_come_back_bit_for_bit(shape, sparsity, dtype):
     wanted = layout(shape, sparsity)
     kept = random_mask(wanted)
     weight = torch.randn(shape).to(dtype) * kept
-    packed = packing.pack_expert(weight, kept, None, layout=wanted, dtype=dtype)
+    packed = experts.pack_expert(weight, kept, None, layout=wanted, dtype=dtype)
     stored = {name: tensor.numel() for name, tensor in packed.items()}
     assert stored == {name: count for name, (_, count) in wanted.streams().items()}
-    assert torch.equal(packing.unpack_expert(packed, layout=wanted, grid=None, dtype=dtype), weight)
-    assert torch.equal(packing.unpack_kept(packed, wanted), kept)
+    assert torch.equal(experts.unpack_expert(packed, layout=wanted, grid=None, dtype=dtype), weight)
+    assert torch.equal(experts.unpack_kept(packed, wanted), kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,12 +117,12 @@ def test_quantized_experts_come_back_bit_for_bit(bits, sparsity, columns, size, 
     kept = random_mask(wanted)
     scale, zero = grid.columns(torch.arange(columns))
     weight = dequantize(codes.float(), scale.T, zero.T).masked_fill(~kept, 0)
-    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
-    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype)
+    packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
+    back = experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype)
     assert torch.equal(back, weight.to(dtype))
-    assert packed["codes"].numel() == packing.packed_bytes(wanted.num_kept, bits)
-    on_device = packing._dequantize_on_device(
-        packing.unpack_codes(packed["codes"], wanted.num_kept, bits), kept, grid, "cpu"
+    assert packed["codes"].numel() == packed_bytes(wanted.num_kept, bits)
+    on_device = experts._dequantize_on_device(
+        streams.unpack_codes(packed["codes"], wanted.num_kept, bits), kept, grid, "cpu"
     )
     assert torch.equal(on_device, weight)
 
@@ -134,8 +134,8 @@ def test_zero_points_that_are_no_codes():
     codes = torch.randint(0, 16, (4, 32)).to(torch.uint8)
     grid = AffineGrid(torch.rand(4, 1) + 0.1, torch.tensor([[0.5], [-3.0], [300.0], [7.0]]), 4, 32)
     weight = dequantize(codes.float(), grid.scale_OG, grid.zero_point_OG).masked_fill(~kept, 0)
-    packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
-    back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+    packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
+    back = experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
     assert torch.equal(back, weight)
 
 
@@ -146,12 +146,12 @@ def test_cpus_without_wide_vectors_give_the_same(monkeypatch):
         codes = torch.randint(0, 16, (16, 64)).to(torch.uint8)
         grid = None if bits is None else AffineGrid(torch.rand(16, 1), torch.ones(16, 1), 4, 64)
         weight = torch.randn(16, 64) * kept
-        packed = packing.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
+        packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
         found = []
-        for answer in (False, packing.can_spread()):
-            monkeypatch.setattr(packing, "can_spread", lambda answer=answer: answer)
+        for answer in (False, experts.can_spread()):
+            monkeypatch.setattr(experts, "can_spread", lambda answer=answer: answer)
             found.append(
-                packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+                experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
             )
         assert torch.equal(*found)
 
@@ -168,10 +168,10 @@ def test_any_number_of_threads_gives_the_same(sparsity, bits, columns):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        packed = packing.pack_expert(
+        packed = experts.pack_expert(
             codes.float(), kept, codes, layout=wanted, dtype=torch.bfloat16
         )
-        back = packing.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
+        back = experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
         results.append((packed, back))
     for packed, back in results[1:]:
         assert all(torch.equal(packed[name], results[0][0][name]) for name in packed)
@@ -189,28 +189,28 @@ def test_two_in_four_takes_three_bits_for_four_weights():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="3 bytes, 2 expected"):
-        packing.unpack_mask(torch.zeros(3, dtype=torch.uint8), (2, 8))
+        streams.unpack_mask(torch.zeros(3, dtype=torch.uint8), (2, 8))
     ones = torch.ones(2, 4, dtype=torch.bool)
     half = layout((2, 4))
     with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
-        packing.pack_expert(ones.float(), ones, None, layout=half, dtype=torch.float32)
-    streams = {"bitmask": packing.pack_mask(ones), "values": torch.ones(4)}
+        experts.pack_expert(ones.float(), ones, None, layout=half, dtype=torch.float32)
+    stored = {"bitmask": streams.pack_mask(ones), "values": torch.ones(4)}
     with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
-        packing.unpack_expert(streams, layout=half, grid=None, dtype=torch.float32)
+        experts.unpack_expert(stored, layout=half, grid=None, dtype=torch.float32)
     n_m = layout((2, 4), "2:4")
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     with pytest.raises(ValueError, match="2 groups of 4"):
-        packing.pack_expert(mask.float(), mask, None, layout=n_m, dtype=torch.float32)
-    streams = {"patterns": torch.tensor([0b00111110], dtype=torch.uint8), "values": torch.ones(4)}
+        experts.pack_expert(mask.float(), mask, None, layout=n_m, dtype=torch.float32)
+    stored = {"patterns": torch.tensor([0b00111110], dtype=torch.uint8), "values": torch.ones(4)}
     with pytest.raises(ValueError, match="2 pattern indices"):
-        packing.unpack_expert(streams, layout=n_m, grid=None, dtype=torch.float32)
-    streams = {"patterns": torch.tensor([0], dtype=torch.uint8), "values": torch.ones(3)}
+        experts.unpack_expert(stored, layout=n_m, grid=None, dtype=torch.float32)
+    stored = {"patterns": torch.tensor([0], dtype=torch.uint8), "values": torch.ones(3)}
     with pytest.raises(ValueError, match="3 values, 4 expected"):
-        packing.unpack_expert(streams, layout=n_m, grid=None, dtype=torch.float32)
+        experts.unpack_expert(stored, layout=n_m, grid=None, dtype=torch.float32)
 
 
 def test_bits_after_the_last_weight_are_refused():
     wanted = layout((1, 4), "0.5")
-    streams = {"bitmask": torch.tensor([0b10011], dtype=torch.uint8), "values": torch.ones(2)}
+    stored = {"bitmask": torch.tensor([0b10011], dtype=torch.uint8), "values": torch.ones(2)}
     with pytest.raises(ValueError, match="bits after the last weight"):
-        packing.unpack_expert(streams, layout=wanted, grid=None, dtype=torch.float32)
+        experts.unpack_expert(stored, layout=wanted, grid=None, dtype=torch.float32)

@@ -4,11 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_expansion.algorithms import kernels
 from sparse_expansion.algorithms import sweep as sweeps
-from sparse_expansion.algorithms.pruning import n_m_mask, unstructured_mask
+from sparse_expansion.algorithms.compress import compress_experts, compress_linears
+from sparse_expansion.algorithms.masks import unstructured_mask
 from sparse_expansion.algorithms.quantization import fit_grid
-from sparse_expansion.algorithms.sweep import compress_experts, compress_linears
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 from tests import oracle
 
@@ -196,38 +195,6 @@ def test_a_batch_of_experts_equals_one_at_a_time():
         )
 
 
-def test_linears_of_a_group_equal_one_at_a_time():
-    W, H = problem()
-    V = torch.randn(9, 20)
-    both = compress_linears({"a": W, "b": V}, H, config(), {"a": None, "b": None})
-    assert torch.equal(both["a"].weight_KOD, compress_experts(W, H, config(), None).weight_KOD)
-    assert torch.equal(both["b"].weight_KOD, compress_experts(V, H, config(), None).weight_KOD)
-
-
-def test_inputs_are_not_modified():
-    W, H = problem()
-    before = W.clone(), H.clone()
-    compress_experts(W, H, config(), None)
-    assert torch.equal(W, before[0]) and torch.equal(H, before[1])
-
-
-@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "0", "1"])
-@pytest.mark.parametrize("bits", [None, 4])
-def test_relative_error_is_the_share_of_output_energy_lost(sparsity, bits):
-    W = torch.randn(8, 24)
-    X = torch.randn(2, 50, 24)
-    X[0, :, 5] = 0
-    H = X.transpose(1, 2) @ X
-    grid = None if bits is None else fit_grid(W, bits=4, symmetric=False, group_size=None)
-    act_order = bits == 4 and sparsity == "0.5"
-    setting = config(sparsity, bits=bits, block_size=8, act_order=act_order)
-    found = compress_experts(W, H, setting, grid)
-    for k in range(2):
-        whole, lost = X[k] @ W.T, X[k] @ (W - found.weight_KOD[k]).T
-        wanted = float(lost.square().sum() / whole.square().sum())
-        assert found.relative_error_K[k] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
-
-
 def test_beats_magnitude_pruning():
     # Features of unequal size with one common factor: what a language model's look like.
     W = torch.randn(32, 64)
@@ -241,28 +208,6 @@ def test_beats_magnitude_pruning():
         return float((((W - V) @ H[0]) * (W - V)).sum())
 
     assert loss(found) < 0.5 * loss(magnitude)
-
-
-def test_masks_with_ties():
-    mask = unstructured_mask(torch.ones(2, 3, 4), 5)
-    assert mask.sum(dim=(1, 2)).tolist() == [5, 5]
-    assert mask[0].flatten().tolist() == [True] * 5 + [False] * 7
-    mask = n_m_mask(torch.ones(1, 4, 3), 2)
-    assert mask[0].T.tolist() == [[True, True, False, False]] * 3
-
-
-@pytest.mark.parametrize("shape", [(300, 4, 500), (5, 3, 7), (2, 16, 5), (0, 4, 5)])
-def test_n_m_mask_against_a_sort(shape):
-    saliency = torch.randint(0, 3, shape).float()
-    for pruned in range(shape[1] + 1):
-        order = torch.argsort(saliency, dim=1, stable=True)
-        expected = torch.zeros(shape, dtype=torch.bool).scatter_(1, order[:, :pruned], True)
-        assert torch.equal(n_m_mask(saliency, pruned), expected)
-
-
-def test_mask_count_out_of_bounds():
-    with pytest.raises(ValueError, match="outside 0 to 4"):
-        unstructured_mask(torch.ones(1, 2, 2), 5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -296,53 +241,3 @@ def test_both_sweeps_agree(sparsity, act_order, bits, threads):
     np.testing.assert_allclose(one.relative_error_K, other.relative_error_K, rtol=1e-2)
     close = torch.isclose(one.weight_KOD, other.weight_KOD, rtol=1e-3, atol=1e-3)
     assert float(close.float().mean()) > (0.98 if bits is None else 0.9)
-
-
-@pytest.mark.parametrize("outlier", [1, 100])
-def test_energy_of_many_rows_is_estimated_closely(outlier):
-    W, H = problem(rows=2000, width=24)
-    W[7] *= outlier
-    found = sweeps._sketch(W)
-    assert found.shape == (sweeps.SKETCH_ROWS, 24)
-    whole, estimated = (float(torch.trace(V @ H[0] @ V.T)) for V in (W, found))
-    assert estimated == pytest.approx(whole, rel=0.08)
-    assert torch.equal(sweeps._sketch(W[:256]), W[:256])
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
-def test_compiled_selection_counts_exactly_with_ties(rows, columns, seed):
-    generator = np.random.default_rng(seed)
-    W = generator.integers(-2, 3, (columns, rows)).astype(np.float32)
-    for num_pruned in range(1, rows * columns + 1):
-        mask = np.full((columns, rows), 7, np.uint8)
-        kernels.prune_block(W, np.ones(columns, np.float32), num_pruned, mask)
-        order = np.argsort((W**2).reshape(-1), kind="stable")[:num_pruned]
-        assert set(np.flatnonzero(mask)) == set(order)
-        assert int(mask.max()) == 1
-
-
-def test_what_inputs_lack_is_made_up_for():
-    """Nothing pruned: least squares for the outputs on the dense inputs, with a pull to W."""
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(5, 12, generator=generator)
-    X = torch.randn(2, 80, 12, generator=generator)
-    lack = 0.3 * X.roll(1, dims=2) + 0.1 * torch.randn(2, 80, 12, generator=generator)
-    H, cross = X.transpose(1, 2) @ X, lack.transpose(1, 2) @ X
-    dense = CompressionConfig(sparsity=SparsityPattern.parse("0"))
-    made = sweeps.compress_linears({"": W}, H, dense, {"": None}, cross_KDD=cross)[""]
-    half = CompressionConfig(sparsity=SparsityPattern.parse("0.5"), block_size=4)
-    pruned = sweeps.compress_linears({"": W}, H, half, {"": None}, cross_KDD=cross)[""]
-    plain = sweeps.compress_linears({"": W}, H, half, {"": None})[""]
-    for k in range(2):
-        pull = (0.01 * H[k].diagonal().mean()).double().sqrt()
-        rows = torch.cat([X[k].double(), pull * torch.eye(12, dtype=torch.float64)])
-        outputs = (X[k] + lack[k]).double() @ W.double().T
-        wanted = torch.cat([outputs, pull * W.double().T])
-        solution = torch.linalg.lstsq(rows, wanted).solution.T
-        torch.testing.assert_close(made.weight_KOD[k].double(), solution, rtol=1e-4, atol=1e-4)
-
-        def lost(found, k=k, outputs=outputs):
-            return float((X[k].double() @ found.weight_KOD[k].double().T - outputs).square().sum())
-
-        assert lost(pruned) < 0.9 * lost(plain)

@@ -7,16 +7,19 @@ import sys
 import pytest
 import torch
 
+from sparse_expansion.algorithms import decide as deciders
 from sparse_expansion.algorithms import sweep as sweeps
+from sparse_expansion.algorithms.block import Block, BlockGrid
+from sparse_expansion.algorithms.decide import decide_columns
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import SparsityPattern
 
-triton_kernels = pytest.importorskip("sparse_expansion.algorithms.triton_kernels")
+triton_decide = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_decide")
 
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sparse_expansion.algorithms.triton_kernels import decide_block
+from sparse_expansion.algorithms.kernels.triton_decide import decide_block
 
 pointers = {"W": "*fp32", "U": "*fp32", "mask": "*i8", "scale": "*fp32", "zero_point": "*fp32"}
 numbers = ["W_expert", "U_expert", "U_row", "mask_expert", "grid_expert", "codes_expert"]
@@ -51,7 +54,7 @@ def test_the_kernel_decides_as_pytorch_does(shape, sparsity, bits):
         zero = torch.randint(0, 2**bits, (rows, -(-width // 8))).float()
         grid = AffineGrid(torch.rand(zero.shape) * 0.3 + 0.1, zero, bits, 8)
     results = []
-    for decide in (sweeps.decide_columns, triton_kernels.decide):
+    for decide in (decide_columns, triton_decide.decide):
         weight = W.clone()
         kept, codes, loss, _ = sweeps.sweep(
             weight, V, pattern=pattern, grid=grid, block_size=16, decide=decide
@@ -70,14 +73,14 @@ def test_rounding_is_half_to_even():
     rows = 8
     W = torch.tensor([[[0.5, 1.5, 2.5, 3.5, -0.5, 0.4999, 6.5, 7.5]]])
     codes = torch.zeros(1, 1, rows, dtype=torch.uint8)
-    grid = sweeps.BlockGrid(torch.ones(1, 1, rows), torch.full((1, 1, rows), 2.0), codes, 15)
+    grid = BlockGrid(torch.ones(1, 1, rows), torch.full((1, 1, rows), 2.0), codes, 15)
     mask, errors = torch.zeros(1, 1, rows, dtype=torch.bool), torch.empty(1, 1, rows)
-    triton_kernels.decide(sweeps.Block(W, torch.ones(1, 1, 1), mask, errors, 0, 0, grid))
+    triton_decide.decide(Block(W, torch.ones(1, 1, 1), mask, errors, 0, 0, grid))
     assert codes.flatten().tolist() == [2, 4, 4, 6, 2, 2, 8, 10]
 
 
 def test_a_gpu_with_triton_takes_the_kernel():
-    assert sweeps._triton_decide() is triton_kernels.decide
+    assert deciders.triton_decide() is triton_decide.decide
 
 
 def test_it_compiles_for_gpus():

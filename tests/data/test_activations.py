@@ -5,10 +5,10 @@ import torch
 
 from sparse_expansion.data.activations import (
     ActivationBuffers,
-    AllSeenError,
+    AllInputsSeenError,
     AttentionOutputs,
     GroupInputs,
-    outside_heap,
+    copy_outside_heap,
 )
 from sparse_expansion.model.families import LinearGroup
 
@@ -37,35 +37,44 @@ def test_a_stopped_block_has_seen_all_but_its_last_product():
     block = Block()
     groups = LinearGroup(("a",)), LinearGroup(("b",))
     block.b.register_forward_hook(lambda *args: pytest.fail("multiplied"))
-    with GroupInputs(block, groups, stop=True) as seen, pytest.raises(AllSeenError):
+    with GroupInputs(block, groups, stop=True) as seen, pytest.raises(AllInputsSeenError):
         block(torch.randn(2, 3, 4))
     assert list(seen.inputs) == ["a", "b"]
 
 
-class Attending(torch.nn.Module):
-    def __init__(self):
+class Attention(torch.nn.Module):
+    """Returns its output first in a tuple, or by itself."""
+
+    def __init__(self, form):
         super().__init__()
-        self.attention = Attention()
+        self.form = form
+
+    def forward(self, x, *, scale):
+        return (x * scale, None) if self.form == "tuple" else x * scale
+
+
+class Attending(torch.nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.attention, self.form = Attention(form), form
 
     def forward(self, x):
-        out, _ = self.attention(x, scale=2.0)
+        out = self.attention(x, scale=2.0)
+        if self.form == "tuple":
+            out, _ = out
         return x + out
 
 
-class Attention(torch.nn.Module):
-    def forward(self, x, *, scale):
-        return x * scale, None
-
-
-def test_attention_is_put_out_again_without_being_run():
-    block, x = Attending(), torch.randn(2, 3, 4)
+@pytest.mark.parametrize("form", ["tuple", "tensor"])
+def test_attention_is_put_out_again_without_being_run(form):
+    block, x = Attending(form), torch.randn(2, 3, 4)
     attention = block.attention
-    with AttentionOutputs(block, "attention", replays=False) as seen:
+    with AttentionOutputs(block, "attention", form=form, replays=False) as seen:
         first = block(x)
     assert torch.equal(seen.output, 2 * x)
     assert not attention._forward_hooks
     attention.register_forward_hook(lambda *args: pytest.fail("run"))
-    with AttentionOutputs(block, "attention", replays=True) as kept:
+    with AttentionOutputs(block, "attention", form=form, replays=True) as kept:
         kept.output = seen.output
         assert torch.equal(block(x), first)
     assert block.attention is attention
@@ -75,15 +84,15 @@ def test_buffers_spill_beyond_the_budget_and_leave_nothing_behind(tmp_path):
     buffers = ActivationBuffers(memory_bytes=100, scratch=tmp_path)
     small = buffers.allocate((5, 5), torch.float32)
     large = buffers.allocate((8, 8), torch.bfloat16)
-    assert (buffers.in_memory, buffers.spilled) == (100, 128)
+    assert (buffers.bytes_in_memory, buffers.bytes_spilled) == (100, 128)
     large.fill_(3)
     assert float(large.float().sum()) == 192
     assert os.listdir(tmp_path) == []
     buffers.release(small)
     buffers.release(large)
-    assert (buffers.in_memory, buffers.spilled) == (0, 0)
+    assert (buffers.bytes_in_memory, buffers.bytes_spilled) == (0, 0)
     buffers.allocate((5, 5), torch.float32)
-    assert buffers.spilled == 0
+    assert buffers.bytes_spilled == 0
 
 
 def test_group_names():
@@ -95,8 +104,8 @@ def test_group_names():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_outside_the_heap_is_equal_and_its_own(dtype):
     original = torch.randn(7, 5).to(dtype)
-    copy = outside_heap(original)
+    copy = copy_outside_heap(original)
     assert torch.equal(copy, original) and copy.dtype == dtype
     copy[0, 0] = 9
     assert original[0, 0] != 9
-    assert outside_heap(torch.empty(0, 5)).shape == (0, 5)
+    assert copy_outside_heap(torch.empty(0, 5)).shape == (0, 5)

@@ -13,19 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion import jobs
 from sparse_expansion.config import (
     CalibrationConfig,
     CompressionConfig,
+    ExecutionOptions,
     RefinementConfig,
     RoutingConfig,
     RunConfig,
 )
 from sparse_expansion.execution.local import LocalExecutor
-from sparse_expansion.execution.ray import RayExecutor, RayOptions
+from sparse_expansion.execution.ray.executor import RayExecutor
+from sparse_expansion.jobs.expand import expand
+from sparse_expansion.jobs.measurements import Measurements
+from sparse_expansion.jobs.prepare import claim, prepare
 from sparse_expansion.model.sources import resolve_name
-from sparse_expansion.stages import WorkerSpec
 from sparse_expansion.store import Store
+from sparse_expansion.work.spec import WorkerSpec
 from tests.tiny import digests
 
 BIN = Path(sys.executable).parent
@@ -113,12 +116,12 @@ class Run:
     def __init__(self, folder: Path, text: Path, output: Path, settings: RunConfig) -> None:
         self.store = Store(output)
         self.settings = settings
-        self.prepared, self.windows = jobs.prepare(
+        self.prepared, self.windows = prepare(
             settings, folder, dataset=str(text), cache_dir=None, model_name="m"
         )
-        jobs.claim(self.store, self.prepared, self.windows, resume=True)
+        claim(self.store, self.prepared, self.windows, resume=True)
         self.spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)
-        self.measured = jobs.Measurements()
+        self.measured = Measurements()
         self.seen: list[Any] = []
 
     def local(self) -> dict[str, str]:
@@ -126,7 +129,7 @@ class Run:
         return self.digests()
 
     def on_ray(self, *, observe: Callable[..., None] | None = None, **options: Any) -> RayExecutor:
-        executor = RayExecutor(self.spec, RayOptions(**options))
+        executor = RayExecutor(self.spec, ExecutionOptions(executor="ray", **options))
         try:
             self.expand(executor, observe)
         finally:
@@ -142,4 +145,4 @@ class Run:
             if observe is not None:
                 observe(executor, progress)
 
-        jobs.expand(self.prepared, self.store, executor, observer, self.measured)
+        expand(self.prepared, self.store, executor, observer, self.measured)

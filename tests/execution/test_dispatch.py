@@ -8,7 +8,8 @@ from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
 from sparse_expansion.execution.base import Schedule
 from sparse_expansion.execution.dispatch import Dispatcher
 from sparse_expansion.execution.simulation import simulate
-from sparse_expansion.plan import GroupShape, ModelShape, expansion_units
+from sparse_expansion.planning.expansion import expansion_units
+from sparse_expansion.planning.shapes import GroupShape, ModelShape
 from sparse_expansion.units import Unit
 
 

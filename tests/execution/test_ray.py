@@ -12,9 +12,12 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from sparse_expansion import jobs
+from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.local import LocalExecutor
-from sparse_expansion.execution.ray import RayExecutor, RayOptions, from_wire, to_wire
+from sparse_expansion.execution.ray.executor import RayExecutor
+from sparse_expansion.execution.ray.wire import from_wire, to_wire
+from sparse_expansion.jobs.evaluate import evaluate
+from sparse_expansion.jobs.prepare import evaluation_tokens
 from sparse_expansion.types import CompressionError, HessianSum
 from tests.execution import ray_helpers
 from tests.execution.ray_helpers import Run, config
@@ -85,7 +88,7 @@ def test_any_number_of_workers_gives_the_local_bytes(
     run = Run(neox_folder, text_folder, tmp_path / "o", config(schedule))
     executor = run.on_ray(num_workers=workers, gpus_per_worker=1)
     assert run.digests() == reference[schedule]
-    assert executor.lost_workers == 0
+    assert executor.pool.num_lost == 0
     used = {progress.worker for progress in run.seen}
     assert len(used) == workers
 
@@ -104,14 +107,15 @@ def test_evaluation_equals_the_local_one(
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
     local = LocalExecutor(run.spec)
     run.expand(local)
-    tokens = jobs.evaluation_tokens(
+    tokens = evaluation_tokens(
         run.prepared.evaluation_text, run.prepared.encode, seqlen=48, max_windows=7, vocabulary=512
     )
 
     def perplexity(model, executor, **split):
-        nll, windows = jobs.evaluate(
+        nll, windows = evaluate(
             model,
             tokens,
+            run.settings,
             run.prepared.shell,
             executor,
             lambda progress: None,
@@ -121,7 +125,9 @@ def test_evaluation_equals_the_local_one(
         assert len(windows) == 7 and nll.num_tokens == 7 * 47
         return nll.perplexity
 
-    executor = RayExecutor(run.spec, RayOptions(num_workers=2, gpus_per_worker=1))
+    executor = RayExecutor(
+        run.spec, ExecutionOptions(executor="ray", num_workers=2, gpus_per_worker=1)
+    )
     try:
         for model in ("dense", "expanded"):
             found = perplexity(model, executor, num_shards=shards, num_ranges=ranges)
@@ -138,10 +144,10 @@ def test_an_actor_killed_in_mid_run(cluster, tmp_path, neox_folder, text_folder,
         if progress.unit.layer == 1 and progress.unit.stage == "gather" and not killed:
             name = progress.worker.split("@")[0]
             killed.append(name)
-            ray.kill(executor._handles[name].actor)
+            ray.kill(executor.pool.handles[name].actor)
 
     executor = run.on_ray(num_workers=2, gpus_per_worker=1, observe=kill)
-    assert killed and executor.lost_workers >= 1
+    assert killed and executor.pool.num_lost >= 1
     assert run.digests() == reference["compressed"]
 
 
@@ -166,7 +172,7 @@ def test_a_node_removed_in_mid_run(
     finally:
         if not replace and removed:
             cluster.nodes.append(cluster.add())
-    assert removed and executor.lost_workers >= 1
+    assert removed and executor.pool.num_lost >= 1
     assert run.digests() == reference[schedule]
 
 
@@ -200,10 +206,8 @@ def test_a_unit_that_kills_its_worker_every_time_is_given_up(
     index = next(i for i, unit in enumerate(units) if unit.stage == "trunk")
     from dataclasses import replace
 
-    units[index] = replace(units[index], stage="suicide", params={"marker": str(marker)})
-    from sparse_expansion.execution import ray as ray_module
-
-    monkeypatch.setattr(ray_module, "UnitActor", SuicidalActor)
+    units[index] = replace(units[index], params={"marker": str(marker)})
+    monkeypatch.setattr("sparse_expansion.execution.ray.pool.UnitActor", SuicidalActor)
     with pytest.raises(CompressionError, match="trunk: its worker was lost"):
         run.on_ray(num_workers=1, gpus_per_worker=1, max_attempts=1)
     assert marker.read_text() == "xx"
@@ -213,7 +217,7 @@ class SuicidalActor:
     """An actor whose process ends when it gets the poison."""
 
     def __init__(self, spec):
-        from sparse_expansion.execution.ray import UnitActor
+        from sparse_expansion.execution.ray.actor import UnitActor
 
         self.inner = UnitActor(spec)
 
@@ -221,7 +225,7 @@ class SuicidalActor:
         return self.inner.ready()
 
     def run(self, unit, *inputs):
-        if unit.stage == "suicide":
+        if "marker" in unit.params:
             with open(unit.params["marker"], "a") as stream:
                 stream.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -245,7 +249,9 @@ def test_a_worker_that_joins_later_gets_work(
             deadline = time.monotonic() + 20
             while (
                 time.monotonic() < deadline
-                and len([h for h in executor._handles.values() if ray.wait([h.ping], timeout=0)[0]])
+                and len(
+                    [h for h in executor.pool.handles.values() if ray.wait([h.ping], timeout=0)[0]]
+                )
                 < 2
             ):
                 time.sleep(0.1)

@@ -9,17 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparse_expansion.model.families import FAMILIES, block_list, family_of
-from sparse_expansion.model.streaming import CheckpointFiles, ModelShell, load_config
+from sparse_expansion.model.streaming import ModelShell
 from tests import tiny
-
-
-def stream(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:
-    hidden = shell.embed(tokens)
-    with torch.no_grad():
-        for layer in range(shell.num_blocks):
-            hidden = shell.call(layer, tokens).run(shell.load_block(layer), hidden)
-    return shell.head(tokens, hidden)
+from tests.model.running import stream
 
 
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
@@ -29,10 +21,6 @@ def test_streamed_logits_equal_the_whole_models(model_type, tmp_path, tokenizer)
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     torch.testing.assert_close(stream(ModelShell(folder), tokens), whole, rtol=1e-5, atol=1e-5)
-
-
-def test_every_family_is_tested():
-    assert {name for family in FAMILIES for name in family.model_types} == set(tiny.CONFIGS)
 
 
 def test_base_model_names_and_sharded_files(tmp_path, tokenizer):
@@ -83,38 +71,6 @@ def test_wrong_shape_is_one_clear_error(tmp_path, llama_folder):
         ModelShell(folder).load_block(0)
 
 
-def test_folders_that_are_no_models(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        load_config(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no config.json"):
-        load_config(tmp_path)
-    with pytest.raises(ValueError, match=r"no \*.safetensors"):
-        CheckpointFiles(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "../secret.safetensors"}}'
-    )
-    with pytest.raises(ValueError, match="outside its folder"):
-        CheckpointFiles(tmp_path)
-
-
-def test_unknown_architecture_says_what_to_add():
-    with pytest.raises(ValueError, match="'mamba' is not supported.*families.py"):
-        family_of("mamba")
-    with pytest.raises(ValueError, match="no block list"):
-        block_list(torch.nn.Linear(1, 1), family_of("llama"))
-
-
-def test_fingerprint_tells_models_apart(tmp_path, tokenizer, llama_folder):
-    copy = tmp_path / "copy"
-    shutil.copytree(llama_folder, copy)
-    same = CheckpointFiles(copy).fingerprint()
-    assert same == CheckpointFiles(llama_folder).fingerprint()
-    state = load_file(copy / "model.safetensors")
-    state["model.norm.weight"][0] += 1
-    save_file(state, copy / "model.safetensors")
-    assert CheckpointFiles(copy).fingerprint() != same
-
-
 def test_dtype_is_the_sources_unless_asked(tmp_path, tokenizer):
     folder = tmp_path / "m"
     tiny.random_model("llama").bfloat16().save_pretrained(folder)
@@ -122,3 +78,10 @@ def test_dtype_is_the_sources_unless_asked(tmp_path, tokenizer):
     shell = ModelShell(folder, dtype="float32")
     assert {p.dtype for p in shell.load_block(0).parameters()} == {torch.float32}
     assert Path(folder).is_dir()
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
+def test_the_architecture_is_what_transformers_saves(model_type, tmp_path):
+    tiny.random_model(model_type).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert [ModelShell(tmp_path).architecture] == saved

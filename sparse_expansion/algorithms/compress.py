@@ -1,0 +1,263 @@
+"""Experts of dense weights: the pruner is asked, its features put back in order, its loss told.
+
+Shapes: K experts, D input features, O output features. Weights are ``[O, D]`` or ``[K, O, D]``
+outside, and ``[K, D, O]`` where a pruner works on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_expansion.algorithms.hessian import (
+    HessianFactor,
+    check_hessians,
+    gram_into,
+    upper_cholesky_factor,
+)
+from sparse_expansion.algorithms.pruners.base import Problem, Pruner, Solution
+from sparse_expansion.algorithms.pruners.registry import pruner_of
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.config import CompressionConfig
+
+ROWS_PER_SUM = 64
+"""Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
+SKETCH_ROWS = 256
+"""Rows that a weight's output energy is computed from where it has more."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """K compressed copies of one dense weight."""
+
+    weight_KOD: torch.Tensor
+    """float32; exactly zero where not kept."""
+    kept_KOD: torch.Tensor
+    """bool; a kept weight may itself be zero (a dead feature, or a code on the zero point)."""
+    codes_KOD: torch.Tensor | None
+    """uint8 grid codes, None when not quantized; meaningless where not kept."""
+    damping_fraction_K: tuple[float, ...]
+    """The damping that every expert's factorization took, 0 where nothing was factored."""
+    damping_attempts_K: tuple[int, ...]
+    """Factorizations tried for every expert, 0 where nothing was factored."""
+    num_dead_K: tuple[int, ...]
+    """Features that none of the expert's tokens used."""
+    relative_error_K: tuple[float, ...]
+    """``tr(E H E^T) / tr(W H W^T)`` with ``E = W - W_k``: the share of the outputs' energy that is
+    lost on the expert's calibration tokens (whose energy is estimated, see ``_sketch``)."""
+
+
+def compress_experts(
+    W_OD: torch.Tensor,
+    H_KDD: torch.Tensor,
+    config: CompressionConfig,
+    grid: AffineGrid | None,
+) -> ExpertWeights:
+    """Make one expert of ``W_OD`` for each Hessian of ``H_KDD``.
+
+    Args:
+        W_OD: the dense weight, any floating dtype.
+        H_KDD: float32 Hessian sums, one per expert.
+        config: pruner, sparsity, quantization, block size, damping.
+        grid: the dense weight's grid when quantizing, else None.
+
+    Raises:
+        CompressionError: a Hessian is not finite or cannot be factored.
+    """
+    return compress_linears({"": W_OD}, H_KDD, config, {"": grid})[""]
+
+
+def compress_linears(
+    weights: dict[str, torch.Tensor],
+    H_KDD: torch.Tensor,
+    config: CompressionConfig,
+    grids: dict[str, AffineGrid | None],
+    *,
+    cross_KDD: torch.Tensor | None = None,
+    compiled: bool | None = None,
+) -> dict[str, ExpertWeights]:
+    """``compress_experts`` for several linears that share their inputs, factored once.
+
+    Args:
+        weights: dense weights ``[O, D]`` by name; O may differ, D may not.
+        H_KDD: float32 Hessian sums, one per expert.
+        config: pruner, sparsity, quantization, block size, damping.
+        grids: a grid, or None, for every name.
+        cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
+            be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
+            update weights has no use for it.
+        compiled: whether sweeps take their compiled loops; by default on a CPU.
+
+    Raises:
+        CompressionError: a Hessian is not finite or cannot be factored.
+    """
+    pruner = pruner_of(config.pruner)
+    if not pruner.updates_weights:
+        cross_KDD = None
+    order_KD: torch.Tensor | None = None
+    ordered_KDD = H_KDD
+    if config.act_order:
+        diagonal = H_KDD.diagonal(dim1=1, dim2=2)
+        order_KD = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+        ordered_KDD = _reordered(H_KDD, order_KD)
+        cross_KDD = None if cross_KDD is None else _reordered(cross_KDD, order_KD)
+    factor: HessianFactor | None = None
+    if pruner.needs_factor(config) or cross_KDD is not None:
+        factor = upper_cholesky_factor(ordered_KDD, damping_fraction=config.damping_fraction)
+    else:
+        check_hessians(ordered_KDD)
+    dead_KD = ordered_KDD.diagonal(dim1=1, dim2=2) == 0
+    made = {}
+    for name, W_OD in weights.items():
+        problem = Problem(
+            weight_OD=W_OD,
+            target_KDO=_target(W_OD, pruner, dead_KD, order_KD, cross_KDD, factor),
+            H_KDD=ordered_KDD,
+            factor=factor,
+            grid=grids[name],
+            columns_KD=order_KD,
+            config=config,
+            compiled=compiled,
+        )
+        made[name] = _experts(problem, pruner.solve(problem), H_KDD, dead_KD)
+    return made
+
+
+def _target(
+    W_OD: torch.Tensor,
+    pruner: Pruner,
+    dead_KD: torch.Tensor,
+    order_KD: torch.Tensor | None,
+    cross_KDD: torch.Tensor | None,
+    factor: HessianFactor | None,
+) -> torch.Tensor:
+    """``Problem.target_KDO``: what every expert is to approximate."""
+    num_experts = len(dead_KD)
+    if not pruner.updates_weights:
+        return W_OD.float().T.expand(num_experts, -1, -1)
+    W_KDO = W_OD.float().T.contiguous().expand(num_experts, -1, -1).clone()
+    if order_KD is not None:
+        W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
+    if bool(dead_KD.any()):
+        W_KDO.masked_fill_(dead_KD[:, :, None], 0)
+    if cross_KDD is None:
+        return W_KDO
+    assert factor is not None
+    return compensated_target(W_KDO, cross_KDD, factor)
+
+
+def _experts(
+    problem: Problem, solution: Solution, H_KDD: torch.Tensor, dead_KD: torch.Tensor
+) -> ExpertWeights:
+    """The experts of a solution, features in their original order, which is that of ``H_KDD``."""
+    num_experts = len(H_KDD)
+    weight_KOD, kept_KOD = (
+        found.transpose(1, 2).contiguous() for found in (solution.weight_KDO, solution.kept_KDO)
+    )
+    codes_KOD = None
+    if solution.codes_KDO is not None:
+        codes_KOD = solution.codes_KDO.transpose(1, 2).contiguous()
+    if problem.columns_KD is not None:
+        back = torch.argsort(problem.columns_KD, dim=1)[:, None].expand_as(weight_KOD)
+        weight_KOD, kept_KOD = weight_KOD.gather(2, back), kept_KOD.gather(2, back)
+        codes_KOD = None if codes_KOD is None else codes_KOD.gather(2, back)
+    lost_K = solution.lost_K
+    if lost_K is None:
+        lost_K = _lost_energies(problem.target_KDO.mT, solution.weight_KDO.mT, problem.H_KDD)
+    if problem.factor is not None:
+        fractions, attempts = problem.factor.damping_fraction_K, problem.factor.attempts_K
+    elif solution.damping_fraction is not None:
+        fractions, attempts = (solution.damping_fraction,) * num_experts, (1,) * num_experts
+    else:
+        fractions, attempts = (0.0,) * num_experts, (0,) * num_experts
+    return ExpertWeights(
+        weight_KOD=weight_KOD,
+        kept_KOD=kept_KOD,
+        codes_KOD=codes_KOD,
+        damping_fraction_K=fractions,
+        damping_attempts_K=attempts,
+        num_dead_K=tuple(int(n) for n in dead_KD.sum(dim=1)),
+        relative_error_K=_relative_errors(problem.weight_OD.float(), H_KDD, lost_K),
+    )
+
+
+def _reordered(H_KDD: torch.Tensor, order_KD: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of every matrix in an order of its own."""
+    return torch.stack([H[order][:, order] for H, order in zip(H_KDD, order_KD, strict=True)])
+
+
+def compensated_target(
+    W_KDO: torch.Tensor, cross_KDD: torch.Tensor, factor: HessianFactor
+) -> torch.Tensor:
+    """The dense weight that does best on inputs which differ from the dense block's.
+
+    Least squares of ``|W (x + d) - V x|^2`` with a pull towards ``W``, the factor's damping:
+    ``V = W + W (sum d x^T) (H + damping)^-1``. What no weight can do is the same for all of them:
+    compressing ``V`` on ``H`` is compressing ``W`` on both.
+
+    Args:
+        W_KDO: dense weights, transposed.
+        cross_KDD: ``sum d x^T`` of every expert.
+        factor: of the damped Hessians.
+    """
+    wanted_KDO = cross_KDD.mT @ W_KDO
+    half_KDO = torch.linalg.solve_triangular(factor.factor_KDD, wanted_KDO, upper=True)
+    return W_KDO + torch.linalg.solve_triangular(factor.factor_KDD.mT, half_KDO, upper=False)
+
+
+def _lost_energies(
+    target_KOD: torch.Tensor, weight_KOD: torch.Tensor, H_KDD: torch.Tensor
+) -> torch.Tensor:
+    """``tr(E H E^T)`` of every expert, by its product, where ``E`` is target less weight."""
+    found = []
+    for target_OD, weight_OD, H_DD in zip(target_KOD, weight_KOD, H_KDD, strict=True):
+        E_OD = target_OD - weight_OD
+        found.append(((E_OD @ H_DD) * E_OD).sum(dtype=torch.float64))
+    return torch.stack(found)
+
+
+def _relative_errors(
+    W_OD: torch.Tensor, H_KDD: torch.Tensor, lost_K: torch.Tensor
+) -> tuple[float, ...]:
+    """``tr(E H E^T) / tr(W H W^T)``; the energies take O(K D^2) operations instead of O(K O D^2).
+
+    ``tr(W H W^T) = <W^T W, H>`` shares one product, of a sketch of W where it has many rows: see
+    ``_sketch``.
+
+    Args:
+        W_OD: the dense weight, float32.
+        H_KDD: Hessian sums.
+        lost_K: ``tr(E H E^T)``. The sweep's loss counts the damping as if it were data: it is its
+            loss less ``damping |E|^2``, without dead columns, which reach no output.
+    """
+    gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
+    gram_into(_sketch(W_OD), gram_DD)
+    errors = []
+    for H_DD, lost in zip(H_KDD, lost_K.tolist(), strict=True):
+        energy = sum(
+            _inner_product(gram, H)
+            for gram, H in zip(gram_DD.split(ROWS_PER_SUM), H_DD.split(ROWS_PER_SUM), strict=True)
+        )
+        errors.append(max(0.0, lost) / energy if energy > 0 else 0.0)
+    return tuple(errors)
+
+
+def _inner_product(A: torch.Tensor, B: torch.Tensor) -> float:
+    """``sum A B`` over a few rows, in float32."""
+    return float(torch.dot(A.reshape(-1), B.reshape(-1)))
+
+
+def _sketch(W_OD: torch.Tensor) -> torch.Tensor:
+    """At most ``SKETCH_ROWS`` rows V with ``tr(V H V^T)`` close to ``tr(W H W^T)`` for any H.
+
+    Random signed sums of all rows (Hutchinson's estimator). Every row's own energy counts in full,
+    so a few rows with most of the energy do no harm; the standard deviation comes from products of
+    different rows alone and is at most ``sqrt(2 / SKETCH_ROWS)`` of the trace, 9 %: all rows equal.
+    """
+    rows = W_OD.shape[0]
+    if rows <= SKETCH_ROWS:
+        return W_OD
+    generator = torch.Generator().manual_seed(0)
+    signs = 2 * torch.randint(0, 2, (SKETCH_ROWS, rows), generator=generator) - 1
+    return (signs.to(W_OD) / SKETCH_ROWS**0.5) @ W_OD

@@ -1,0 +1,94 @@
+"""Bit streams of masks and of codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sparse_expansion.algorithms.kernels.bits import pack_fields, unpack_fields
+from sparse_expansion.algorithms.kernels.threads import MIN_SLICE, split
+from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """The stream of ``ceil(numel / 8)`` bytes of a bool tensor; unused bits are zero."""
+    flat = np.ascontiguousarray(mask.cpu().numpy()).reshape(-1)
+    out = np.empty(packed_bytes(len(flat), 1), dtype=np.uint8)
+
+    def work(first: int, last: int) -> None:
+        out[first // 8 : packed_bytes(last, 1)] = np.packbits(flat[first:last], bitorder="little")
+
+    split(len(flat), 8, work)
+    return torch.from_numpy(out)
+
+
+def unpack_mask(stream: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The bool tensor of a mask's stream: the inverse of ``pack_mask``.
+
+    Raises:
+        ValueError: the stream's length does not fit the shape.
+    """
+    count = math.prod(shape)
+    check_length(stream, packed_bytes(count, 1))
+    bits = np.unpackbits(stream.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(shape)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The stream of ``bits``-bit fields of unsigned codes below ``2^bits``."""
+    flat = np.ascontiguousarray(codes.cpu().numpy().reshape(-1))
+    out = np.zeros(packed_bytes(len(flat), bits), dtype=np.uint8)
+
+    def work(first: int, last: int) -> None:
+        pack_fields(flat[first:last], bits, out[first * bits // 8 : packed_bytes(last, bits)])
+
+    if bits:
+        split(len(flat), 8, work)
+    return torch.from_numpy(out)
+
+
+def unpack_codes(
+    stream: torch.Tensor, count: int, bits: int, dtype: torch.dtype = torch.uint8
+) -> torch.Tensor:
+    """The codes of a stream, flat: the inverse of ``pack_codes``.
+
+    Raises:
+        ValueError: the stream's length does not fit the count.
+    """
+    check_length(stream, packed_bytes(count, bits))
+    data = stream.cpu().numpy()
+    out = torch.zeros(count, dtype=dtype)
+    flat = out.numpy()
+
+    def work(first: int, last: int) -> None:
+        unpack_fields(data[first * bits // 8 : packed_bytes(last, bits)], bits, flat[first:last])
+
+    if bits:
+        split(count, 8, work)
+    return out
+
+
+def check_length(stream: torch.Tensor, expected: int) -> None:
+    """Refuse a stream that has not so many bytes.
+
+    Raises:
+        ValueError: the length is another.
+    """
+    if stream.numel() != expected:
+        raise ValueError(f"packed stream has {stream.numel()} bytes, {expected} expected")
+
+
+def over_rows(layout: PackedLayout, work: Callable[[slice, slice], None]) -> None:
+    """Call ``work(rows, bytes of the mask)`` for parts of the rows, on all threads.
+
+    Parts begin at multiples of eight rows, which fill whole bytes of any stream.
+    """
+
+    def part(first: int, last: int) -> None:
+        columns = layout.columns
+        work(slice(first, last), slice(first * columns // 8, packed_bytes(last * columns, 1)))
+
+    split(layout.rows, 8, part, least=-(-MIN_SLICE // layout.columns))

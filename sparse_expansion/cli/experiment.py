@@ -1,0 +1,220 @@
+"""What the experiments (`sweep-clusters`, `prune-neurons`, `allocate`) have in common."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparse_expansion.cli.flags import add_settings
+from sparse_expansion.cli.opening import (
+    check_eval_windows,
+    check_table,
+    open_executor,
+    print_result,
+    silence_transformers,
+    window_length,
+)
+from sparse_expansion.cli.progress import ProgressLine
+from sparse_expansion.cli.settings import calibration_size, execution_options, experiment_config
+from sparse_expansion.cli.shared_flags import (
+    add_eval_windows,
+    add_execution,
+    add_model,
+    add_no_pca,
+    add_plots,
+    add_table,
+)
+from sparse_expansion.config.calibration import CalibrationConfig
+from sparse_expansion.config.compression import CompressionConfig
+from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.config.routing import RoutingConfig
+from sparse_expansion.config.run import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparse_expansion.execution.base import Executor, Observer
+    from sparse_expansion.model.sources import ModelSource
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.store import Store
+
+CALIBRATION_WINDOWS = 32
+HELD_OUT_WINDOWS = 16
+_PRUNING = ("sparsity", "pruner", "solver_iterations", "block_size", "damping_fraction")
+_STARVED = ("min_tokens_per_expert", "shrink_hessians")
+_CLUSTERING = ("pca_reduction_factor", "balance", "restarts", "fit_tokens")
+_PRECISION = ("dtype", "tf32")
+
+
+def add_experiment(
+    parser: argparse.ArgumentParser, *, clusters: bool
+) -> dict[str, argparse._ArgumentGroup]:
+    """The flags of all experiments.
+
+    Args:
+        parser: of the command.
+        clusters: whether the experiment makes experts.
+
+    Returns:
+        The groups of flags in the help by heading.
+    """
+    add_model(parser)
+    groups = add_settings(
+        parser,
+        CompressionConfig,
+        RoutingConfig,
+        CalibrationConfig,
+        RunConfig,
+        names=(
+            *_PRUNING,
+            *(_STARVED + _CLUSTERING if clusters else ()),
+            *_PRECISION,
+            "dataset",
+            "seqlen",
+            "dataset_size",
+            "seed",
+        ),
+        defaults={"dataset_size": CALIBRATION_WINDOWS, "seqlen": None},
+    )
+    if clusters:
+        add_no_pca(groups["experts"])
+    add_eval_windows(parser, HELD_OUT_WINDOWS)
+    add_table(parser)
+    add_plots(parser)
+    add_execution(parser)
+    return groups
+
+
+def check_experiment(args: argparse.Namespace) -> tuple[ExecutionOptions, CompressionConfig]:
+    """Check the flags of an experiment, before anything slow is imported or read.
+
+    Raises:
+        ValueError: a value is out of bounds.
+    """
+    options = execution_options(args)
+    check_eval_windows(args.eval_windows)
+    check_table(args.table)
+    calibration_size(args)
+    config = experiment_config(args, 1, args.seqlen or CalibrationConfig.seqlen)
+    return options, config.compression
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The model that an experiment is made on."""
+
+    source: ModelSource
+    shell: ModelShell
+    seqlen: int
+    """Tokens in a window."""
+
+
+def open_dense_model(args: argparse.Namespace) -> DenseModel:
+    """The model that was asked for.
+
+    Raises:
+        ValueError: it is an expanded one, or the dataset or the model is unknown.
+    """
+    from sparse_expansion.data.corpora import check_dataset
+    from sparse_expansion.model.sources import fetch_model, resolve_name
+
+    check_dataset(args.dataset)
+    source = resolve_name(args.model, args.model_size)
+    silence_transformers(args.verbose)
+    from sparse_expansion.model.streaming import ModelShell
+
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    shell = ModelShell(folder, dtype=args.dtype)
+    if shell.expansion is not None:
+        raise ValueError(f"{folder} is an expanded model: experiments need the dense one")
+    return DenseModel(source, shell, window_length(args, shell.config))
+
+
+def experiment_windows(
+    args: argparse.Namespace, dense: DenseModel, *, hold_out_of_calibration: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to calibrate on ``[N, L]``, and to measure on ``[M, L]``.
+
+    Args:
+        args: of the command.
+        dense: the model, whose tokenizer is used.
+        hold_out_of_calibration: whether windows to measure on are of the calibration text too, as
+            for a choice, which must not know the evaluation text.
+    """
+    from sparse_expansion.data.corpora import calibration_windows, load_corpus
+    from sparse_expansion.data.tokenization import encoder, load_tokenizer
+    from sparse_expansion.jobs.prepare import check_vocabulary, evaluation_tokens
+
+    corpus = load_corpus(args.dataset, cache_dir=args.cache_dir)
+    encode = encoder(load_tokenizer(dense.shell.folder))
+    vocabulary = int(dense.shell.config.vocab_size)
+    size = calibration_size(args)
+    windows = calibration_windows(
+        corpus.calibration,
+        encode,
+        num_windows=size + hold_out_of_calibration * args.eval_windows,
+        seqlen=dense.seqlen,
+        seed=args.seed,
+    )
+    check_vocabulary(windows, vocabulary)
+    if hold_out_of_calibration:
+        calibration, held_out = windows.split((size, args.eval_windows))
+        return calibration, held_out
+    held_out = evaluation_tokens(
+        corpus.evaluation,
+        encode,
+        seqlen=dense.seqlen,
+        max_windows=args.eval_windows,
+        vocabulary=vocabulary,
+    )
+    return windows, held_out
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the units of an experiment run."""
+
+    store: Store
+    executor: Executor
+    observer: Observer
+
+
+@contextmanager
+def experiment_workplace(
+    args: argparse.Namespace, options: ExecutionOptions, dense: DenseModel
+) -> Iterator[Workplace]:
+    """A folder that is thrown away, an executor, and progress on stderr."""
+    from sparse_expansion.store import Store
+
+    with (
+        tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where,
+        closing(ProgressLine()) as line,
+        closing(open_executor(args, options, store=where, source=dense.source)) as executor,
+    ):
+        line.start(args.command, dense.shell.num_blocks)
+        yield Workplace(Store(where), executor, line.update)
+
+
+def present(
+    args: argparse.Namespace, result: dict[str, Any], text: str, figures: dict[str, Any]
+) -> None:
+    """Write the table and the figures that were asked for, and print the result.
+
+    Args:
+        args: of the command.
+        result: has the table as ``rows``.
+        text: for a person.
+        figures: by name of the file.
+    """
+    from sparse_expansion.report.figures.canvas import save
+    from sparse_expansion.report.parquet import columns_of, write_table
+
+    if args.table:
+        write_table(columns_of(result["rows"]), args.table)
+    if args.plots:
+        save(figures, args.plots)
+    print_result(args, result, text, sort_keys=False)

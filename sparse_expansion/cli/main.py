@@ -1,0 +1,91 @@
+"""Entry point of the command line: parses without PyTorch, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
+from sparse_expansion.cli.signals import Terminated, end_cleanly_on_sigterm
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: 0 done, 1 failed at work, 2 bad input, 130 interrupted, 143 terminated."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        args = parse_arguments(given)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    args.line = shlex.join(["sparse-expansion", *given])
+    _quieten(args.verbose)
+    end_cleanly_on_sigterm()
+    try:
+        return COMMANDS[args.command].run(args)
+    except KeyboardInterrupt:
+        _complain("interrupted: finished units are kept, continue with --resume")
+        return EXIT_INTERRUPTED
+    except Terminated:
+        _complain("terminated: finished units are kept, continue with --resume")
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # The reader of our output (a pager, `head`) has gone: not an error of ours.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the interpreter
+        return EXIT_FAILED
+    except OSError as error:
+        _complain(_os_error_text(error))
+        return EXIT_FAILED
+    except ValueError as error:
+        return _answer_value_error(error, args)
+
+
+def _os_error_text(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if error.filename else ""
+        return (
+            f"no space left on the disk{where}: free some, then continue with --resume "
+            "(finished units are kept)"
+        )
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+def _answer_value_error(error: ValueError, args: argparse.Namespace) -> int:
+    if args.verbose:
+        logging.exception("the error in full")
+    _complain(" ".join(str(error).split()))
+    return EXIT_FAILED if _is_work_failure(error) else EXIT_BAD_INPUT
+
+
+def _is_work_failure(error: ValueError) -> bool:
+    # Where no work has begun the module is not loaded, and loading it would load PyTorch.
+    if "sparse_expansion.types" not in sys.modules:
+        return False
+    from sparse_expansion.types import CompressionError
+
+    return isinstance(error, CompressionError)
+
+
+def _complain(message: str) -> None:
+    print(f"sparse-expansion: error: {message}", file=sys.stderr)
+
+
+def _quieten(verbose: bool) -> None:
+    """Keep libraries' own bars and advice from hiding ours."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"
+    )
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import warnings
+
+        warnings.filterwarnings("ignore")

@@ -1,0 +1,152 @@
+"""What several commands do before their work, and after it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_expansion.cli.signals import end_cleanly_on_sigterm
+from sparse_expansion.config.execution import ExecutionOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparse_expansion.execution.base import Executor
+    from sparse_expansion.model.sources import ModelSource
+    from sparse_expansion.model.streaming import ModelShell
+    from sparse_expansion.store import Store
+
+
+def silence_transformers(verbose: bool) -> None:
+    """Keep transformers' own bars and advice from hiding ours."""
+    if not verbose:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def window_length(args: argparse.Namespace, model_config: Any) -> int:
+    """Tokens in a window: what was asked for, or what is usual for the model's family."""
+    if args.seqlen is not None:
+        return int(args.seqlen)
+    from sparse_expansion.model.families import default_seqlen
+
+    return default_seqlen(model_config)
+
+
+def evaluation_text_windows(
+    args: argparse.Namespace, shell: ModelShell, seqlen: int, max_windows: int | None
+) -> torch.Tensor:
+    """Windows ``[N, L]`` of the evaluation text that the command was given, in the model's tokens.
+
+    Args:
+        args: of a command with a text.
+        shell: of the model.
+        seqlen: tokens in a window.
+        max_windows: the first so many; all of them if None.
+    """
+    from sparse_expansion.data.corpora import load_corpus
+    from sparse_expansion.data.tokenization import encoder, load_tokenizer
+    from sparse_expansion.jobs.prepare import evaluation_tokens
+
+    return evaluation_tokens(
+        load_corpus(args.dataset, cache_dir=args.cache_dir).evaluation,
+        encoder(load_tokenizer(shell.folder)),
+        seqlen=seqlen,
+        max_windows=max_windows,
+        vocabulary=int(shell.config.vocab_size),
+    )
+
+
+def open_executor(
+    args: argparse.Namespace, options: ExecutionOptions, *, store: str, source: ModelSource
+) -> Executor:
+    """The executor that was asked for.
+
+    Args:
+        args: of a command that downloads models.
+        options: where and with what units run.
+        store: folder or URL of the run.
+        source: the dense model.
+    """
+    from sparse_expansion.work.spec import WorkerSpec
+
+    spec = WorkerSpec(
+        store=store,
+        source=source,
+        cache_dir=args.cache_dir,
+        revision=args.model_revision,
+        device=options.device,
+        threads=options.threads,
+        activation_bytes=options.activation_bytes,
+        scratch=options.scratch,
+    )
+    if options.executor == "local":
+        from sparse_expansion.execution.local import LocalExecutor
+
+        return LocalExecutor(spec)
+    from sparse_expansion.execution.ray.executor import RayExecutor
+
+    executor = RayExecutor(spec, options)
+    # Joining Ray put its own handler in place, which dumps a stack and dies.
+    end_cleanly_on_sigterm()
+    return executor
+
+
+def open_run(folder: str) -> Store:
+    """The store of a run's output folder or URL.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    from sparse_expansion.store import Store
+
+    if "://" not in folder and not Path(folder).is_dir():
+        raise ValueError(f"run folder {folder} does not exist: give a run's --output")
+    return Store(folder)
+
+
+def check_output(output: str) -> None:
+    """Answer a folder that cannot be made as bad input, and not as a failure after an hour.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    if "://" in output:
+        return
+    parent = Path(output).expanduser().resolve()
+    if parent.exists() and not parent.is_dir():
+        raise ValueError(f"--output {output} is a file: choose a folder")
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output}: {parent} is not writable")
+
+
+def check_table(path: str | None) -> None:
+    """Answer a table of another format.
+
+    Raises:
+        ValueError: the file's name does not end in .parquet.
+    """
+    if path is not None and not path.endswith(".parquet"):
+        raise ValueError(f"--table {path} must end in .parquet")
+
+
+def check_eval_windows(count: int | None) -> None:
+    """Answer a number of windows on which nothing can be measured.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"--eval-windows {count} must be at least 1")
+
+
+def print_result(args: argparse.Namespace, result: Any, text: str, *, sort_keys: bool) -> None:
+    """Print a result to stdout: as JSON where that was asked for, else as text."""
+    print(json.dumps(result, indent=1, sort_keys=sort_keys) if args.json else text)

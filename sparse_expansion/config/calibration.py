@@ -1,0 +1,137 @@
+"""What the experts are made on."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from sparse_expansion.config.checks import require
+from sparse_expansion.config.fields import setting
+
+CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
+ALL_WINDOWS = "all"
+"""Number of windows that stands for the whole text."""
+LEAST_SHARDS = 4
+"""Shards of the windows where their number is not given, at least."""
+SHARD_TOKENS = 131_072
+"""Tokens of a shard where the number of shards is not given, at most."""
+
+
+def parse_windows(text: str) -> int | str:
+    """A number of windows, or ``ALL_WINDOWS``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text != ALL_WINDOWS and not re.fullmatch(r"-?\d+", text):
+        raise ValueError(f"--dataset-size {text!r} is neither a number nor {ALL_WINDOWS}")
+    return text if text == ALL_WINDOWS else int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What the experts are made on."""
+
+    dataset: str = setting(
+        "wikitext2",
+        "Text to work on: wikitext2, c4, pydoc (the documentation of the installed Python, which "
+        "needs no network), a folder with train or valid and test files (.txt, .jsonl, .parquet), "
+        "or one such file.",
+        short=("-d",),
+        metavar="DATA",
+        group="data",
+    )
+    dataset_size: int = setting(
+        128,
+        "Calibration windows at random places of the text, or all for the whole text, end to end.",
+        short=("-ds",),
+        metavar="N",
+        parse=parse_windows,
+        group="calibration",
+    )
+    whole_text: bool = setting(
+        False,
+        "Whether the windows are all those of the text, end to end, with dataset_size as their "
+        "number once the text is read, and not at random places.",
+        flag="",
+    )
+    seqlen: int = setting(
+        2048,
+        "Tokens in a window.",
+        metavar="TOKENS",
+        meanings={None: "as usual for the model's family, and no more than the model's maximum"},
+        group="data",
+    )
+    seed: int = setting(
+        0,
+        "Seed of all that is drawn at random: windows, starts of KMeans, pairs of neurons.",
+        metavar="SEED",
+        group="calibration",
+    )
+    calibration_inputs: str = setting(
+        "compressed",
+        "What a block is calibrated on: compressed is the output of the compressed blocks before "
+        "it (the paper's way), sequential is this and, inside a block, the output of compressed "
+        "linears before, whose errors later ones make up for, and dense is the activations of the "
+        "dense model.",
+        choices=CALIBRATION_INPUTS,
+        group="calibration",
+    )
+    data_shards: int | None = setting(
+        None,
+        "Shards of the windows, which are held one at a time; sums are merged in their order, so "
+        "that the result depends on this number and never on the number of workers.",
+        metavar="N",
+        meanings={
+            None: f"{LEAST_SHARDS}, and more where one would have over {SHARD_TOKENS:,} tokens"
+        },
+        group="calibration",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        require(
+            self.dataset_size >= 1,
+            f"dataset_size {self.dataset_size} must be at least 1 window, e.g. 128",
+        )
+        require(self.seqlen >= 2, f"seqlen {self.seqlen} must be at least 2 tokens, e.g. 2048")
+        require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to 2**32 - 1")
+        require(
+            self.calibration_inputs in CALIBRATION_INPUTS,
+            f"calibration_inputs {self.calibration_inputs!r} is none of "
+            f"{', '.join(CALIBRATION_INPUTS)}",
+        )
+        require(
+            self.data_shards is None or self.data_shards >= 1,
+            f"data_shards {self.data_shards} must be at least 1, e.g. 4",
+        )
+
+    @property
+    def follows_compression(self) -> bool:
+        """Whether a block waits for the compressed blocks before it."""
+        return self.calibration_inputs != "dense"
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a block's later groups wait for the compressed groups before them."""
+        return self.calibration_inputs == "sequential"
+
+    def is_paired(self, group: int) -> bool:
+        """Whether a block's group of this number has the dense block's inputs beside its own."""
+        return self.is_sequential and group > 0
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in use: never more than there are windows."""
+        shards = self.data_shards or max(LEAST_SHARDS, math.ceil(self.num_tokens / SHARD_TOKENS))
+        return min(shards, self.dataset_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows together."""
+        return self.dataset_size * self.seqlen
+
+    def windows_of(self, shard: int) -> int:
+        """Number of windows in a shard, dealt out as ``Tensor.tensor_split`` does."""
+        return self.dataset_size // self.num_shards + (shard < self.dataset_size % self.num_shards)

@@ -1,0 +1,106 @@
+"""The machines that a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_expansion.config.checks import require
+from sparse_expansion.config.fields import setting
+from sparse_expansion.config.sizes import format_size, parse_size
+
+_TERA = 1e12
+
+
+def parse_teraflops(text: str) -> float:
+    """TFLOP/s -> floating-point operations per second.
+
+    Raises:
+        ValueError: not a number.
+    """
+    try:
+        return float(text) * _TERA
+    except ValueError:
+        raise ValueError(f"--tflops {text!r} is not a number of TFLOP/s such as 15") from None
+
+
+def _show_teraflops(flops_per_second: float) -> str:
+    return f"{flops_per_second / _TERA:g}"
+
+
+def _parse_bandwidth(text: str) -> float:
+    return float(parse_size(text))
+
+
+def _show_bandwidth(bytes_per_second: float) -> str:
+    return format_size(int(bytes_per_second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines that a plan is made for: equal workers."""
+
+    num_workers: int = setting(1, "Equal workers.", metavar="N", group="cluster")
+    gpu_bytes: int | None = setting(
+        None,
+        "Memory of a worker's GPU, such as 48GB.",
+        flag="--gpu-memory",
+        metavar="SIZE",
+        parse=parse_size,
+        show=format_size,
+        meanings={None: "no GPU, the CPU computes"},
+        group="cluster",
+    )
+    host_bytes: int | None = setting(
+        None,
+        "Memory of a worker's machine, such as 128GB.",
+        flag="--host-memory",
+        metavar="SIZE",
+        parse=parse_size,
+        show=format_size,
+        meanings={None: "left out of the verdict"},
+        group="cluster",
+    )
+    flops_per_second: float = setting(
+        15e12,
+        "Float32 operations per second of one worker in matrix products, in TFLOP/s.",
+        flag="--tflops",
+        metavar="TFLOPS",
+        parse=parse_teraflops,
+        show=_show_teraflops,
+        group="cluster",
+    )
+    bytes_per_second: float = setting(
+        1e9,
+        "Bytes per second between workers, and between a worker and storage.",
+        flag="--bandwidth",
+        metavar="SIZE",
+        parse=_parse_bandwidth,
+        show=_show_bandwidth,
+        group="cluster",
+    )
+    seconds_per_unit: float = setting(
+        0.05, "Seconds that every unit costs beside its work.", flag=""
+    )
+    price_per_hour: float | None = setting(
+        None,
+        "Price of one worker for an hour.",
+        flag="--price",
+        metavar="PRICE",
+        meanings={None: "no cost is stated"},
+        group="cluster",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
+        require(
+            self.flops_per_second > 0,
+            f"--tflops {_show_teraflops(self.flops_per_second)} must be more than 0, e.g. 15",
+        )
+        if self.price_per_hour is not None:
+            price = self.price_per_hour
+            require(price >= 0, f"--price {price:g} must not be negative")
+        require(
+            self.bytes_per_second >= 1,
+            f"--bandwidth {self.bytes_per_second:g} must be more than 0, e.g. 1GB",
+        )

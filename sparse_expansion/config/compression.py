@@ -1,0 +1,221 @@
+"""How one expert's weight is pruned and quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_expansion.config.by_block import read_by_block
+from sparse_expansion.config.checks import require, require_layers
+from sparse_expansion.config.fields import setting
+from sparse_expansion.config.pruners import PRUNERS
+from sparse_expansion.config.sparsity import SparsityPattern
+
+UNIFORM, MEASURED = "uniform", "measured"
+ALLOCATIONS = (UNIFORM, MEASURED)
+"""Ways to share out zeros over the blocks, beside a list of shares."""
+QUANTIZED_BITS = 4
+"""Bits of a quantized weight where none are asked for."""
+
+
+def read_layer_sparsity(text: str) -> str | tuple[float, ...]:
+    """How zeros are shared out: a way's name, or from a JSON file the share of every block.
+
+    The file holds a list, or an object that has it as ``layer_sparsity``.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if text in ALLOCATIONS:
+        return text
+    return tuple(map(float, read_by_block(text, "layer_sparsity", int | float, "[0.6, 0.8]")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How one expert's weight is pruned and quantized."""
+
+    sparsity: SparsityPattern = setting(
+        SparsityPattern(fraction=0.5),
+        "Share of the weights that are set to zero (such as 0.7), or N:M for N zeros in every M "
+        "consecutive weights of a row (such as 2:4 or '(2, 4)').",
+        short=("-s",),
+        metavar="S",
+        parse=SparsityPattern.parse,
+        group="pruning",
+    )
+    layer_sparsity: str | tuple[float, ...] = setting(
+        UNIFORM,
+        "How zeros are shared out over the blocks, with the sparsity as their mean: uniform gives "
+        "every block the same share, measured gives it a share by what the model loses when that "
+        "block alone is pruned (N:M stays uniform), and a file names the share of every block "
+        "(what the allocate command writes, or a JSON list).",
+        metavar="HOW",
+        parse=read_layer_sparsity,
+        group="pruning",
+    )
+    pruner: str = setting(
+        "sparsegpt",
+        "How weights are pruned: "
+        + "; ".join(f"{name} {traits.help}" for name, traits in PRUNERS.items())
+        + ".",
+        choices=PRUNERS,
+        group="pruning",
+    )
+    solver_iterations: int = setting(
+        PRUNERS["admm"].defaults["solver_iterations"],
+        "Iterations of the solver of the admm pruner.",
+        metavar="N",
+        group="pruning",
+    )
+    bits: int | None = setting(
+        None,
+        "Bits of every kept weight, 2 to 8.",
+        short=("-b",),
+        metavar="BITS",
+        meanings={None: f"{QUANTIZED_BITS} with --quantize, else weights are not quantized"},
+        group="quantization",
+    )
+    symmetric: bool = setting(
+        False,
+        "Quantize to a symmetric grid, with the zero point in its middle, in place of an "
+        "asymmetric one.",
+        group="quantization",
+    )
+    group_size: int | None = setting(
+        None,
+        "Input columns that share a scale.",
+        metavar="COLUMNS",
+        meanings={None: "one scale for an output row"},
+        group="quantization",
+    )
+    act_order: bool = setting(
+        False,
+        "Sweep columns by falling Hessian diagonal; groups of columns stay where they were.",
+        group="quantization",
+    )
+    block_size: int = setting(
+        128, "Columns in a lazy block of the sweep.", metavar="COLUMNS", group="pruning"
+    )
+    damping_fraction: float = setting(
+        0.01,
+        "Share of the mean Hessian diagonal that is added to the diagonal.",
+        metavar="SHARE",
+        group="pruning",
+    )
+    min_tokens_per_expert: int | None = setting(
+        None,
+        "An expert with fewer tokens than this uses the Hessian of its whole group.",
+        metavar="TOKENS",
+        meanings={None: "an eighth of the input width; 1 with --shrink-hessians"},
+        group="experts",
+    )
+    shrink_hessians: bool = setting(
+        False,
+        "Draw the Hessian of every expert towards that of its group, by a Ledoit-Wolf estimate of "
+        "what the expert's tokens leave uncertain.",
+        group="experts",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        require(
+            self.bits is None or 2 <= self.bits <= 8,
+            f"bits {self.bits} is outside 2 to 8: use --bits 4, or leave --quantize away",
+        )
+        require(self.block_size >= 1, f"block_size {self.block_size} must be at least 1, e.g. 128")
+        require(
+            math.isfinite(self.damping_fraction) and 0 < self.damping_fraction <= 10,
+            f"damping_fraction {self.damping_fraction} is outside 0 to 10, e.g. 0.01",
+        )
+        require(
+            self.group_size is None or self.group_size >= 1,
+            f"group_size {self.group_size} must be at least 1, e.g. 128",
+        )
+        require(
+            self.min_tokens_per_expert is None or self.min_tokens_per_expert >= 0,
+            f"min_tokens_per_expert {self.min_tokens_per_expert} must not be negative",
+        )
+        require(self.pruner in PRUNERS, f"pruner {self.pruner!r} is none of {', '.join(PRUNERS)}")
+        require(
+            PRUNERS[self.pruner].takes_grid or (self.bits is None and not self.act_order),
+            f"pruner {self.pruner} leaves kept weights as they are: drop --quantize and "
+            "--act-order, or use --pruner sparsegpt",
+        )
+        require(
+            1 <= self.solver_iterations <= 1000,
+            f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
+        )
+        group = self.sparsity.group
+        if self.layer_sparsity != UNIFORM:
+            self._check_layer_sparsity()
+        if group is not None:
+            require(
+                self.block_size % group == 0,
+                f"sparsity {self.sparsity}: M = {group} must divide block_size "
+                f"{self.block_size}; use --block-size {max(1, self.block_size // group) * group}",
+            )
+            require(
+                not self.act_order,
+                f"act_order reorders columns, which N:M sparsity {self.sparsity} forbids: "
+                "drop one of the two",
+            )
+
+    def _check_layer_sparsity(self) -> None:
+        require(
+            self.sparsity.group is None,
+            f"layer_sparsity gives shares of zeros, {self.sparsity} is N:M: drop one of the two",
+        )
+        if isinstance(self.layer_sparsity, str):
+            require(
+                self.layer_sparsity in ALLOCATIONS,
+                f"layer_sparsity {self.layer_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
+            )
+            return
+        for share in self.layer_sparsity:
+            require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
+        mean = sum(self.layer_sparsity) / len(self.layer_sparsity)
+        require(
+            abs(mean - self.sparsity.fraction) < 1e-3,
+            f"layer_sparsity has mean {mean:.4g}, sparsity is {self.sparsity}: use --sparsity "
+            f"{mean:.4g}",
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Answer a list of blocks' sparsities that is another model's.
+
+        Raises:
+            ValueError: it has another length.
+        """
+        require_layers("layer_sparsity", self.shares, num_layers)
+
+    def at(self, layer: int) -> CompressionConfig:
+        """The settings of one block, by its number from 0."""
+        if not self.shares:
+            return self
+        pattern = SparsityPattern(fraction=self.shares[layer])
+        return dataclasses.replace(self, sparsity=pattern, layer_sparsity=UNIFORM)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of zeros of every block; empty where all are alike, or still to be measured."""
+        return () if isinstance(self.layer_sparsity, str) else self.layer_sparsity
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:
+        """Read back what ``dataclasses.asdict`` gave, also through JSON."""
+        given = dict(data)
+        given["sparsity"] = SparsityPattern(**given["sparsity"])
+        # Earlier runs had the way under a name of its own, and an empty list for no shares.
+        way = given.pop("allocation", UNIFORM)
+        shares = given.get("layer_sparsity", UNIFORM)
+        given["layer_sparsity"] = shares if isinstance(shares, str) else tuple(shares) or way
+        return cls(**given)
+
+    def min_tokens(self, width: int) -> int:
+        """Tokens below which an expert of ``width`` input features is starved."""
+        if self.min_tokens_per_expert is not None:
+            return self.min_tokens_per_expert
+        return 1 if self.shrink_hessians else max(1, width // 8)

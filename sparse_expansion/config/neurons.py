@@ -1,0 +1,3 @@
+"""How the neurons of a linear can be ranked."""
+
+RANKINGS = ("wasserstein", "mean", "variance", "magnitude", "random")

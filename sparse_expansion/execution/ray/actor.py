@@ -1,0 +1,63 @@
+"""The actor: a worker in a process of its own, and the driver's handle of it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from sparse_expansion.config import RunConfig
+from sparse_expansion.execution.ray.wire import from_wire, to_wire
+from sparse_expansion.units import Unit
+from sparse_expansion.work.spec import WorkerSpec
+from sparse_expansion.work.worker import Worker
+
+
+class UnitActor:
+    """A worker in a process of its own."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Libraries are quietened here as in the driver: their bars would garble its terminal."""
+        warnings.filterwarnings("ignore")
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.worker = Worker(spec)
+
+    def ready(self) -> tuple[str, str]:
+        """Node id and host name: the first call, answered once the actor is placed."""
+        return ray.get_runtime_context().get_node_id(), os.uname().nodename
+
+    def run(self, unit: Unit, config: RunConfig, first_open_layer: int, *inputs: Any) -> Any:
+        """Do a unit; the report and each output are objects of their own."""
+        self.worker.forget_before(first_open_layer)
+        report, outputs = self.worker.run(unit, config, [from_wire(value) for value in inputs])
+        if not unit.outputs:
+            return report
+        return (report, *(to_wire(outputs[name]) for name in unit.outputs))
+
+
+@dataclass
+class ActorHandle:
+    """An actor as the driver sees it."""
+
+    name: str
+    actor: Any
+    """Ray's handle."""
+    ping: Any
+    """Reference to the answer of its first call."""
+    node: str | None = None
+    """Id of the node that it runs on; None until it has come up."""
+    host: str = ""
+    """Name of that node's machine."""
+    busy: bool = False
+    """Whether it does a unit."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has answered its first call."""
+        return self.node is not None

@@ -1,0 +1,134 @@
+"""The executor: joins or starts Ray, sizes the pool of actors, and runs graphs on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from sparse_expansion.config import ExecutionOptions, RunConfig
+from sparse_expansion.execution.base import Observer
+from sparse_expansion.execution.ray.graph_run import GraphRun
+from sparse_expansion.execution.ray.metrics import RunMetrics
+from sparse_expansion.execution.ray.pool import WorkerPool
+from sparse_expansion.units import Unit, UnitReport
+from sparse_expansion.work.spec import WorkerSpec
+
+CONNECT_SECONDS = 10.0
+"""Seconds after which an address that does not answer is taken for wrong."""
+
+
+class RayExecutor:
+    """Runs graphs of units on actors of a Ray cluster."""
+
+    def __init__(self, spec: WorkerSpec, options: ExecutionOptions) -> None:
+        """Join or start Ray; actors are asked for when a graph is run.
+
+        Raises:
+            ValueError: the cluster cannot be reached, or has no workers and no number is given.
+        """
+        self.options = options
+        # Without this an actor that asks for no GPU sees all of them.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            self._connect()
+        self.pool = _sized_pool(spec, options, ray.cluster_resources())
+        self._metrics = RunMetrics()
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that do units at the same time, once all have come up."""
+        return self.pool.num_workers
+
+    def _connect(self) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.options.ray_address is None:
+            options["include_dashboard"] = False
+            if self.options.object_store_bytes is not None:
+                options["object_store_memory"] = self.options.object_store_bytes
+        else:
+            _check_reachable(self.options.ray_address)
+            options["address"] = self.options.ray_address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"Ray at {self.options.ray_address or 'this machine'} cannot be reached ({line}): "
+                "check --ray-address, and RAY_AUTH_MODE and its token on both sides"
+            ) from None
+
+    def run(
+        self, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> dict[str, UnitReport]:
+        """See ``Executor.run``."""
+        graph = GraphRun(
+            self.pool, self.options, self._metrics, units=units, config=config, observer=observer
+        )
+        return graph.loop()
+
+    def close(self) -> None:
+        """Give the workers back, and Ray too if it was started here."""
+        self.pool.close()
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def _sized_pool(
+    spec: WorkerSpec, options: ExecutionOptions, resources: dict[str, float]
+) -> WorkerPool:
+    """A pool as large as the cluster has room for, unless the options say otherwise.
+
+    Raises:
+        ValueError: the cluster has no workers and no number is given.
+    """
+    cluster_gpus, cluster_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    if options.num_workers is None and not cluster_cpus and not cluster_gpus:
+        raise ValueError(
+            "the cluster has no workers yet: say how many to ask for, e.g. --num-workers 4 "
+            "--gpus-per-worker 1"
+        )
+    gpus = options.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if spec.device != "cpu" and cluster_gpus >= 1 else 0.0
+    cpus = options.cpus_per_worker
+    count = options.num_workers
+    if count is None and gpus > 0:
+        count = max(1, int(cluster_gpus / gpus))
+    elif count is None:
+        count = max(1, int(resources.get("CPU", 1) // (cpus or spec.threads or 1)))
+    threads = spec.threads
+    if threads is None:
+        threads = max(1, int(cpus or resources.get("CPU", 1) // count))
+    return WorkerPool(
+        # Ray sets one OpenMP thread in an actor with one CPU or none: threads are set explicitly.
+        replace(spec, threads=threads),
+        num_workers=count,
+        num_gpus=gpus,
+        num_cpus=threads if cpus is None else cpus,
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Answer a wrong address in seconds: Ray's own client tries for many minutes.
+
+    Raises:
+        ValueError: nobody listens at host:port.
+    """
+    place = address.removeprefix("ray://")
+    host, colon, port = place.rpartition(":")
+    if not colon:
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Ray at {address} cannot be reached ({error}): check --ray-address"
+        ) from None

@@ -1,0 +1,1 @@
+"""A run from its settings to its metrics: prepare, expand, assemble, evaluate; and export."""

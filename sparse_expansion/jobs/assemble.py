@@ -1,0 +1,134 @@
+"""The finished shards of a run as a model folder, and what its parts weigh."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
+from sparse_expansion.jobs.prepare import Prepared
+from sparse_expansion.model.checkpoint import INDEX_NAME, is_companion
+from sparse_expansion.model.families import linear_shape
+from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD
+from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.planning.resume import final_stages
+from sparse_expansion.run_files import DRAFTS, HIDDEN
+from sparse_expansion.store import Store
+from sparse_expansion.work.stages.make import trunk
+
+
+def assemble(prepared: Prepared, store: Store) -> None:
+    """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
+    weights = _final_weights(prepared, store)
+    index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": weights.files()}
+    store.write_json(INDEX_NAME, index)
+    for path in sorted(prepared.shell.folder.iterdir()):
+        if path.is_file() and is_companion(path.name):
+            store.write_bytes(path.name, path.read_bytes())
+    store.write_json(
+        MANIFEST_NAME,
+        {
+            "format_version": FORMAT_VERSION,
+            "bytes": weights.num_bytes,
+            "information_bytes": weights.trunk_bytes + information_bytes(prepared),
+            "tensors": weights.tensors,
+        },
+    )
+    store.write_json("config.json", _model_config(prepared))
+    store.delete_folder(HIDDEN.rstrip("/"))
+    store.delete_folder(DRAFTS.rstrip("/"))
+
+
+@dataclass
+class _FinalWeights:
+    """The tensors of an expanded model, as the markers of its units describe them."""
+
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File, dtype, shape, bytes and digest by name of the tensor."""
+    num_bytes: int = 0
+    """Bytes of all tensors."""
+    trunk_bytes: int = 0
+    """Bytes of the tensors that are not expanded."""
+
+    def files(self) -> dict[str, str]:
+        """The file of every tensor."""
+        return {name: described["file"] for name, described in self.tensors.items()}
+
+
+def _final_weights(prepared: Prepared, store: Store) -> _FinalWeights:
+    found = _FinalWeights()
+    final = final_stages(prepared.units)
+    for unit in prepared.units:
+        if unit.stage not in final:
+            continue
+        record = store.record(unit.key)
+        if record is None:
+            raise AssertionError(f"unit {unit.key} is not finished")
+        for name, file in record["files"].items():
+            for tensor, described in file["tensors"].items():
+                found.tensors[tensor] = {"file": name, **described}
+                found.num_bytes += described["bytes"]
+                found.trunk_bytes += described["bytes"] if unit.stage == trunk.name else 0
+    return found
+
+
+def _model_config(prepared: Prepared) -> dict[str, Any]:
+    """The content of ``config.json``: the dense model's, and how its MLPs were expanded."""
+    shell = prepared.shell
+    config: dict[str, Any] = shell.config.to_dict()
+    config["dtype"] = str(shell.dtype).removeprefix("torch.")
+    config["architectures"] = [shell.architecture]
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "groups": [list(group.linears) for group in shell.family.groups],
+        "compression": asdict(prepared.config.compression),
+        "routing": asdict(prepared.config.routing),
+    }
+    return config
+
+
+def information_bytes(prepared: Prepared) -> float:
+    """The information in the expanded weights: a count to hold the files' size against.
+
+    Bits of a mask (one per weight, or ``log2`` of the number of patterns per N:M group), of kept
+    values or codes, of scales and zero points, and of routers.
+    """
+    config = prepared.config
+    shell = prepared.shell
+    item_bytes = shell.dtype.itemsize
+    total = 0.0
+    for layer in range(shell.num_blocks):
+        compression, routing = config.compression.at(layer), config.routing.at(layer)
+        for group in shell.family.groups:
+            for position, linear in enumerate(group.linears):
+                rows, width = linear_shape(shell.meta_block(layer), linear)
+                layout = PackedLayout.of(rows, width, compression)
+                total += routing.num_clusters * layout.information_bits(item_bytes) / 8
+                total += grid_bytes(rows, width, config.compression)
+                if position == 0:
+                    total += router_bytes(width, routing)
+    return total
+
+
+def dense_bytes(shell: ModelShell) -> int:
+    """Bytes of the dense model's parameters in the run's dtype."""
+    trunk = {shell.file_name(name) for name in shell.trunk_names()}
+    expanded = tuple(
+        f"{linear}.weight" for group in shell.family.groups for linear in group.linears
+    )
+    return sum(
+        shell.files.read(name).numel() * shell.dtype.itemsize
+        for name in shell.files.names()
+        if name in trunk or name.endswith(expanded)
+    )
+
+
+def checkpoint_bytes(store: Store) -> int:
+    """Bytes of the expanded model's weight files."""
+    return sum(
+        int(store.fs.size(store.path(name)))
+        for name in store.list("")
+        if name.endswith(".safetensors") and "/" not in name
+    )

@@ -1,0 +1,97 @@
+"""Tasks of lm-evaluation-harness on a dense or expanded model; the only home of ``lm_eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparse_expansion.model.quantizer  # noqa: F401 - registers the checkpoint format
+
+
+def check_tasks(tasks: list[str], task_path: str | None) -> Any:
+    """The harness's task manager, once it is certain that it knows all tasks.
+
+    Args:
+        tasks: names of tasks or groups.
+        task_path: a folder with more task files, None for the harness's own tasks alone.
+
+    Raises:
+        ValueError: the harness is not installed, a task is unknown, or a task file of the user's
+            folder names Python code.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError(
+            "--tasks needs lm-evaluation-harness: pip install 'sparse-expansion[eval]'"
+        ) from None
+    if task_path is not None:
+        folder = Path(task_path)
+        if not folder.is_dir():
+            raise ValueError(f"--task-path {task_path} is not a folder of task files (.yaml)")
+        for file in sorted(folder.rglob("*.yaml")):
+            if "!function" in file.read_text(encoding="utf-8"):
+                raise ValueError(
+                    f"{file} names a Python function (!function), which is not run from files: "
+                    "write the task with templates alone"
+                )
+    manager = TaskManager(include_path=task_path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"--tasks: the harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists those "
+            "that it has, --task-path adds a folder of your own"
+        )
+    return manager
+
+
+def run_tasks(
+    folder: Path,
+    tasks: list[str],
+    manager: Any,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, dict[str, Any]]:
+    """Run the tasks on a model; returns the harness's metrics by task, under its own names.
+
+    Args:
+        folder: a model folder; the whole model is loaded, its experts stay compressed.
+        tasks: names of tasks or groups.
+        manager: the task manager from ``check_tasks``.
+        num_fewshot: examples before every question, None for the task's own number.
+        limit: documents per task, None for all.
+        batch_size: sequences that go through the model together.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        dtype: dtype of weights and arithmetic, ``auto`` for the checkpoint's.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        log_samples=False,
+    )
+    results = {}
+    for task, metrics in found["results"].items():
+        # A group that has no score of its own has nothing but its name.
+        numbers = {
+            name: value for name, value in metrics.items() if isinstance(value, (int, float))
+        }
+        if numbers:
+            results[task] = numbers
+    return results

@@ -1,0 +1,76 @@
+"""The metrics of a run: what the markers of its finished units add up to, and what it took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparse_expansion.jobs.assemble import checkpoint_bytes, dense_bytes
+from sparse_expansion.jobs.measurements import Measurements
+from sparse_expansion.jobs.prepare import Prepared
+from sparse_expansion.planning.costs import mlp_flops_per_token
+from sparse_expansion.planning.shapes import model_shape
+from sparse_expansion.process_memory import peak_memory_bytes
+from sparse_expansion.report.experts import count_experts, expert_rows
+from sparse_expansion.store import Store
+from sparse_expansion.work.registry import Stage
+from sparse_expansion.work.stages.make import experts, refine_block
+
+
+def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[str, Any]:
+    """What the markers of a finished expansion add up to.
+
+    Args:
+        prepared: the run.
+        store: its folder.
+        executor: name of the executor that did its units.
+    """
+    counts = count_experts(expert_rows(_records(prepared, store, experts)))
+    return {
+        "config": prepared.config.to_dict(),
+        "model": prepared.identity["model"],
+        "calibration_inputs": prepared.config.calibration.calibration_inputs,
+        "executor": executor,
+        "num_experts": counts.experts,
+        "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
+        "starved_experts": counts.starved,
+        **refinement_metrics(prepared, store),
+        "raised_damping": counts.raised,
+        "checkpoint_bytes": checkpoint_bytes(store),
+        "dense_checkpoint_bytes": dense_bytes(prepared.shell),
+    }
+
+
+def _records(prepared: Prepared, store: Store, stage: Stage) -> dict[str, dict[str, Any]]:
+    """The markers of a stage's units by key, all of which are finished."""
+    found = {}
+    for unit in prepared.units:
+        if unit.stage == stage.name:
+            record = store.record(unit.key)
+            if record is None:
+                raise AssertionError(f"unit {unit.key} is not finished")
+            found[unit.key] = record
+    return found
+
+
+def refinement_metrics(prepared: Prepared, store: Store) -> dict[str, Any]:
+    """What training came to, where there was any: losses on held-out windows, over all blocks."""
+    stats = [record["stats"] for record in _records(prepared, store, refine_block).values()]
+    if not stats:
+        return {}
+    found = {"trained_blocks": sum(each["epoch"] > 0 for each in stats)}
+    for name in ("loss_before", "loss_after"):
+        losses = [each[name] for each in stats]
+        found[name] = None if None in losses else sum(losses) / len(losses)
+    return {"refinement": found}
+
+
+def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str, Any]:
+    """The metrics with times and memory, and with the profile where ceilings were measured."""
+    profile = measured.profile()
+    return {
+        **metrics,
+        **({} if profile is None else {"profile": profile}),
+        "seconds": dict(measured.seconds),
+        "unit_seconds": {name: work.seconds for name, work in measured.stages.items()},
+        "peak_memory_bytes": max(measured.peak_memory_bytes, peak_memory_bytes()),
+    }

@@ -1,0 +1,171 @@
+"""Everything of a run that can fail early: model, tokenizer, texts, windows, shapes, folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_expansion.config import CalibrationConfig, RunConfig, digest
+from sparse_expansion.data.corpora import (
+    calibration_windows,
+    evaluation_windows,
+    load_corpus,
+    whole_windows,
+)
+from sparse_expansion.data.tokenization import Encode, encoder, load_tokenizer
+from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.planning.expansion import expansion_units
+from sparse_expansion.planning.shapes import model_shape
+from sparse_expansion.store import Store, open_run, write_windows
+from sparse_expansion.units import Unit
+
+
+@dataclass
+class Prepared:
+    """A run that has passed all checks."""
+
+    config: RunConfig
+    """The settings, with the number of windows and shards; ``expand`` puts in the sparsities that
+    it measured."""
+    shell: ModelShell
+    """The dense model."""
+    units: list[Unit]
+    """All units of the expansion, those that an earlier session finished too."""
+    identity: dict[str, Any]
+    """What the output folder is claimed for: settings, model, weights, tokens, and their digest."""
+    evaluation_text: str
+    encode: Encode
+
+
+def prepare(
+    config: RunConfig,
+    folder: Path,
+    *,
+    dataset: str,
+    cache_dir: str | None,
+    model_name: str,
+) -> tuple[Prepared, torch.Tensor]:
+    """Read the model's structure, the tokenizer and the text, and plan the expansion.
+
+    Args:
+        config: the settings that were asked for.
+        folder: the dense model's local folder.
+        dataset: name, folder or file of the text.
+        cache_dir: where downloaded texts are kept, None for the default.
+        model_name: how the result names the dense model.
+
+    Returns:
+        The prepared run (its config knows how many windows there are) and the windows ``[N, L]``.
+
+    Raises:
+        ValueError: the model is expanded already, windows are longer than its positions, the text
+            is too short, or the tokenizer belongs to another model.
+    """
+    shell = ModelShell(folder, dtype=config.dtype)
+    if shell.expansion is not None:
+        raise ValueError(f"{folder} is already an expanded model: expand the dense one")
+    shape = model_shape(shell)
+    config.check_layers(shape.num_layers)
+    limit = getattr(shell.config, "max_position_embeddings", None)
+    if limit is not None and config.calibration.seqlen > limit:
+        raise ValueError(
+            f"seqlen {config.calibration.seqlen} is more than the model's {limit} positions: use "
+            f"--seqlen {limit} or less"
+        )
+    corpus = load_corpus(dataset, cache_dir=cache_dir)
+    encode = encoder(load_tokenizer(folder))
+    windows = _draw_windows(config.calibration, corpus.calibration, encode)
+    check_vocabulary(windows, int(shell.config.vocab_size))
+    calibration = replace(config.calibration, dataset_size=len(windows))
+    calibration = replace(calibration, data_shards=calibration.num_shards)
+    config = replace(config, calibration=calibration)
+    identity = _identity(config, model_name, shell.files.fingerprint(), tokens_digest(windows))
+    units = expansion_units(config, shape)
+    return Prepared(config, shell, units, identity, corpus.evaluation, encode), windows
+
+
+def _draw_windows(calibration: CalibrationConfig, text: str, encode: Encode) -> torch.Tensor:
+    """The calibration windows ``[N, L]`` that the settings ask for."""
+    if calibration.whole_text:
+        return whole_windows(text, encode, seqlen=calibration.seqlen, kind="calibration")
+    return calibration_windows(
+        text,
+        encode,
+        num_windows=calibration.dataset_size,
+        seqlen=calibration.seqlen,
+        seed=calibration.seed,
+    )
+
+
+def _identity(config: RunConfig, model_name: str, weights: str, tokens: str) -> dict[str, Any]:
+    """What an output folder is claimed for, with the digest by which a run is known again."""
+    # The same run under other paths is the same run: weights and tokens are named by content.
+    settings = config.to_dict()
+    del settings["calibration"]["dataset"]
+    return {
+        "config": config.to_dict(),
+        "model": model_name,
+        "weights": weights,
+        "calibration_tokens": tokens,
+        "digest": digest(settings, weights, tokens),
+    }
+
+
+def claim(store: Store, prepared: Prepared, windows: torch.Tensor, *, resume: bool) -> None:
+    """Claim the output folder (see ``store.open_run``), and put the windows ``[N, L]`` there.
+
+    From now on they are read shard by shard: the caller need not keep them.
+    """
+    open_run(store, json.loads(json.dumps(prepared.identity)), resume=resume)
+    write_windows(store, windows, prepared.config.calibration.num_shards)
+
+
+def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
+    """Answer a tokenizer that does not belong to the model before a lookup crashes.
+
+    Raises:
+        ValueError: a token id is outside the embedding.
+    """
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives id {largest}, the model has {vocabulary} embeddings: the "
+            "tokenizer in the model folder belongs to another model"
+        )
+
+
+def evaluation_tokens(
+    text: str,
+    encode: Encode,
+    *,
+    seqlen: int,
+    max_windows: int | None,
+    vocabulary: int,
+) -> torch.Tensor:
+    """Windows ``[N, L]`` of the evaluation text, their ids checked against the vocabulary."""
+    windows = evaluation_windows(text, encode, seqlen=seqlen, max_windows=max_windows)
+    check_vocabulary(windows, vocabulary)
+    return windows
+
+
+def tokens_digest(windows: torch.Tensor) -> str:
+    """A name for windows ``[N, L]``: 16 hex digits of a SHA-256 over their shape and ids."""
+    ids = windows.to(torch.int32).numpy().astype("<i4")
+    return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()[:16]
+
+
+def slow_dtype(dtype: torch.dtype) -> str | None:
+    """A line of advice where this machine multiplies the dtype slowly, else None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if dtype == torch.float32 or torch.cuda.is_available() or capability.startswith("AVX512"):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{name} is many times slower than float32 on a CPU without instructions for it "
+        f"({capability} here): without a GPU, --dtype float32 is faster and stores larger values"
+    )

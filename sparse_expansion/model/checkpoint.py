@@ -1,0 +1,170 @@
+"""A model folder on disk: its tensors, its config, and the files that travel with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from sparse_expansion.model.manifest import MANIFEST_NAME
+
+INDEX_NAME = "model.safetensors.index.json"
+_SAMPLE_BYTES = 1 << 20
+"""Bytes at both ends of a file's data that go into its fingerprint."""
+
+
+class CheckpointFiles:
+    """The tensors of a local folder of safetensors files, by name, read through a memory map."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open every file's header, so that a broken file is found before any work.
+
+        Raises:
+            ValueError: there are no safetensors, or a file is missing, truncated or of another
+                format.
+        """
+        self.folder = Path(folder)
+        self._files = _safetensors_files(self.folder)
+        self._file_of: dict[str, Path] = {}
+        for file in self._files:
+            try:
+                with safe_open(str(file), framework="pt") as handle:
+                    self._file_of.update(dict.fromkeys(handle.keys(), file))
+            except FileNotFoundError:
+                raise ValueError(f"{file} is missing: download the model again") from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file} is truncated or not a safetensors file ({error}): download it again"
+                ) from None
+
+    def names(self) -> Iterator[str]:
+        """The names of all tensors."""
+        return iter(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, mapped from its file.
+
+        The file is opened for every read: a map that stays open keeps every page resident that was
+        ever read.
+        """
+        with safe_open(str(self._file_of[name]), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """A SHA-256 over size, header, and first and last MiB of every file, as 32 hex digits.
+
+        That is enough to tell two models, or two revisions, apart without reading hundreds of
+        gigabytes.
+        """
+        digest = hashlib.sha256()
+        for file in self._files:
+            size = file.stat().st_size
+            digest.update(f"{size}\n".encode())
+            with file.open("rb") as stream:
+                header = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(header + _SAMPLE_BYTES))
+                stream.seek(max(0, size - _SAMPLE_BYTES))
+                digest.update(stream.read())
+        return digest.hexdigest()[:32]
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The files that the folder's index names, or all safetensors files where it has no index.
+
+    Raises:
+        ValueError: there are none, or the index cannot be read or leads out of the folder.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            raise ValueError(f"{index} is not a safetensors index: download it again") from None
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside its folder: refusing to read them")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no *.safetensors files: convert the model with "
+            "save_pretrained(), or give a folder or hub id that has them"
+        )
+    return files
+
+
+def load_config(folder: Path) -> Any:
+    """The folder's transformers config.
+
+    Raises:
+        ValueError: the folder has none, or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model folder {folder} does not exist: check --model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json: it is not a model folder"
+            + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {line}") from None
+
+
+def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype:
+    """The dtype to load a model in.
+
+    Args:
+        name: a dtype's name, or ``auto`` for the config's dtype, and where the config names none
+            for that of the first floating tensor.
+        config: the model's transformers config.
+        files: the model's tensors.
+
+    Raises:
+        ValueError: the dtype is none of float32, bfloat16 and float16.
+    """
+    if name != "auto":
+        found = getattr(torch, name)
+    else:
+        found = getattr(config, "dtype", None)
+        if isinstance(found, str):
+            found = getattr(torch, found)
+        if found is None:
+            for tensor_name in files.names():
+                tensor = files.read(tensor_name)
+                if tensor.is_floating_point():
+                    found = tensor.dtype
+                    break
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"model dtype {found} is not supported: use --dtype float32 or bfloat16")
+    return found
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file travels with a model unchanged: tokenizer, generation and licence files."""
+    if name in ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md"):
+        return False
+    if name.endswith((".model", ".jinja")) or name.upper().startswith(("LICENSE", "NOTICE")):
+        return True
+    starts = (
+        "tokenizer",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "generation_config",
+        "chat_template",
+    )
+    return name.startswith(starts) and name.endswith((".json", ".txt"))

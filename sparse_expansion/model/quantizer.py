@@ -1,0 +1,127 @@
+"""The transformers plug-in: it registers the checkpoint format and builds expanded models.
+
+Once this module is imported, ``AutoModelForCausalLM.from_pretrained`` loads every folder whose
+``config.json`` has ``quantization_config.quant_method = "sparse_expansion"``. No other module
+registers anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_expansion.config import CompressionConfig, RoutingConfig
+from sparse_expansion.model.expansion import FLOAT32_MODULES, expand_block
+from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
+from sparse_expansion.model.families import block_list, family_of
+
+QUANT_METHOD = "sparse_expansion"
+FORMAT_VERSION = 2
+
+
+@register_quantization_config(QUANT_METHOD)
+class SparseExpansionConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of an expanded model.
+
+    Args:
+        groups: the names of the linears in each linear group of a block.
+        compression: ``CompressionConfig`` as a dictionary.
+        routing: ``RoutingConfig`` as a dictionary.
+        format_version: the version of the stored tensors, see ``docs/format.md``.
+        expert_residency: ``compressed`` keeps experts packed and unpacks those in use into a
+            bounded cache; ``dense`` keeps every expert that was ever unpacked.
+        cache_bytes: the bound of that cache, in bytes.
+
+    Raises:
+        ValueError: the format version or the residency is unknown.
+    """
+
+    def __init__(
+        self,
+        groups: list[list[str]] | None = None,
+        compression: dict[str, Any] | None = None,
+        routing: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        expert_residency: str = "compressed",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        **kwargs: Any,
+    ) -> None:
+        """Check the version and the residency; unknown keywords are ignored."""
+        self.quant_method = QUANT_METHOD
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint format_version {format_version} is not {FORMAT_VERSION}: load it "
+                "with the release of sparse-expansion that wrote it"
+            )
+        if expert_residency not in ("compressed", "dense"):
+            raise ValueError(
+                f"expert_residency {expert_residency!r} is neither 'compressed' nor 'dense'"
+            )
+        self.groups = groups or []
+        self.compression = compression or {}
+        self.routing = routing or {}
+        self.format_version = format_version
+        self.expert_residency = expert_residency
+        self.cache_bytes = cache_bytes
+
+    def compression_config(self) -> CompressionConfig:
+        """The checked settings of pruning and quantization."""
+        return CompressionConfig.from_dict(self.compression)
+
+    def routing_config(self) -> RoutingConfig:
+        """The checked settings of the routers."""
+        return RoutingConfig.from_dict(self.routing)
+
+
+def expand_model(
+    model: nn.Module, config: SparseExpansionConfig, dtype: torch.dtype
+) -> ExpertCache:
+    """Replace the MLP linears of every block by empty expanded ones, in place.
+
+    Returns:
+        The cache that all experts of the model share.
+    """
+    family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
+    compression, routing = config.compression_config(), config.routing_config()
+    for layer, block in enumerate(block_list(model, family)):
+        expand_block(
+            block,
+            tuple(tuple(group) for group in config.groups),
+            compression.at(layer),
+            routing.at(layer),
+            cache=cache,
+            dtype=dtype,
+        )
+    return cache
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseExpansionQuantizer(HfQuantizer):
+    """Puts the expanded linears into a model before transformers loads its tensors."""
+
+    requires_calibration = True
+    quantization_config: SparseExpansionConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
+        # Routers and grids stay float32: a rounded centroid would send tokens to other experts
+        # than those that were made for them.
+        strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+        model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_MODULES}
+        model.expert_cache = expand_model(model, self.quantization_config, dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The state is the packed tensors themselves, so it can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed experts take no gradients."""
+        return False

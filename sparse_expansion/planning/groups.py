@@ -1,0 +1,217 @@
+"""The units of one linear group of a block: its router, its gathered inputs, and its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from sparse_expansion.planning.block import BlockPlan
+from sparse_expansion.planning.costs import (
+    FLOAT32_BYTES,
+    REDUCE_FAN_IN,
+    GatheredInputs,
+    expert_bytes,
+    experts_flops,
+    gathered_inputs,
+    hessian_flops,
+    router_flops,
+    routing_flops,
+)
+from sparse_expansion.planning.partition import gathered_ranges, range_size
+from sparse_expansion.run_files import (
+    ExpertRange,
+    capture_key,
+    experts_key,
+    gather_key,
+    range_name,
+    recapture_key,
+    reduce_key,
+    router_key,
+    shard_affinity,
+)
+from sparse_expansion.units import Unit
+from sparse_expansion.work.stages import calibrate, make
+
+
+class GroupUnits:
+    """The units of one linear group of a block."""
+
+    def __init__(self, block: BlockPlan, position: int, *, earlier: Sequence[str]) -> None:
+        """``earlier`` are the keys of the units that compress the groups before this one."""
+        self.block = block
+        self.position = position
+        self.earlier = earlier
+        self.group = block.shape.groups[position]
+        self.paired = block.calibration.is_paired(position)
+        self.expert_tokens = block.shard_tokens / block.config.routing.num_clusters
+        """Tokens of one shard that are routed to one expert, on average."""
+        self.captured_bytes = int(block.shard_tokens * self.group.width * block.shape.item_bytes)
+        """Bytes of one shard's inputs of the group."""
+
+    @property
+    def results(self) -> list[str]:
+        """Keys of the units after which the group is compressed."""
+        layer, name = self.block.layer, self.group.name
+        experts = [experts_key(layer, name, experts) for experts in self.block.ranges]
+        return [router_key(layer, name), *experts]
+
+    @cached_property
+    def gathered(self) -> GatheredInputs:
+        """What one shard hands on for one expert."""
+        block = self.block
+        item = block.shape.item_bytes
+        return gathered_inputs(block.config, self.group.width, item, paired=self.paired)
+
+    def units(self) -> list[Unit]:
+        """All units of the group, in order."""
+        block = self.block
+        units = [self._recapture(shard) for shard in block.shards] if self.paired else []
+        units.append(self._router())
+        spans = gathered_ranges(block.ranges, self.gathered.num_bytes, len(block.shards))
+        for span in spans:
+            units += [self._gather(span, shard) for shard in block.shards]
+        for span in spans:
+            for experts in span:
+                units += self._experts(experts, span)
+        return units
+
+    def _source(self, shard: int) -> str:
+        """Key of the unit that captures the group's inputs."""
+        if self.paired:
+            return recapture_key(self.block.layer, self.group.name, shard)
+        return capture_key(self.block.layer, shard)
+
+    def _recapture(self, shard: int) -> Unit:
+        """The unit that makes the inputs which the group has behind compressed linears."""
+        block, name = self.block, self.group.name
+        earlier_weights = sum(group.weights for group in block.shape.groups[: self.position])
+        return calibrate.recapture.unit(
+            key=recapture_key(block.layer, name, shard),
+            params={
+                "layer": block.layer,
+                "shard": shard,
+                "group": name,
+                "experts": block.ranges,
+            },
+            after=(*self.earlier, capture_key(block.layer, shard)),
+            outputs=(name,),
+            affinity=shard_affinity(block.layer, shard),
+            layer=block.layer,
+            rank=0,
+            cost=block.shard_tokens * 2.0 * earlier_weights,
+            move_cost=block.shard_flops,
+            cache_bytes=self.captured_bytes,
+            output_bytes=block.sample_bytes(self.group.width),
+            traffic_bytes=2 * block.hidden_bytes + self.captured_bytes,
+        )
+
+    def _router(self) -> Unit:
+        """The unit that fits the group's router on the shards' samples."""
+        block, name, width = self.block, self.group.name, self.group.width
+        seed = block.calibration.seed + block.layer * len(block.shape.groups) + self.position
+        gram_bytes = FLOAT32_BYTES * width**2
+        return calibrate.router.unit(
+            key=router_key(block.layer, name),
+            params={"layer": block.layer, "group": name, "seed": seed},
+            inputs=tuple((self._source(shard), name) for shard in block.shards),
+            outputs=("gram",),
+            is_persistent=True,
+            layer=block.layer,
+            rank=1,
+            output_bytes=gram_bytes,
+            traffic_bytes=int(block.fit_tokens * width * block.shape.item_bytes) + gram_bytes,
+            cost=router_flops(block.config, width, block.fit_tokens),
+        )
+
+    def _gather(self, span: list[ExpertRange], shard: int) -> Unit:
+        """The unit that hands on one shard's inputs of several ranges of experts."""
+        block, name, width = self.block, self.group.name, self.group.width
+        experts = (span[0][0], span[-1][1])
+        count = range_size(experts)
+        summing = 0.0
+        if self.gathered.is_summed:
+            summing = hessian_flops(width, self.expert_tokens, paired=self.paired)
+        return calibrate.gather.unit(
+            key=gather_key(block.layer, name, experts, shard),
+            params={
+                "layer": block.layer,
+                "shard": shard,
+                "group": name,
+                "ranges": span,
+                "summed": self.gathered.is_summed,
+                **({"recaptured": block.ranges} if self.paired else {}),
+            },
+            after=(router_key(block.layer, name), self._source(shard)),
+            outputs=tuple(range_name(part) for part in span),
+            affinity=shard_affinity(block.layer, shard),
+            layer=block.layer,
+            rank=4,
+            cost=count * (self.expert_tokens * routing_flops(block.config, width) + summing),
+            move_cost=block.shard_flops,
+            output_bytes=count * self.gathered.num_bytes,
+            traffic_bytes=self.captured_bytes + count * self.gathered.num_bytes,
+        )
+
+    def _experts(self, experts: ExpertRange, span: list[ExpertRange]) -> list[Unit]:
+        """The unit that makes a range of experts, behind those that add up its Hessian sums."""
+        block, name = self.block, self.group.name
+        spanned = (span[0][0], span[-1][1])
+        parts = [
+            (gather_key(block.layer, name, spanned, shard), range_name(experts))
+            for shard in block.shards
+        ]
+        reductions, parts = self._reductions(experts, parts)
+        count = range_size(experts)
+        # Where sums are handed on, the shards have done the products.
+        tokens = 0.0 if self.gathered.is_summed else self.expert_tokens * len(block.shards)
+        flops = experts_flops(self.group, block.config.compression, tokens, paired=self.paired)
+        moved = len(parts) * self.gathered.num_bytes + expert_bytes(block.config, self.group)
+        unit = make.experts.unit(
+            key=experts_key(block.layer, name, experts),
+            params={"layer": block.layer, "group": name, "experts": experts},
+            inputs=((router_key(block.layer, name), "gram"), *parts),
+            is_persistent=True,
+            layer=block.layer,
+            # Before further gathering: experts consume what fills memory.
+            rank=2,
+            cost=count * flops,
+            traffic_bytes=count * moved,
+        )
+        return [*reductions, unit]
+
+    def _reductions(
+        self, experts: ExpertRange, parts: list[tuple[str, str]]
+    ) -> tuple[list[Unit], list[tuple[str, str]]]:
+        """Units that add up Hessian sums, level by level, until one unit can take what is left.
+
+        Args:
+            experts: the range whose sums they are.
+            parts: (unit key, output name) of every shard's sums.
+
+        Returns:
+            The units, and (unit key, output name) of the sums that are left.
+        """
+        block, name = self.block, self.group.name
+        count = range_size(experts)
+        moved = count * self.gathered.num_bytes
+        units: list[Unit] = []
+        level = 0
+        while self.gathered.is_summed and len(parts) > REDUCE_FAN_IN:
+            merged: list[tuple[str, str]] = []
+            for first in range(0, len(parts), REDUCE_FAN_IN):
+                taken = parts[first : first + REDUCE_FAN_IN]
+                unit = calibrate.reduce.unit(
+                    key=reduce_key(block.layer, name, experts, level, len(merged)),
+                    inputs=tuple(taken),
+                    outputs=("inputs",),
+                    layer=block.layer,
+                    rank=3,
+                    cost=float(len(taken) * count * self.group.width**2),
+                    output_bytes=moved,
+                    traffic_bytes=(len(taken) + 1) * moved,
+                )
+                units.append(unit)
+                merged.append((unit.key, "inputs"))
+            parts = merged
+            level += 1
+        return units, parts

@@ -1,0 +1,276 @@
+"""Memory that one worker of a run takes: a sum of the arrays that are alive at once.
+
+Stages follow each other, so that the largest of them decides; what a worker holds throughout comes
+on top.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from sparse_expansion.algorithms.clustering import takes_subspace_iteration
+from sparse_expansion.algorithms.pruners.registry import pruner_of
+from sparse_expansion.config import MEASURED, RunConfig
+from sparse_expansion.model.refinement import STEP_TOKENS
+from sparse_expansion.model.streaming import TOKENS_PER_FORWARD
+from sparse_expansion.planning.allocation import window_counts
+from sparse_expansion.planning.costs import (
+    FLOAT32_BYTES,
+    REDUCE_FAN_IN,
+    block_packed_bytes,
+    captured_width,
+    gathered_inputs,
+    packed_bytes,
+    shard_tokens,
+)
+from sparse_expansion.planning.partition import expert_ranges, gathered_ranges
+from sparse_expansion.planning.shapes import GroupShape, ModelShape
+from sparse_expansion.process_memory import FREED_BYTES_KEPT
+from sparse_expansion.work.spec import captured_bytes
+from sparse_expansion.work.stages.make import TRUNK_SHARD_BYTES
+from sparse_expansion.work.sums import CHUNK_TOKENS
+
+FLOAT64_BYTES = 8
+LIBRARY_BYTES = 640 << 20
+"""Bytes of a worker that has loaded the libraries and nothing else."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of a dense model's parameters."""
+
+    total: int
+    """Parameters of the whole model; a tied head counts once."""
+    block: int
+    """Parameters of one block."""
+
+
+def worker_memory(
+    config: RunConfig,
+    shape: ModelShape,
+    parameters: ParameterCounts,
+    *,
+    num_workers: int,
+    has_gpu: bool,
+    activation_bytes: int,
+) -> dict[str, int]:
+    """Bytes of one worker by stage, what it holds throughout, and the peak.
+
+    ``held`` are the libraries, the embedding and head, captured activations and (with one worker)
+    the values between units; a stage's bytes come on top. With a GPU, ``gpu_peak`` is the largest
+    stage's arrays on the card.
+
+    Args:
+        config: of the run; the block with the most experts decides.
+        shape: of the dense model.
+        parameters: of the dense model.
+        num_workers: equal workers that share the run.
+        has_gpu: whether stages compute on a GPU with memory of its own.
+        activation_bytes: captured activations that a worker keeps in memory.
+    """
+    routing = replace(config.routing, num_clusters=config.routing.most_clusters, layer_clusters=())
+    config = replace(config, routing=routing)
+    stages = _StageMemory(config, shape, parameters, num_workers)
+    of_stage = stages.all()
+    held = _held_bytes(config, shape, parameters, num_workers, activation_bytes)
+    # Whatever is freed is kept for what comes next, which needs it in other sizes.
+    used = max(of_stage.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
+    held["freed"] = min(FREED_BYTES_KEPT, used)
+    # Blocks are measured before anything is captured, and before there is much to have been freed.
+    before = held["libraries"] + held["embedding_and_head"]
+    peak = max(
+        before + of_stage.get("block_gaps", 0),
+        sum(held.values()) + max(size for name, size in of_stage.items() if name != "block_gaps"),
+    )
+    memory = {
+        **{f"held: {name}": size for name, size in held.items()},
+        **{f"stage: {name}": size for name, size in of_stage.items()},
+        "peak": peak,
+    }
+    if has_gpu:
+        # Samples and rows visit the card in chunks; weights and factors stay for the unit.
+        on_card = {name: size for name, size in of_stage.items() if name not in ("gather", "trunk")}
+        on_card["capture"] -= stages.hidden_bytes
+        memory["gpu_peak"] = max(on_card.values()) + held["embedding_and_head"]
+    return memory
+
+
+def _held_bytes(
+    config: RunConfig,
+    shape: ModelShape,
+    parameters: ParameterCounts,
+    num_workers: int,
+    activation_bytes: int,
+) -> dict[str, int]:
+    """Bytes that a worker holds throughout, by what they are."""
+    calibration, item = config.calibration, shape.item_bytes
+    vocabulary_parameters = parameters.total - shape.num_layers * parameters.block
+    widths = captured_width(config, shape)
+    if calibration.is_sequential:
+        # Later groups' inputs are held as they are in the dense block too.
+        widths += sum(group.width for group in shape.groups[1:])
+    captured = calibration.num_tokens * widths * item
+    share = 1.0 if num_workers == 1 else 1 / min(num_workers, calibration.num_shards)
+    held = {
+        "libraries": LIBRARY_BYTES,
+        "embedding_and_head": vocabulary_parameters * item,
+        "captured": int(min(captured * share, captured_bytes(activation_bytes))),
+    }
+    if num_workers == 1:
+        # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
+        fit_tokens = min(calibration.num_tokens, config.routing.fit_tokens)
+        samples = fit_tokens * sum(group.width for group in shape.groups) * item
+        gathered = max(
+            _all_gathered_bytes(config, group.width, item, paired=calibration.is_paired(position))
+            for position, group in enumerate(shape.groups)
+        )
+        held["values"] = max(samples, gathered)
+    return held
+
+
+def _all_gathered_bytes(config: RunConfig, width: int, item: int, *, paired: bool) -> int:
+    """Bytes that all shards together hand on for all experts of a group at a time."""
+    shards = config.calibration.num_shards
+    gathered = gathered_inputs(config, width, item, paired=paired)
+    if gathered.is_summed:
+        # Added up as soon as there are enough: one level of the tree, and the one above it.
+        shards = min(shards, 2 * REDUCE_FAN_IN)
+    return config.routing.num_clusters * shards * gathered.num_bytes
+
+
+class _StageMemory:
+    """Bytes that a unit of each stage needs on top of what its worker holds."""
+
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, parameters: ParameterCounts, num_workers: int
+    ) -> None:
+        """Blocks are alike; those with fewer experts have been replaced."""
+        self.config = config
+        self.shape = shape
+        self.parameters = parameters
+        self.num_workers = num_workers
+        self.item = shape.item_bytes
+        tokens = math.ceil(shard_tokens(config.calibration))
+        self.hidden_bytes = 2 * tokens * shape.hidden_size * self.item
+        """Bytes of one shard's hidden states before a block and behind it."""
+        self.experts_per_unit = min(config.experts_per_unit, config.routing.num_clusters)
+        self.block_bytes = parameters.block * self.item
+
+    def all(self) -> dict[str, int]:
+        """Bytes by name of the stage; of several linear groups the largest counts."""
+        config = self.config
+        stages = {"capture": self.forward(), "trunk": self.trunk()}
+        if config.compression.layer_sparsity == MEASURED:
+            stages["block_gaps"] = self.block_gaps()
+        groups = [
+            (group, config.calibration.is_paired(position))
+            for position, group in enumerate(self.shape.groups)
+        ]
+        stages["router"] = max(self.router(group.width) for group, _ in groups)
+        stages["gather"] = max(self.gather(group.width, paired=paired) for group, paired in groups)
+        stages["experts"] = max(self.experts(group, paired=paired) for group, paired in groups)
+        if config.calibration.follows_compression:
+            stages["advance"] = self.advance()
+        if config.refines:
+            stages["refine"] = self.refine()
+        return stages
+
+    def forward(self) -> int:
+        """Bytes to run one shard through a block: hidden states, the block, and a batch in it."""
+        # A batch has attention's inputs and outputs, the MLP's gate, up and their product.
+        batch = max(TOKENS_PER_FORWARD, self.config.calibration.seqlen)
+        widest = max(group.width for group in self.shape.groups)
+        activations = batch * (6 * self.shape.hidden_size + 3 * widest) * self.item
+        return self.hidden_bytes + self.block_bytes + activations
+
+    def trunk(self) -> int:
+        """Bytes of what is neither expert nor router, one file at a time."""
+        weights = self.parameters.total - self.shape.num_layers * self.shape.mlp_weights
+        # The tensors, and the file's bytes made from them.
+        return 2 * min(weights * self.item, TRUNK_SHARD_BYTES)
+
+    def block_gaps(self) -> int:
+        """Bytes to prune a range of blocks one at a time and score all of these models."""
+        calibration, shape = self.config.calibration, self.shape
+        pruned, scored = window_counts(calibration.dataset_size, calibration.seqlen)
+        streams = 1 + math.ceil(shape.num_layers / self.num_workers)
+        windows = pruned + streams * max(1, scored)
+        kept = windows * calibration.seqlen * shape.hidden_size * self.item
+        # A second block, its Hessians, and a sweep as of one expert.
+        passing = self.forward() - self.hidden_bytes + self.block_bytes
+        sums = sum(FLOAT32_BYTES * group.width**2 for group in shape.groups)
+        swept = max(self._expert_arrays(group, 1, paired=True) for group in shape.groups)
+        return kept + passing + sums + swept
+
+    def router(self, width: int) -> int:
+        """Bytes to fit a router on inputs of this width."""
+        routing = self.config.routing
+        features = routing.num_components(width)
+        # Gram matrices being added, and two chunks of inputs.
+        found = 3 * width**2 * FLOAT32_BYTES + 2 * CHUNK_TOKENS * width * FLOAT32_BYTES
+        if routing.pca_reduction_factor is not None:
+            # The float64 covariance; for a full decomposition its copy, the vectors and the
+            # solver's work space.
+            is_full = not takes_subspace_iteration(width, features)
+            found += (4 if is_full else 1) * width**2 * FLOAT64_BYTES
+        fit_tokens = min(self.config.calibration.num_tokens, routing.fit_tokens)
+        return found + 4 * fit_tokens * features * FLOAT32_BYTES
+
+    def gather(self, width: int, *, paired: bool) -> int:
+        """Bytes of one shard's gathered inputs, of several ranges of experts, and their copy."""
+        config = self.config
+        gathered = gathered_inputs(config, width, self.item, paired=paired)
+        ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
+        spans = gathered_ranges(ranges, gathered.num_bytes, config.calibration.num_shards)
+        return 2 * self.experts_per_unit * len(spans[0]) * gathered.num_bytes
+
+    def experts(self, group: GroupShape, *, paired: bool) -> int:
+        """Bytes to make a range of a group's experts."""
+        found = self._expert_arrays(group, self.experts_per_unit, paired=paired)
+        if paired:
+            # The dense residual times the inputs; the compensated target, and a triangular solve
+            # on its way to it.
+            targets = FLOAT32_BYTES * group.width * (group.width + 3 * group.rows)
+            found += self.experts_per_unit * targets
+        return found
+
+    def advance(self) -> int:
+        """Bytes to run one shard through a compressed block, its experts packed and dense."""
+        dense = self.config.routing.num_clusters * self.shape.mlp_weights * self.item
+        return self.forward() + block_packed_bytes(self.config, self.shape) + dense
+
+    def refine(self) -> int:
+        """Bytes to train a block's experts."""
+        shape = self.shape
+        weights = shape.mlp_weights * self.config.routing.num_clusters
+        # Float32 weights, their gradients, Adam's two moments and the best so far; masks.
+        trained = weights * (5 * FLOAT32_BYTES + 1)
+        # What a step keeps of every token for the way back; the dense block beside the expanded.
+        step = max(STEP_TOKENS, self.config.calibration.seqlen)
+        widest = max(group.width for group in shape.groups)
+        kept = step * (12 * shape.hidden_size + 8 * widest) * FLOAT32_BYTES
+        return self.forward() + trained + kept + block_packed_bytes(self.config, shape)
+
+    def _expert_arrays(self, group: GroupShape, count: int, *, paired: bool) -> int:
+        """Bytes of Hessians, factors and weights that a unit of ``count`` experts holds at once."""
+        compression = self.config.compression
+        square = group.width**2 * FLOAT32_BYTES
+        weights = group.rows * group.width
+        largest = weights // group.num_linears
+        # The sums, and the sample's. Their factors: to sweep, or for the compensated target.
+        pruner = pruner_of(compression.pruner)
+        has_factors = pruner.needs_factor(compression) or paired
+        hessians = (count + 1 + (count if has_factors else 0)) * square
+        # For one expert at a time its reversed Hessian, its Cholesky factor and that reversed; all
+        # of them are gone before a weight is swept.
+        factoring = 3 * square
+        # All linears of the group: weights (float32), masks and codes. One of them: the same
+        # transposed, and its changes.
+        each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)
+        swept = count * weights * each
+        swept += count * largest * (each + FLOAT32_BYTES)
+        swept += 2 * FLOAT32_BYTES * weights
+        swept += count * pruner.extra_bytes(group.width, largest)
+        packed = count * packed_bytes(self.config, group, self.item)
+        return hessians + weights * self.item + max(factoring, swept + 2 * packed)

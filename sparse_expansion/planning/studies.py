@@ -1,0 +1,159 @@
+"""Units of studies on a dense model: numbers of clusters, pruned neurons, neurons' outputs.
+
+All calibration windows are one shard: a neuron's distribution needs all of its outputs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_expansion.config import CLUSTERINGS, RunConfig
+from sparse_expansion.planning.costs import SORT_FLOPS, experts_flops
+from sparse_expansion.planning.forward import capture_unit, embed_unit
+from sparse_expansion.planning.shapes import ModelShape
+from sparse_expansion.run_files import clusters_key, neurons_key, prune_neurons_key
+from sparse_expansion.units import Unit
+from sparse_expansion.work.stages import study
+
+
+def dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Unit]:
+    """The embedding, and the captures of all blocks up to one, of all windows as one shard."""
+    units = [embed_unit(config, shape, 0)]
+    for layer in range(last_layer + 1):
+        is_persistent = layer + 1 < shape.num_layers
+        after = units[-1].key
+        units.append(
+            capture_unit(config, shape, layer, 0, after=after, is_persistent=is_persistent)
+        )
+    return units
+
+
+def cluster_units(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    layers: Sequence[int],
+    linears: dict[str, str],
+    clusters: Sequence[int],
+    calibration_tokens: int,
+    neurons: Sequence[int] = (),
+    clusterings: Sequence[str] = CLUSTERINGS,
+) -> list[Unit]:
+    """Units that try numbers of clusters on linears of some blocks.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard), pruning and routing.
+        shape: of the dense model.
+        layers: numbers of the blocks.
+        linears: name of every linear, and of its linear group.
+        clusters: numbers of clusters.
+        calibration_tokens: number of the windows' first tokens, on which experts are made; the
+            others are held out.
+        neurons: numbers of the neurons whose outputs are kept.
+        clusterings: of ``CLUSTERINGS``.
+    """
+    units = dense_pass(config, shape, max(layers))
+    captures = units[1:]
+    tokens = config.calibration.num_tokens
+    shapes = {group.name: group for group in shape.groups}
+    for layer in layers:
+        for linear, group in linears.items():
+            for count in clusters:
+                sweeps = experts_flops(shapes[group], config.compression, 0.0) * count
+                units.append(
+                    study.clusters.unit(
+                        key=clusters_key(layer, linear, count),
+                        params={
+                            "layer": layer,
+                            "linear": linear,
+                            "group": group,
+                            "num_clusters": count,
+                            "calibration_tokens": calibration_tokens,
+                            "neurons_kept": list(neurons),
+                            "seed": config.calibration.seed,
+                            "clusterings": list(clusterings),
+                        },
+                        after=(captures[layer].key,),
+                        is_persistent=True,
+                        affinity=captures[layer].affinity,
+                        layer=layer,
+                        rank=1,
+                        cost=len(clusterings) * (sweeps + tokens * float(shapes[group].width) ** 2),
+                        move_cost=captures[layer].cost,
+                    )
+                )
+    return units
+
+
+def pruning_units(
+    config: RunConfig, shape: ModelShape, *, rankings: Sequence[str], shares: Sequence[float]
+) -> list[Unit]:
+    """Units that prune the first neurons of every ranking, in every block.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard), and of pruning.
+        shape: of the dense model.
+        rankings: of ``neurons.RANKINGS``.
+        shares: shares of the neurons of every linear, 0 to 1.
+    """
+    tokens = config.calibration.num_tokens
+    units = dense_pass(config, shape, shape.num_layers - 1)
+    for layer, capture in enumerate(units[1:]):
+        for position, group in enumerate(shape.groups):
+            units.append(
+                study.prune_neurons.unit(
+                    key=prune_neurons_key(layer, group.name),
+                    params={
+                        "layer": layer,
+                        "group": group.name,
+                        "rankings": list(rankings),
+                        "shares": list(shares),
+                        "seed": config.calibration.seed + 1000 * layer + 100 * position,
+                    },
+                    after=(capture.key,),
+                    is_persistent=True,
+                    affinity=capture.affinity,
+                    layer=layer,
+                    rank=1,
+                    cost=tokens * group.rows * (2.0 * group.width + SORT_FLOPS)
+                    + experts_flops(group, config.compression, tokens),
+                    move_cost=capture.cost,
+                )
+            )
+    return units
+
+
+def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str]) -> list[Unit]:
+    """Units that describe every neuron on the dense model's own activations, in one pass.
+
+    Args:
+        config: of the windows (``dense`` inputs, one data shard).
+        shape: of the dense model.
+        models: names and folders of expanded models to compare with.
+    """
+    tokens = config.calibration.num_tokens
+    units = dense_pass(config, shape, shape.num_layers - 1)
+    for layer, capture in enumerate(units[1:]):
+        for position, group in enumerate(shape.groups):
+            outputs = tokens * group.rows
+            units.append(
+                study.neurons.unit(
+                    key=neurons_key(layer, group.name),
+                    params={
+                        "layer": layer,
+                        "group": group.name,
+                        "models": models,
+                        "seed": config.calibration.seed + layer * len(shape.groups) + position,
+                    },
+                    after=(capture.key,),
+                    is_persistent=True,
+                    affinity=capture.affinity,
+                    layer=layer,
+                    rank=1,
+                    # Every model takes a product, and sorting.
+                    cost=outputs * (2.0 * group.width + SORT_FLOPS) * (1 + len(models)),
+                    move_cost=capture.cost,
+                    traffic_bytes=8 * outputs * (1 + len(models)),
+                )
+            )
+    return units

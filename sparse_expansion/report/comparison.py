@@ -1,0 +1,74 @@
+"""Finished runs beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_expansion.report.describe import describe_settings
+from sparse_expansion.report.facts import model_name
+from sparse_expansion.report.formatting import table
+from sparse_expansion.run_files import METRICS_FILE
+from sparse_expansion.store import Store
+
+
+def gap_and_cost(metrics: dict[str, Any]) -> dict[str, float]:
+    """Perplexities, ``gap`` and ``cost`` (see ``comparison``), by which a run is judged."""
+    flops = metrics["mlp_flops_per_token"]
+    dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
+    return {
+        "perplexity_dense": dense,
+        "perplexity": expanded,
+        "gap": math.log(expanded / dense),
+        "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+    }
+
+
+def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
+    """Finished runs beside each other: perplexity, and what a token and the files cost.
+
+    ``gap`` is the difference to the dense model in log-perplexity (nats per token); ``cost`` the
+    MLPs' and routers' operations per token, and ``bytes`` the weight files, as shares of the dense
+    model's.
+
+    Raises:
+        ValueError: a folder has no finished `run` (with its evaluation).
+    """
+    rows = []
+    for store in stores:
+        if not store.exists(METRICS_FILE):
+            raise ValueError(f"{store.root} holds no finished run: finish it with --resume")
+        metrics = store.read_json(METRICS_FILE)
+        if "perplexity_dense" not in metrics:
+            raise ValueError(f"{store.root} was not evaluated: compare the folders of `run`")
+        rows.append(
+            {
+                "name": model_name(store.root),
+                "setting": describe_settings(metrics["config"]),
+                **gap_and_cost(metrics),
+                "bytes": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
+            }
+        )
+    return rows
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of ``comparison`` as text."""
+    cells: list[tuple[str, ...]] = [("run", "dense", "expanded", "gap", "operations", "bytes", "")]
+    cells += [
+        (
+            row["name"],
+            f"{row['perplexity_dense']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['gap']:.4f}",
+            f"{row['cost']:.1%}",
+            f"{row['bytes']:.1%}",
+            row["setting"],
+        )
+        for row in rows
+    ]
+    return (
+        f"{table(cells, header=True)}\n\nperplexities per token; gap in log-perplexity; operations "
+        "of MLPs and routers per token and bytes of weight files as shares of the dense model's"
+    )

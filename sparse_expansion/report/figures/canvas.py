@@ -1,0 +1,72 @@
+"""Empty figures, made without pyplot (no display and no global state), and their files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_expansion.store import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PNG_DPI = 150
+
+
+def figure_and_axes(x: str, y: str, *, height: float = 3.4) -> tuple[Figure, Axes]:
+    """An empty plot, 8 inches wide.
+
+    Args:
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        height: inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.add_subplot()
+    label_axes(axes, x, y)
+    return figure, axes
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Label both axes, and leave away the frame's lines that say nothing."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def count_from_zero(axes: Axes) -> None:
+    """Put whole numbers on the horizontal axis, and zero at the foot of the vertical one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element, without the XML header; the same bytes every time."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sparse-expansion", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]
+
+
+def save(figures: dict[str, Figure], folder: str | Path) -> list[Path]:
+    """Write ``NAME.svg`` and ``NAME.png`` of every figure; returns the paths."""
+    where = Path(folder)
+    paths = []
+    for name, figure in figures.items():
+        vector, pixels = where / f"{name}.svg", where / f"{name}.png"
+        write_file(vector, svg(figure).encode())
+        image = io.BytesIO()
+        figure.savefig(image, dpi=PNG_DPI, format="png")
+        write_file(pixels, image.getvalue())
+        paths += [vector, pixels]
+    return paths

@@ -1,0 +1,1 @@
+"""What workers do: stages, and what they share."""

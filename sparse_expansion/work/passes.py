@@ -1,0 +1,184 @@
+"""Windows through single blocks: hidden states in and out, and what is captured on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sparse_expansion.algorithms.perplexity import window_nll
+from sparse_expansion.data.activations import (
+    AllInputsSeenError,
+    AttentionOutputs,
+    GroupInputs,
+    copy_outside_heap,
+)
+from sparse_expansion.model.families import LinearGroup
+from sparse_expansion.run_files import ExpertRange
+from sparse_expansion.types import NllSum
+from sparse_expansion.work.blocks import expanded_before
+from sparse_expansion.work.captures import ATTENTION, DENSE_INPUTS
+from sparse_expansion.work.context import DENSE, WorkContext
+from sparse_expansion.work.routers import read_router
+from sparse_expansion.work.sums import evenly_spaced, route_all, shuffled
+
+
+def embed_windows(context: WorkContext, windows: torch.Tensor, model: str = DENSE) -> torch.Tensor:
+    """Hidden states ``[N, L, D]`` that enter the first block, on the CPU."""
+    shell = context.shell(model)
+    return torch.cat([shell.embed(windows[part]).cpu() for part in shell.batches(windows)])
+
+
+def pass_through(
+    context: WorkContext,
+    layer: int,
+    block: nn.Module,
+    windows: torch.Tensor,
+    hidden: torch.Tensor,
+    model: str = DENSE,
+) -> None:
+    """Run a block on the hidden states of windows, in place."""
+    shell = context.shell(model)
+    for part in shell.batches(windows):
+        call = shell.call(layer, windows[part])
+        hidden[part] = call.run(block, hidden[part].to(context.device)).cpu()
+
+
+def score_windows(
+    context: WorkContext, windows: torch.Tensor, hidden: torch.Tensor, model: str = DENSE
+) -> list[NllSum]:
+    """Loss of every window, from what the last block put out."""
+    nll: list[NllSum] = []
+    for index in range(len(windows)):
+        # One window at a time: the logits of a batch are larger than anything before them.
+        part = slice(index, index + 1)
+        logits = context.shell(model).head(windows[part], hidden[part])
+        nll += window_nll(logits, windows[part].to(logits.device))
+    return nll
+
+
+def capture_block(context: WorkContext, layer: int, shard: int) -> torch.Tensor | None:
+    """Run the dense block on a shard and keep its groups' inputs.
+
+    Returns:
+        Its output, unless the next block gets the compressed block's. Attention's outputs are kept
+        for that one then.
+    """
+    context.captures.make_room(layer)
+    shell = context.shell()
+    stop = context.config.calibration.follows_compression
+    out, found = run_block(
+        context, layer, shard, shell.load_block(layer), shell.family.groups, stop=stop
+    )
+    context.captures.keep(layer, shard, found)
+    return out
+
+
+def run_block(
+    context: WorkContext,
+    layer: int,
+    shard: int,
+    block: nn.Module,
+    groups: tuple[LinearGroup, ...] = (),
+    *,
+    stop: bool = False,
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """A block's output on a shard's hidden states, and the inputs of groups in it.
+
+    Attention's outputs are taken from the shard's captured activations, or are among what is
+    returned where the run stops.
+
+    Args:
+        context: of the worker.
+        layer: number of the block.
+        shard: of the windows.
+        block: dense, or with compressed linears.
+        groups: whose inputs are wanted.
+        stop: before the last of these groups; there is no output then.
+    """
+    shell = context.shell()
+    tokens = context.shard_tokens(shard)
+    hidden = context.read_hidden(layer, shard)
+    out = None if stop else torch.empty_like(hidden)
+    buffers: dict[str, torch.Tensor] = {}
+    kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
+    row = 0
+    with (
+        torch.no_grad(),
+        GroupInputs(block, groups, stop=stop) as seen,
+        AttentionOutputs(
+            block,
+            shell.family.attention,
+            form=shell.family.attention_output,
+            replays=kept_TD is not None,
+        ) as attention,
+    ):
+        for part in shell.batches(tokens):
+            call = shell.call(layer, tokens[part])
+            count = tokens[part].numel()
+            rows = slice(row, row + count)
+            if kept_TD is not None:
+                attention.output = kept_TD[rows].to(context.device).view(hidden[part].shape)
+            with contextlib.suppress(AllInputsSeenError):
+                found = call.run(block, hidden[part].to(context.device))
+                if out is not None:
+                    out[part] = found.cpu()
+            made = dict(seen.inputs)
+            if stop and kept_TD is None:
+                assert attention.output is not None
+                made[ATTENTION] = attention.output.flatten(0, 1)
+            for name, X_TD in made.items():
+                if name not in buffers:
+                    shape = (tokens.numel(), X_TD.shape[1])
+                    buffers[name] = context.buffers.allocate(shape, X_TD.dtype)
+                buffers[name][rows] = X_TD.cpu()
+            row += count
+    return out, buffers
+
+
+def captured_inputs(
+    context: WorkContext,
+    layer: int,
+    shard: int,
+    group: str | None = None,
+    recaptured: Sequence[ExpertRange] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Inputs ``[T, D]`` by group, captured again where this worker does not have them.
+
+    With ranges of experts the group's inputs are those behind the compressed groups before it; the
+    dense block's are then under its name and ``DENSE_INPUTS``.
+    """
+    if context.captures.get(layer, shard) is None:
+        capture_block(context, layer, shard)
+    captured = context.captures.get(layer, shard)
+    assert captured is not None
+    if group is not None and recaptured is not None and group + DENSE_INPUTS not in captured:
+        block = expanded_before(context, layer, group, recaptured)
+        _, found = run_block(context, layer, shard, block, (context.group(group),), stop=True)
+        captured |= {group + DENSE_INPUTS: captured[group], **found}
+    return captured
+
+
+def sample_rows(context: WorkContext, X_TD: torch.Tensor) -> torch.Tensor:
+    """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
+    total = context.config.calibration.num_tokens
+    share = max(1, context.config.routing.fit_tokens * X_TD.shape[0] // total)
+    return copy_outside_heap(X_TD[evenly_spaced(X_TD.shape[0], share)])
+
+
+def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> torch.Tensor:
+    """Cluster of every token of a shard ``[T]`` (int16), kept beside the captured activations."""
+    key = (layer, shard, group)
+    labels = context.captures.labels
+    if key not in labels:
+        router = read_router(context, layer, group)
+        X_TD = captured_inputs(context, layer, shard)[group]
+        labels_T = route_all(X_TD, router, context.device)
+        if context.config.routing.clustering == "random":
+            name = f"{context.config.calibration.seed}/{layer}/{group}/{shard}"
+            labels_T = shuffled(labels_T, name)
+        # Those of all shards of a block are kept: small, there may be millions of tokens.
+        labels[key] = labels_T.to(torch.int16)
+    return labels[key]

@@ -1,0 +1,73 @@
+"""A group's router and grids as they are stored: names of their tensors, made and read back."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.run_files import router_file
+from sparse_expansion.types import Router
+from sparse_expansion.work.context import WorkContext
+
+
+def router_owner(context: WorkContext, layer: int, group: str) -> str:
+    """Prefix of the router's tensors: the group's first linear owns it."""
+    prefix = context.shell().block_prefix(layer)
+    return f"{prefix}{context.group(group).linears[0]}.router"
+
+
+def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
+    """A router's tensors by the names that they are stored under."""
+    tensors = {
+        f"{owner}.mean": router.mean_D.cpu(),
+        f"{owner}.centroids": router.centroids_KP.cpu(),
+    }
+    if router.components_PD is not None:
+        tensors[f"{owner}.components"] = router.components_PD.cpu()
+    return tensors
+
+
+def grid_tensors(grid: AffineGrid, linear: str) -> dict[str, torch.Tensor]:
+    """A grid's tensors by the names that they are stored under; ``linear`` is its full name."""
+    return {f"{linear}.grid.scale": grid.scale_OG, f"{linear}.grid.zero_point": grid.zero_point_OG}
+
+
+def read_router(context: WorkContext, layer: int, group: str) -> Router:
+    """A group's router, on the worker's device."""
+    stored = context.store.read_tensors(router_file(layer, group))
+    owner = router_owner(context, layer, group)
+    components = stored.get(f"{owner}.components")
+    return Router(
+        stored[f"{owner}.mean"].to(context.device),
+        None if components is None else components.to(context.device),
+        stored[f"{owner}.centroids"].to(context.device),
+    )
+
+
+def read_grids(
+    context: WorkContext, layer: int, group: str, width: int
+) -> dict[str, AffineGrid | None]:
+    """The grid of every linear of a group by name, on the worker's device; None when pruning only.
+
+    Args:
+        context: of the worker.
+        layer: number of the block.
+        group: name of the group.
+        width: input features of its linears.
+    """
+    compression = context.compression(layer)
+    linears = context.group(group).linears
+    if compression.bits is None:
+        return dict.fromkeys(linears)
+    stored = context.store.read_tensors(router_file(layer, group))
+    prefix = context.shell().block_prefix(layer)
+    size = min(compression.group_size or width, width)
+    return {
+        name: AffineGrid(
+            stored[f"{prefix}{name}.grid.scale"].to(context.device),
+            stored[f"{prefix}{name}.grid.zero_point"].to(context.device),
+            compression.bits,
+            size,
+        )
+        for name in linears
+    }

@@ -1,0 +1,1 @@
+"""One function a stage. ``work.registry`` loads every module here; none is listed anywhere."""

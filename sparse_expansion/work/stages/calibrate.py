@@ -1,0 +1,140 @@
+"""Stages up to what experts are made on: hidden states, captured inputs, routers, sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sparse_expansion.algorithms.hessian import check_finite, merge_hessians
+from sparse_expansion.algorithms.quantization import fit_grid
+from sparse_expansion.data.activations import copy_outside_heap
+from sparse_expansion.run_files import ExpertRange, range_name, router_file
+from sparse_expansion.types import HessianSum
+from sparse_expansion.work.blocks import expanded_before
+from sparse_expansion.work.captures import DENSE_INPUTS
+from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.passes import (
+    capture_block,
+    captured_inputs,
+    embed_windows,
+    run_block,
+    sample_rows,
+    shard_labels,
+)
+from sparse_expansion.work.registry import Done, stage
+from sparse_expansion.work.routers import grid_tensors, router_owner, router_tensors
+from sparse_expansion.work.sums import fit_router, sum_hessians
+
+
+@stage()
+def embed(context: WorkContext, *, shard: int) -> Done:
+    """Write the hidden states that enter the first block, for one shard of windows."""
+    hidden = embed_windows(context, context.shard_tokens(shard))
+    return Done(files=context.write_hidden(0, shard, hidden))
+
+
+@stage(makes_captures=True, loads_block=True)
+def capture(context: WorkContext, *, layer: int, shard: int) -> Done:
+    """Run the dense block on one shard; keep its groups' inputs; hand on a sample of them."""
+    calibration = context.config.calibration
+    done = Done(stats={"tokens": calibration.windows_of(shard) * calibration.seqlen})
+    hidden = capture_block(context, layer, shard)
+    if hidden is not None and layer + 1 < context.shell().num_blocks:
+        done.files = context.write_hidden(layer + 1, shard, hidden)
+    captured = captured_inputs(context, layer, shard)
+    for X_TD in captured.values():
+        check_finite(X_TD)
+    # Later groups' routers wait for the inputs that they will have.
+    count = 1 if calibration.is_sequential else None
+    for group in context.shell().family.groups[:count]:
+        done.outputs[group.name] = sample_rows(context, captured[group.name])
+    return done
+
+
+@stage(keeps_expanded_block=True, loads_block=True)
+def recapture(
+    context: WorkContext, *, layer: int, shard: int, group: str, experts: list[ExpertRange]
+) -> Done:
+    """Capture a group's inputs behind the compressed groups before it; hand on a sample of them."""
+    X_TD = captured_inputs(context, layer, shard, group, experts)[group]
+    check_finite(X_TD)
+    return Done(outputs={group: sample_rows(context, X_TD)})
+
+
+@stage(is_final=True)
+def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
+    """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids."""
+    routing = context.config.routing.at(layer)
+    found, gram, fit_tokens = fit_router(samples, routing, device=context.device, seed=seed)
+    prefix = context.shell().block_prefix(layer)
+    tensors = router_tensors(found, router_owner(context, layer, group))
+    compression = context.config.compression
+    if compression.bits is not None:
+        for linear in context.group(group).linears:
+            grid = fit_grid(
+                context.dense_weight(layer, linear).float(),
+                bits=compression.bits,
+                symmetric=compression.symmetric,
+                group_size=compression.group_size,
+            )
+            tensors |= grid_tensors(grid, prefix + linear)
+    return Done(
+        stats={"fit_tokens": fit_tokens},
+        outputs={"gram": replace(gram, sum_DD=gram.sum_DD.cpu())},
+        files=context.write(router_file(layer, group), tensors),
+    )
+
+
+@stage()
+def gather(
+    context: WorkContext,
+    *,
+    layer: int,
+    shard: int,
+    group: str,
+    ranges: list[ExpertRange],
+    summed: bool,
+    recaptured: list[ExpertRange] | None = None,
+) -> Done:
+    """Hand on one shard's inputs of ranges of experts: their rows, or the rows' Hessian sums.
+
+    Where the inputs were captured again (behind the ranges of experts given), every row is followed
+    by its residual to the dense block's.
+    """
+    inputs = captured_inputs(context, layer, shard, group, recaptured)
+    X_TD, dense_TD = inputs[group], inputs.get(group + DENSE_INPUTS)
+    labels_T = shard_labels(context, layer, shard, group)
+
+    def inputs_of(expert: int) -> torch.Tensor | HessianSum:
+        chosen = torch.nonzero(labels_T == expert).flatten()
+        part_TE = X_TD[chosen]
+        if dense_TD is not None:
+            part_TE = torch.cat([part_TE, dense_TD[chosen] - part_TE], dim=1)
+        if not summed:
+            return part_TE
+        total = sum_hessians(part_TE, context.device, X_TD.shape[1])
+        cross_DD = None if total.cross_DD is None else copy_outside_heap(total.cross_DD)
+        return replace(total, sum_DD=copy_outside_heap(total.sum_DD), cross_DD=cross_DD)
+
+    return Done(
+        outputs={
+            range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
+            for experts in ranges
+        }
+    )
+
+
+@stage()
+def reduce(context: WorkContext, *shards: list[HessianSum]) -> Done:
+    """Add up several shards' Hessian sums, expert by expert, in shard order."""
+    return Done(outputs={"inputs": [merge_hessians(parts) for parts in zip(*shards, strict=True)]})
+
+
+@stage(keeps_expanded_block=True, loads_block=True)
+def advance(context: WorkContext, *, layer: int, shard: int, experts: list[ExpertRange]) -> Done:
+    """Run the compressed block on one shard: what the next block is calibrated on."""
+    block = expanded_before(context, layer, None, experts, is_draft=False)
+    out, _ = run_block(context, layer, shard, block)
+    assert out is not None
+    return Done(files=context.write_hidden(layer + 1, shard, out))

@@ -1,0 +1,177 @@
+"""Stages that make what is stored: experts, their training, and everything else of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from sparse_expansion.algorithms.compress import ExpertWeights, compress_linears
+from sparse_expansion.algorithms.hessian import merge_hessians, regularise_hessian
+from sparse_expansion.algorithms.packing.experts import pack_expert
+from sparse_expansion.algorithms.packing.layout import PackedLayout
+from sparse_expansion.config import CompressionConfig
+from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trainable_block
+from sparse_expansion.run_files import ExpertRange, experts_file
+from sparse_expansion.types import HessianSum
+from sparse_expansion.work.blocks import expanded_block
+from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.registry import Done, stage
+from sparse_expansion.work.routers import read_grids
+from sparse_expansion.work.sums import sum_hessians
+
+TRUNK_SHARD_BYTES = 4 << 30
+"""Bytes after which a file of the model's other tensors is full."""
+
+
+@stage(is_final=True)
+def experts(
+    context: WorkContext,
+    gram: HessianSum,
+    *shards: list[torch.Tensor | HessianSum],
+    layer: int,
+    group: str,
+    experts: ExpertRange,
+) -> Done:
+    """Sum the Hessians in shard order, compress, and write the experts' file."""
+    compression = context.compression(layer)
+    width = gram.sum_DD.shape[0]
+    H_KDD, cross_KDD, stats = _expert_hessians(context, gram, shards, compression)
+    prefix = context.shell().block_prefix(layer)
+    weights = {
+        name: context.dense_weight(layer, name).to(context.device)
+        for name in context.group(group).linears
+    }
+    grids = read_grids(context, layer, group, width)
+    made = compress_linears(weights, H_KDD, compression, grids, cross_KDD=cross_KDD)
+    tensors: dict[str, torch.Tensor] = {}
+    stats["relative_error"] = {}
+    for name, result in made.items():
+        stats["damping_fraction"] = list(result.damping_fraction_K)
+        stats["damping_attempts"] = list(result.damping_attempts_K)
+        stats["dead_features"] = list(result.num_dead_K)
+        stats["relative_error"][name] = list(result.relative_error_K)
+        rows, columns = weights[name].shape
+        layout = PackedLayout.of(rows, columns, compression)
+        for offset in range(len(H_KDD)):
+            packed = _packed(result, offset, layout, context.shell().dtype)
+            where = f"{prefix}{name}.experts.{experts[0] + offset}"
+            tensors.update({f"{where}.{part}": value for part, value in packed.items()})
+    file = experts_file(layer, group, experts, is_draft=context.config.refines)
+    return Done(stats=stats, files=context.write(file, tensors))
+
+
+def _expert_hessians(
+    context: WorkContext,
+    gram: HessianSum,
+    shards: tuple[list[torch.Tensor | HessianSum], ...],
+    compression: CompressionConfig,
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+    """Hessians ``[K, D, D]`` of a range of experts, their cross sums, and facts for the marker."""
+    width = gram.sum_DD.shape[0]
+    floor = compression.min_tokens(width)
+    H_KDD = torch.empty(len(shards[0]), width, width, device=context.device)
+    cross_KDD: torch.Tensor | None = None
+    stats: dict[str, Any] = {"tokens": [], "starved": [], "group_share": []}
+    for k, parts in enumerate(zip(*shards, strict=True)):
+        # All shards hand on sums, or all hand on rows: one product of many rows is faster.
+        sums = [part for part in parts if isinstance(part, HessianSum)]
+        rows = [part for part in parts if torch.is_tensor(part)]
+        merged = (
+            merge_hessians(sums) if sums else sum_hessians(torch.cat(rows), context.device, width)
+        )
+        stats["tokens"].append(merged.num_tokens)
+        stats["starved"].append(merged.num_tokens < floor)
+        merged, weight = regularise_hessian(merged, gram, compression)
+        stats["group_share"].append(weight)
+        H_KDD[k] = merged.sum_DD
+        if merged.cross_DD is not None:
+            cross_KDD = torch.empty_like(H_KDD) if cross_KDD is None else cross_KDD
+            cross_KDD[k] = merged.cross_DD
+        # Before the next one is made: for a wide layer each is gigabytes.
+        del merged, sums, rows, parts
+    return H_KDD, cross_KDD, stats
+
+
+def _packed(
+    result: ExpertWeights, expert: int, layout: PackedLayout, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    codes = None if result.codes_KOD is None else result.codes_KOD[expert]
+    weight_OD, kept_OD = result.weight_KOD[expert], result.kept_KOD[expert]
+    return pack_expert(weight_OD, kept_OD, codes, layout=layout, dtype=dtype)
+
+
+@stage(name="refine", is_final=True, replaces="experts", loads_block=True)
+def refine_block(
+    context: WorkContext, *, layer: int, experts: list[ExpertRange], seed: int
+) -> Done:
+    """Train a block's kept weights against the dense block; write its experts' final files."""
+    shell = context.shell()
+    family, prefix = shell.family, shell.block_prefix(layer)
+    block, linears = trainable_block(expanded_block(context, layer, experts, family.groups))
+    calibration, settings = context.config.calibration, context.config.refinement
+    windows = [calibration.windows_of(shard) for shard in range(calibration.num_shards)]
+    size = max(1, STEP_TOKENS // calibration.seqlen)
+    held = [held_windows(count) for count in windows]
+
+    def batches(epoch: int | None) -> Iterator[Batch]:
+        # One shard's hidden states at a time. Held out is what a shard ends with.
+        generator = torch.Generator().manual_seed(seed + (epoch or 0))
+        for shard in torch.randperm(len(windows), generator=generator).tolist():
+            cut = windows[shard] - held[shard]
+            order = torch.randperm(cut, generator=generator)
+            if epoch is None:
+                order = torch.arange(cut, windows[shard])
+            hidden, tokens = context.read_hidden(layer, shard), context.shard_tokens(shard)
+            for chosen in order.split(size) if len(order) else ():
+                call = shell.call(layer, tokens[chosen])
+                yield Batch(hidden[chosen].to(context.device), call)
+
+    per_epoch = sum(math.ceil((all_ - out) / size) for all_, out in zip(windows, held, strict=True))
+    found = refine(
+        block,
+        linears,
+        shell.load_block(layer),
+        batches=batches,
+        held_out=lambda: batches(None),
+        num_steps=settings.finetune * per_epoch,
+        epochs=settings.finetune,
+        learning_rate=settings.finetune_rate,
+    )
+    files: dict[str, Any] = {}
+    for group in family.groups:
+        for part in experts:
+            tensors = {
+                f"{prefix}{name}.experts.{k}.{stream}": value
+                for name in group.linears
+                for k in range(part[0], part[1] + 1)
+                for stream, value in linears[name].packed(k, shell.dtype).items()
+            }
+            files |= context.write(experts_file(layer, group.name, part), tensors)
+    return Done(stats=asdict(found), files=files)
+
+
+def held_windows(count: int) -> int:
+    """How many of a shard's windows are not trained on: an eighth, none of a single one."""
+    return max(1, count // 8) if count > 1 else 0
+
+
+@stage(is_final=True)
+def trunk(context: WorkContext) -> Done:
+    """Copy everything but the dense MLP weights, in files of a few gigabytes."""
+    shell = context.shell()
+    done = Done()
+    pending: dict[str, torch.Tensor] = {}
+    size = 0
+    names = shell.trunk_names()
+    for number, name in enumerate(names):
+        tensor = shell.read(name)
+        pending[shell.stored_name(name)] = tensor
+        size += tensor.numel() * tensor.element_size()
+        if size >= TRUNK_SHARD_BYTES or number + 1 == len(names):
+            done.files |= context.write(f"trunk-{len(done.files):05d}.safetensors", pending)
+            pending, size = {}, 0
+    return done

@@ -1,0 +1,108 @@
+"""Sums over tokens, in chunks of fixed size, so that it does not matter who sums."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from sparse_expansion.algorithms.clustering import (
+    balance_clusters,
+    fit_kmeans,
+    fit_pca,
+    project,
+    route,
+)
+from sparse_expansion.algorithms.hessian import (
+    hessian_sum,
+    merge_hessians,
+    merge_moments,
+    moment_sum,
+)
+from sparse_expansion.config import RoutingConfig
+from sparse_expansion.types import HessianSum, MomentSum, Router
+
+CHUNK_TOKENS = 8192
+"""Tokens that are summed, projected or routed at a time."""
+
+
+def sum_moments(X_TD: torch.Tensor, device: str) -> MomentSum:
+    """Sum and Gram matrix of inputs ``[T, D]``."""
+    return merge_moments(moment_sum(part.to(device)) for part in X_TD.split(CHUNK_TOKENS))
+
+
+def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> HessianSum:
+    """Hessian sum of inputs ``[T, D]``.
+
+    Args:
+        X_TE: inputs, or with a ``width`` maybe each followed by its residual to the dense block's
+            input, ``[T, 2 D]``.
+        device: to sum on.
+        width: input features D, where rows may be wider.
+    """
+    width = width or X_TE.shape[1]
+
+    def summed(part_TE: torch.Tensor) -> HessianSum:
+        dense_residual_TD = part_TE[:, width:] if part_TE.shape[1] > width else None
+        return hessian_sum(part_TE[:, :width], dense_residual_TD)
+
+    return merge_hessians(summed(part.to(device)) for part in X_TE.split(CHUNK_TOKENS))
+
+
+def fit_router(
+    samples: Sequence[torch.Tensor], routing: RoutingConfig, *, device: str, seed: int
+) -> tuple[Router, HessianSum, int]:
+    """PCA and KMeans on samples of a group's inputs.
+
+    Args:
+        samples: ``[T, D]`` each.
+        routing: with the number of clusters that is wanted.
+        device: to compute on.
+        seed: of KMeans.
+
+    Returns:
+        The router, the samples' Hessian sum, and how many tokens they have.
+    """
+    moments = merge_moments(sum_moments(X_TD, device) for X_TD in samples)
+    components_PD = None
+    if routing.pca_reduction_factor is None:
+        mean_D = (moments.sum_D / moments.gram.num_tokens).float()
+    else:
+        width = moments.sum_D.shape[0]
+        mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
+    Z_TP = torch.cat(
+        [
+            project(part.to(device), mean_D, components_PD)
+            for X_TD in samples
+            for part in X_TD.split(CHUNK_TOKENS)
+        ]
+    )
+    centroids_KP = fit_kmeans(
+        Z_TP,
+        num_clusters=routing.num_clusters,
+        restarts=routing.restarts,
+        max_iterations=routing.max_iterations,
+        seed=seed,
+    )
+    if routing.balance:
+        centroids_KP = balance_clusters(Z_TP, centroids_KP, least=routing.balance)
+    return Router(mean_D, components_PD, centroids_KP), moments.gram, Z_TP.shape[0]
+
+
+def route_all(X_TD: torch.Tensor, router: Router, device: str) -> torch.Tensor:
+    """Clusters of all tokens ``[T]``, on the CPU."""
+    parts = X_TD.split(CHUNK_TOKENS)
+    return torch.cat([route(part.to(device), router).cpu() for part in parts])
+
+
+def evenly_spaced(count: int, wanted: int) -> torch.Tensor:
+    """Indices of at most so many of ``count`` rows, the first and the last among them."""
+    share = min(count, wanted)
+    return torch.linspace(0, count - 1, share, dtype=torch.float64).round().long()
+
+
+def shuffled(labels_T: torch.Tensor, name: str) -> torch.Tensor:
+    """The labels in a random order that the name alone decides: sizes stay, meaning goes."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return labels_T[torch.randperm(labels_T.shape[0], generator=generator)]

@@ -1,0 +1,133 @@
+"""What the help of the commands says of every setting."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sparse_expansion.cli.flags import NotGiven, default_text
+from sparse_expansion.cli.parser import COMMANDS, command_parsers
+from sparse_expansion.config import (
+    CalibrationConfig,
+    Cluster,
+    CompressionConfig,
+    ExecutionOptions,
+    RefinementConfig,
+    RoutingConfig,
+    RunConfig,
+)
+from sparse_expansion.config.fields import settings_of
+
+RUN = (CompressionConfig, RoutingConfig, CalibrationConfig, RefinementConfig, RunConfig)
+WHOLE_SECTIONS = {
+    "run": (*RUN, ExecutionOptions),
+    "expand": (*RUN, ExecutionOptions),
+    "plan": (*RUN, Cluster),
+    "evaluate": (ExecutionOptions,),
+    "analyze": (ExecutionOptions,),
+    "sweep-clusters": (ExecutionOptions,),
+    "prune-neurons": (ExecutionOptions,),
+    "allocate": (ExecutionOptions,),
+}
+"""Settings' classes that a command has all flags of."""
+
+
+@pytest.fixture
+def help_of(monkeypatch):
+    """The help of a command, every flag on one line."""
+
+    def text(command):
+        monkeypatch.setenv("COLUMNS", "2000")
+        raw = command_parsers()[1][command].format_help()
+        # A long list of spellings has its help on the next line.
+        return re.sub(r"\n {10,}", "  ", raw.partition("examples:")[0])
+
+    return text
+
+
+def lines_of(text, flag):
+    spelling = re.compile(rf"  (?:[-\w]+(?: \S+)?, )*{re.escape(flag)}(?![-\w])")
+    return [line for line in text.splitlines() if spelling.match(line)]
+
+
+@pytest.mark.parametrize("command", WHOLE_SECTIONS)
+def test_every_setting_is_in_the_help_once_with_its_default(command, help_of):
+    text = help_of(command)
+    actions = {action.dest: action for action in command_parsers()[1][command]._actions}
+    missing = {"dataset"} if command == "plan" else set()
+    count = 0
+    for section in WHOLE_SECTIONS[command]:
+        for name, spec in settings_of(section).items():
+            if not spec.flag or name in missing:
+                continue
+            (line,) = lines_of(text, spec.flag)
+            default = default_text(actions[name])
+            assert spec.help in line
+            assert line.endswith(f"{spec.help} Default: {default}." if default else spec.help)
+            assert line.count("Default:") == (1 if default else 0)
+            count += 1
+    assert count >= 14
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_fields_say_what_the_fields_say(command):
+    """Also where a command has some of a class's fields, or a default of its own."""
+    known = {}
+    for section in (*RUN, ExecutionOptions, Cluster):
+        for name, spec in settings_of(section).items():
+            known.setdefault(name, []).append(spec)
+    for action in command_parsers()[1][command]._actions:
+        if isinstance(action.default, NotGiven):
+            assert action.help in [spec.help for spec in known[action.dest]]
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "default"),
+    [
+        ("run", "--sparsity", "0.5"),
+        ("run", "--damping-fraction", "0.1"),
+        ("run", "--pruner", "admm"),
+        ("run", "--shrink-hessians", "on"),
+        ("run", "--dataset-size", "128"),
+        ("run", "--activation-memory", "2GiB"),
+        ("run", "--worker-timeout", "1800"),
+        ("run", "--threads", "all cores"),
+        ("plan", "--tflops", "15"),
+        ("plan", "--bandwidth", "1GB"),
+        ("plan", "--num-workers", "1"),
+        ("allocate", "--damping-fraction", "0.01"),
+        ("allocate", "--pruner", "sparsegpt"),
+        ("allocate", "--dataset-size", "32"),
+        ("allocate", "--mean-clusters", "16"),
+        ("sweep-clusters", "--num-clusters", "1,2,4,8,16"),
+        ("analyze", "--windows", "8"),
+    ],
+)
+def test_defaults_in_the_help_are_those_of_the_command(command, flag, default, help_of):
+    (line,) = lines_of(help_of(command), flag)
+    assert line.endswith(f" Default: {default}.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_sentence(command):
+    for action in command_parsers()[1][command]._actions:
+        if "--help" not in action.option_strings:
+            assert action.help and action.help[0].isupper() and action.help.endswith(".")
+            assert "default" not in action.help.lower()
+
+
+def test_parsing_imports_nothing_heavy():
+    """As the console script does it, whose name the package looks at."""
+    code = (
+        "import sys; sys.argv[0] = '/x/bin/sparse-expansion'; import sparse_expansion.cli.main; "
+        "from sparse_expansion.cli.main import main; "
+        "assert main(['run', '--model', 'm', '--sparsity', '3']) == 2; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert "sparsity 3.0 is outside 0 to 1" in done.stderr
+    for name in ("torch", "transformers", "numpy", "ray", "sklearn"):
+        assert f"'{name}'" not in done.stdout

@@ -1,0 +1,47 @@
+"""Runs in processes of their own, to be killed and interrupted.
+
+They are forked from a server that has imported what they need and done nothing else: importing
+PyTorch takes longer than the whole run.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+from tests.tiny import SMALL_RUN
+
+IMPORTED = (
+    "sparse_expansion.jobs.expand",
+    "sparse_expansion.jobs.metrics",
+    "sparse_expansion.report.card",
+    "sparse_expansion.report.tables",
+    "sparse_expansion.execution.local",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)
+
+
+def arguments(model, text, output):
+    """The command line of a small run."""
+    where = ["--model", str(model), "--dataset", str(text), "--output", str(output)]
+    return ["expand", *where, *SMALL_RUN]
+
+
+def start(command, log):
+    """The process of a command line; its exit code and messages are those of the program."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=_run, args=(command, str(log)))
+    process.start()
+    return process
+
+
+def _run(command, log):
+    from sparse_expansion.cli import main
+
+    # A shell lets what it starts in the background ignore SIGINT, and its children with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(stream, sys.stdout.fileno())
+    os.dup2(stream, sys.stderr.fileno())
+    sys.exit(main(command))

@@ -1,0 +1,132 @@
+"""One-expert models in other tools' formats, read back by those tools."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import sparse_expansion
+from sparse_expansion.cli import main
+from tests.model.test_expansion import expand
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, neox_folder, text_folder):
+    """Plain SparseGPT, and 2:4 with 4 bits in groups."""
+    root = tmp_path_factory.mktemp("one")
+    one = ["--num_clusters", "1", "--layer-sparsity", "uniform"]
+    joint = [*one, "--sparsity", "2:4", "--quantize", "--group-size", "16"]
+    return {
+        "pruned": expand(neox_folder, text_folder, root / "pruned", *one),
+        "joint": expand(neox_folder, text_folder, root / "joint", *joint),
+        "symmetric": expand(neox_folder, text_folder, root / "symmetric", *joint, "--symmetric"),
+    }
+
+
+def logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(48).reshape(2, 24)
+    with torch.no_grad():
+        return model, model(tokens).logits
+
+
+@pytest.mark.parametrize("kind", ["pruned", "joint"])
+def test_dense_folder_is_a_plain_model(plain, kind, tmp_path):
+    assert main(["export", str(plain[kind]), "--output", str(tmp_path / "out")]) == 0
+    model, found = logits(tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert type(model.gpt_neox.layers[0].mlp.dense_h_to_4h) is torch.nn.Linear
+    weight = model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
+    assert 0.45 < float((weight == 0).float().mean()) < 0.65
+    _, wanted = logits(plain[kind])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def export_packed(folder, output):
+    arguments = ["export", str(folder), "--output", str(output), "--json"]
+    assert main([*arguments, "--format", "pack-quantized"]) == 0
+
+
+def test_packed_folder_is_loaded_by_compressed_tensors(plain, tmp_path):
+    export_packed(plain["symmetric"], tmp_path / "out")
+    _, found = logits(tmp_path / "out")
+    _, wanted = logits(plain["symmetric"])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with safe_open(tmp_path / "out/model-block-00000.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert "gpt_neox.layers.0.mlp.dense_h_to_4h.weight_packed" in names
+    assert "gpt_neox.layers.0.mlp.dense_h_to_4h.weight" not in names
+
+
+def test_packed_weights_are_unpacked_by_compressed_tensors(plain, tmp_path):
+    """With zero points (which its loader in transformers takes at the wrong shape, 0.20)."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    export_packed(plain["joint"], tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    described = config["config_groups"]["group_0"]
+    scheme = QuantizationScheme(
+        targets=described["targets"], weights=QuantizationArgs(**described["weights"])
+    )
+    model = AutoModelForCausalLM.from_pretrained(plain["joint"])
+    name = "gpt_neox.layers.1.mlp.dense_4h_to_h"
+    with safe_open(tmp_path / "out/model-block-00001.safetensors", framework="pt") as file:
+        state = {
+            key.removeprefix(f"{name}."): file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118 - not a dictionary
+            if key.startswith(f"{name}.weight")
+        }
+    found = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    wanted = model.get_submodule(name).unpack(0, torch.float32)
+    assert torch.equal(found.float(), wanted)
+
+
+def test_bad_input(plain, finished, tmp_path, capsys, neox_folder):
+    def line(*arguments):
+        assert main(["export", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    packed = ["--format", "pack-quantized"]
+    assert "not quantized" in line(plain["pruned"], *packed, "--output", out)
+    assert "nothing to export" in line(neox_folder, "--output", out)
+    assert "4 experts per linear" in line(finished, "--output", out)
+    assert "not empty" in line(plain["pruned"], "--output", neox_folder)
+
+
+def test_verify_names_what_is_damaged(plain, tmp_path, capsys, text_folder):
+    folder = tmp_path / "copy"
+    shutil.copytree(plain["pruned"], folder)
+    assert sparse_expansion.verify(folder) > 10
+    files = sorted(folder.glob("experts-*.safetensors"))
+    original = files[0].read_bytes()
+    damaged = bytearray(original)
+    damaged[-1] ^= 1
+    files[0].write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{files[0].name} is damaged in gpt_neox.layers.0"):
+        sparse_expansion.verify(folder)
+    arguments = ["evaluate", "--model", str(folder), "--dataset", str(text_folder)]
+    assert main(arguments) == 2
+    assert files[0].name in capsys.readouterr().err
+    files[0].write_bytes(files[1].read_bytes())
+    with pytest.raises(ValueError, match=f"{files[0].name} is damaged"):
+        sparse_expansion.verify(folder)
+    files[0].write_bytes(original[:-10])
+    with pytest.raises(ValueError, match=f"{files[0].name} is damaged"):
+        sparse_expansion.verify(folder)
+    files[0].unlink()
+    with pytest.raises(ValueError, match=f"{files[0].name} is missing"):
+        sparse_expansion.verify(folder)
+
+
+def test_manifest_states_sizes_near_those_of_the_information(plain):
+    for folder in plain.values():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        stored = sum(record["bytes"] for record in manifest["tensors"].values())
+        assert stored == manifest["bytes"]
+        assert 1 <= manifest["bytes"] / manifest["information_bytes"] < 1.03

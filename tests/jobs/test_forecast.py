@@ -1,0 +1,94 @@
+"""The plan: published sizes, arithmetic by hand, and the verdict."""
+
+import pytest
+
+from sparse_expansion.cli import main
+from sparse_expansion.config import (
+    CalibrationConfig,
+    Cluster,
+    CompressionConfig,
+    RoutingConfig,
+    RunConfig,
+    SparsityPattern,
+)
+from sparse_expansion.jobs.forecast import forecast
+from tests.published import MODELS
+
+GPU = Cluster(num_workers=16, gpu_bytes=48_000_000_000, host_bytes=128_000_000_000)
+
+
+def config(sparsity="0.5", bits=None, clusters=16, **changes):
+    calibration = {"dataset_size": 128, "seqlen": 2048, "data_shards": 32, **changes}
+    return RunConfig(
+        compression=CompressionConfig(sparsity=SparsityPattern.parse(sparsity), bits=bits),
+        routing=RoutingConfig(num_clusters=clusters),
+        calibration=CalibrationConfig(calibration_inputs="dense", **calibration),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_published_parameter_counts(name):
+    model, parameters = MODELS[name]
+    plan = forecast(config(), model, GPU)
+    assert plan["parameters"] == parameters
+    assert plan["dense_checkpoint_bytes"] == 2 * parameters
+
+
+def test_llama_2_7b_by_hand():
+    model, parameters = MODELS["llama-2-7b"]
+    mlp = 32 * 3 * 4096 * 11008
+    plan = forecast(config(), model, GPU)
+    # Half of 16 copies in two bytes, and a bit for each of their weights.
+    assert plan["expert_bytes"] == 16 * mlp * (2 // 2 + 1 / 8)
+    plan = forecast(config("2:4", 4), model, GPU)
+    assert plan["expert_bytes"] == 16 * mlp * (3 / 4 + 4 / 2) / 8
+    grids = 32 * (2 * 11008 + 4096) * 2 * 4
+    routers = 32 * 4 * sum(d + (d // 32) * (d + 16) for d in (4096, 11008))
+    assert plan["router_bytes"] == grids + routers
+    assert plan["checkpoint_bytes"] == (
+        plan["expert_bytes"] + plan["router_bytes"] + 2 * (parameters - mlp)
+    )
+    assert plan["units"]["experts"] == 32 * 2 * 4
+    assert plan["units"]["capture"] == 32 * 32
+
+
+def test_verdicts():
+    seventy, _ = MODELS["llama-2-70b"]
+    plan = forecast(config(), seventy, GPU)
+    assert not plan["verdict"]["fits"]
+    assert "its GPU has 48.0 GB; use --experts-per-unit " in plan["verdict"]["text"]
+    fewer = int(plan["verdict"]["text"].split("--experts-per-unit ")[1].split()[0])
+    settings = config().to_dict()
+    settings["experts_per_unit"] = fewer
+    assert forecast(RunConfig.from_dict(settings), seventy, GPU)["verdict"]["fits"]
+    tiny_gpu = Cluster(num_workers=2, gpu_bytes=4_000_000_000)
+    text = forecast(config(), seventy, tiny_gpu)["verdict"]["text"]
+    assert "at the least settings it needs" in text
+    assert forecast(config(), MODELS["pythia-12b"][0], GPU)["verdict"]["text"] == "fits"
+    small_host = Cluster(num_workers=2, host_bytes=60_000_000_000)
+    text = forecast(config(dataset_size=4096), MODELS["llama-2-13b"][0], small_host)["verdict"]
+    assert "object stores take" in text["text"] and "--num-workers" in text["text"]
+
+
+def test_more_workers_take_less_time_and_the_cost_is_theirs():
+    model, _ = MODELS["pythia-12b"]
+    few = forecast(config(), model, Cluster(num_workers=4, price_per_hour=2.0))
+    many = forecast(config(), model, Cluster(num_workers=16, price_per_hour=2.0))
+    assert many["hours"] < few["hours"] / 3
+    assert many["cost"] == pytest.approx(2.0 * 16 * many["hours"])
+    assert 0.8 < many["utilisation"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--num-workers", "0", "at least 1"),
+        ("--tflops", "0", "more than 0"),
+        ("--gpu-memory", "much", "not a number of bytes"),
+        ("--price", "-1", "not be negative"),
+        ("--bandwidth", "0", "more than 0"),
+    ],
+)
+def test_bad_cluster(flag, value, words, neox_folder, capsys):
+    assert main(["plan", "--model", str(neox_folder), flag, value]) == 2
+    assert words in capsys.readouterr().err

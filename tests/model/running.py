@@ -1,0 +1,31 @@
+"""Ways to run a model folder that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sparse_expansion.cli import main
+from sparse_expansion.model.streaming import ModelShell
+
+FLAGS = (
+    "--num_clusters 3 --dataset-size 6 --seqlen 32 --PCA_reduction_factor 4 --block-size 16 "
+    "--experts-per-unit 2"
+).split()
+
+
+def expand(model: Path, text: Path, output: Path, *flags: str) -> Path:
+    """An expanded folder, made by the command line."""
+    arguments = ["expand", "--model", str(model), "--dataset", str(text), "--output", str(output)]
+    assert main([*arguments, *FLAGS, *flags]) == 0
+    return output
+
+
+def stream(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits ``[N, L, V]``, one block at a time."""
+    hidden = shell.embed(tokens)
+    with torch.no_grad():
+        for layer in range(shell.num_blocks):
+            hidden = shell.call(layer, tokens).run(shell.load_block(layer), hidden)
+    return shell.head(tokens, hidden)

@@ -1,0 +1,116 @@
+"""Every family's entry against the models that it describes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparse_expansion.data.activations import AttentionOutputs
+from sparse_expansion.model.families import (
+    FAMILIES,
+    block_list,
+    default_seqlen,
+    dense_linear,
+    family_of,
+    linear_shape,
+    projection_weights,
+)
+from tests import tiny
+
+BY_MODEL_TYPE = [
+    pytest.param(family, model_type, id=model_type)
+    for family in FAMILIES
+    for model_type in family.model_types
+]
+
+
+def test_every_family_is_tested():
+    assert {name for family in FAMILIES for name in family.model_types} == set(tiny.CONFIGS)
+
+
+def test_unknown_architecture_says_what_to_add():
+    with pytest.raises(ValueError, match="'mamba' is not supported.*families.py"):
+        family_of("mamba")
+    with pytest.raises(ValueError, match="no block list"):
+        block_list(torch.nn.Linear(1, 1), family_of("llama"))
+
+
+@pytest.mark.parametrize(("family", "model_type"), BY_MODEL_TYPE)
+def test_the_entry_fits_the_model(family, model_type):
+    assert family_of(model_type) is family
+    model = tiny.random_model(model_type)
+    blocks = block_list(model, family)
+    assert len(blocks) == model.config.num_hidden_layers
+    for group in family.groups:
+        weights = [dense_linear(blocks[0], name).weight for name in group.linears]
+        shapes = [linear_shape(blocks[0], name) for name in group.linears]
+        assert shapes == [tuple(weight.shape) for weight in weights]
+        # Linears of a group read the same input.
+        assert len({width for _, width in shapes}) == 1
+    for first, second in family.aliases:
+        assert first != second and first.endswith(".") and second.endswith(".")
+
+
+@pytest.mark.parametrize(("family", "model_type"), BY_MODEL_TYPE)
+def test_attentions_weights_are_those_of_its_projections(family, model_type):
+    model = tiny.random_model(model_type)
+    attention = block_list(model, family)[0].get_submodule(family.attention)
+    matrices = [p.numel() for p in attention.parameters() if p.dim() == 2]
+    assert family.attention_weights(model.config) == sum(matrices)
+
+
+def test_projections_by_hand():
+    # q and o are 32 x (4 * 16), k and v 32 x (2 * 16).
+    config = SimpleNamespace(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    assert projection_weights(config) == 2 * 32 * 64 + 2 * 32 * 32
+    # Without key and value heads or a width of a head: four square matrices.
+    assert projection_weights(SimpleNamespace(hidden_size=32, num_attention_heads=4)) == 4 * 32**2
+
+
+@pytest.mark.parametrize(("family", "model_type"), BY_MODEL_TYPE)
+def test_attention_is_recorded_and_replayed_in_the_familys_form(family, model_type):
+    model = tiny.random_model(model_type)
+    block = block_list(model, family)[1]
+    tokens, given = torch.randint(1, 500, (2, 12)), {"form": family.attention_output}
+    with torch.no_grad():
+        with AttentionOutputs(block, family.attention, replays=False, **given) as seen:
+            wanted = model(tokens).logits
+        assert seen.output.shape == (2, 12, model.config.hidden_size)
+        attention = block.get_submodule(family.attention)
+        attention.register_forward_hook(lambda *args: pytest.fail("run"))
+        with AttentionOutputs(block, family.attention, replays=True, **given) as kept:
+            kept.output = seen.output
+            assert torch.equal(model(tokens).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "preferred"),
+    [
+        ("gpt_neox", 2048),
+        ("llama", 4096),
+        ("mistral", 4096),
+        ("qwen2", 4096),
+        ("qwen3", 4096),
+        ("opt", 2048),
+    ],
+)
+def test_windows_are_as_long_as_the_family_likes_or_the_model_allows(model_type, preferred):
+    for limit, wanted in ((32768, preferred), (preferred, preferred), (512, 512)):
+        config = AutoConfig.for_model(model_type, max_position_embeddings=limit)
+        assert default_seqlen(config) == wanted
+    assert default_seqlen(SimpleNamespace(model_type=model_type)) == preferred
+
+
+def test_a_block_list_of_another_version_is_named():
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", num_hidden_layers=1))
+    with pytest.raises(ValueError, match="OPTForCausalLM has no block list 'model.layers'"):
+        block_list(model, family_of("llama"))
+    with pytest.raises(ValueError, match="has no linear 'mlp.gate_proj'"):
+        linear_shape(block_list(model, family_of("opt"))[0], "mlp.gate_proj")
+    with pytest.raises(ValueError, match="not a dense nn.Linear"):
+        dense_linear(model, "model")

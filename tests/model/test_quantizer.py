@@ -1,0 +1,131 @@
+"""The expanded model in transformers: loading, generation, saving again."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparse_expansion
+from sparse_expansion.cli import main
+from sparse_expansion.model.expansion import ExpandedLinear
+from sparse_expansion.model.quantizer import SparseExpansionConfig
+from sparse_expansion.model.streaming import ModelShell
+from tests import tiny
+from tests.model.running import expand, stream
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
+def test_every_family_expands_loads_and_generates(model_type, tmp_path, tokenizer, text_folder):
+    folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer)
+    output = expand(folder, text_folder, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokens = torch.randint(1, 500, (2, 24))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    torch.testing.assert_close(logits, stream(ModelShell(output), tokens), rtol=1e-4, atol=1e-4)
+    generated = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 28)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, ExpandedLinear)
+    }
+    wanted = {
+        name.rsplit(".", 1)[-1]
+        for group in ModelShell(folder).family.groups
+        for name in group.linears
+    }
+    assert names == wanted
+
+
+def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
+    tokens = torch.randint(1, 500, (3, 30))
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    with torch.no_grad():
+        before = model(tokens).logits
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, before)
+
+
+def test_dense_weights_are_gone(expanded):
+    index = json.loads((expanded / "model.safetensors.index.json").read_text())
+    names = list(index["weight_map"])
+    assert not [name for name in names if name.endswith("dense_h_to_4h.weight")]
+    assert "gpt_neox.layers.0.mlp.dense_h_to_4h.bias" in names
+    assert all((expanded / file).is_file() for file in index["weight_map"].values())
+    config = json.loads((expanded / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "sparse_expansion"
+    AutoTokenizer.from_pretrained(expanded)
+
+
+def test_generation_with_cache_batches_and_padding(expanded):
+    tokenizer = AutoTokenizer.from_pretrained(expanded, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    prompts = ["The for statement is used", "A class definition defines a class object and"]
+    alone = [
+        model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)[
+            0, -8:
+        ]
+        for prompt in prompts
+    ]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, -8:]
+    uncached = model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=False)[:, -8:]
+    assert torch.equal(together, uncached)
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_bf16_load_keeps_routers_in_float32(expanded):
+    model = AutoModelForCausalLM.from_pretrained(expanded, dtype=torch.bfloat16)
+    linear = model.gpt_neox.layers[0].mlp.dense_h_to_4h
+    assert linear.router.centroids.dtype == torch.float32
+    assert linear.experts[0].values.dtype == torch.bfloat16
+    full = AutoModelForCausalLM.from_pretrained(expanded)
+    wanted = full.gpt_neox.layers[0].mlp.dense_h_to_4h.router
+    assert torch.equal(linear.router.centroids, wanted.centroids)
+    with torch.no_grad():
+        assert model(torch.ones(1, 5, dtype=torch.int64)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity", "2:4"],
+        ["--sparsity", "(2, 4)", "--quantize", "--bits", "4"],
+        ["--sparsity", "0", "--quantize", "--bits", "3", "--group-size", "20", "--act-order"],
+        ["--sparsity", "0.7", "--no_PCA", "--calibration-inputs", "dense"],
+        ["--sparsity", "0.5", "--dtype", "bfloat16"],
+    ],
+)
+def test_modes_load_and_equal_the_streamed_model(flags, tmp_path, llama_folder, text_folder):
+    output = expand(llama_folder, text_folder, tmp_path / "out", *flags)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokens = torch.randint(1, 500, (1, 20))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    tolerance = 5e-2 if "bfloat16" in flags else 1e-4
+    torch.testing.assert_close(
+        logits, stream(ModelShell(output), tokens), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_truncated_checkpoint_is_not_loaded(tmp_path, llama_folder, text_folder, capsys):
+    output = expand(llama_folder, text_folder, tmp_path / "out")
+    file = next(output.glob("experts-001-*"))
+    file.write_bytes(file.read_bytes()[:-7])
+    assert (
+        main(["evaluate", "--model", str(output), "--dataset", str(text_folder), "--seqlen", "32"])
+        == 2
+    )
+    assert file.name in capsys.readouterr().err
+
+
+def test_config_from_a_newer_format_is_refused():
+    with pytest.raises(ValueError, match="format_version 99"):
+        SparseExpansionConfig(format_version=99)
+    with pytest.raises(ValueError, match="expert_residency"):
+        SparseExpansionConfig(expert_residency="cloud")
+    assert "SparseExpansionConfig" in sparse_expansion.__all__

@@ -1,0 +1,127 @@
+"""The graph of a run: what each unit needs, and how sums are added up."""
+
+import pytest
+
+from sparse_expansion.config import CalibrationConfig, RefinementConfig, RoutingConfig, RunConfig
+from sparse_expansion.planning.costs import REDUCE_FAN_IN, gathered_inputs
+from sparse_expansion.planning.expansion import expansion_units
+from sparse_expansion.planning.partition import even_parts, expert_ranges, gathered_ranges
+from sparse_expansion.planning.shapes import GroupShape, ModelShape
+
+SHAPE = ModelShape(2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8)))
+
+
+def run(inputs, *, finetune=0, windows=4, seqlen=16, shards=2):
+    return RunConfig(
+        routing=RoutingConfig(num_clusters=3),
+        calibration=CalibrationConfig(
+            calibration_inputs=inputs, dataset_size=windows, seqlen=seqlen, data_shards=shards
+        ),
+        refinement=RefinementConfig(finetune=finetune),
+        experts_per_unit=2,
+    )
+
+
+def needs(unit):
+    return {key for key, _ in unit.inputs} | set(unit.after)
+
+
+@pytest.mark.parametrize("finetune", [0, 2])
+@pytest.mark.parametrize("inputs", ["dense", "compressed", "sequential"])
+def test_units_come_after_what_they_need(inputs, finetune):
+    units = expansion_units(run(inputs, finetune=finetune), SHAPE)
+    seen = {}
+    for unit in units:
+        assert unit.key not in seen
+        assert needs(unit) <= set(seen)
+        for key, output in unit.inputs:
+            assert output in seen[key].outputs
+        seen[unit.key] = unit
+
+
+def test_a_block_by_hand():
+    by_key = {unit.key: unit for unit in expansion_units(run("sequential", finetune=1), SHAPE)}
+    keys = [key for key in by_key if key.startswith("layer-000/")]
+    assert keys == [
+        "layer-000/capture/shard-000",
+        "layer-000/capture/shard-001",
+        "layer-000/up/router",
+        "layer-000/up/gather-000-002/shard-000",
+        "layer-000/up/gather-000-002/shard-001",
+        "layer-000/up/experts-000-001",
+        "layer-000/up/experts-002-002",
+        "layer-000/down/recapture/shard-000",
+        "layer-000/down/recapture/shard-001",
+        "layer-000/down/router",
+        "layer-000/down/gather-000-002/shard-000",
+        "layer-000/down/gather-000-002/shard-001",
+        "layer-000/down/experts-000-001",
+        "layer-000/down/experts-002-002",
+        "layer-000/refine",
+        "layer-000/advance/shard-000",
+        "layer-000/advance/shard-001",
+    ]
+    up = {"layer-000/up/router", "layer-000/up/experts-000-001", "layer-000/up/experts-002-002"}
+    down = {key.replace("/up/", "/down/") for key in up}
+    capture = "layer-000/capture/shard-001"
+    assert needs(by_key[keys[8]]) == {*up, capture}
+    embedded = {"embed/shard-000", "embed/shard-001"}
+    assert needs(by_key["layer-000/refine"]) == embedded | up | down
+    assert needs(by_key["layer-000/advance/shard-001"]) == {"layer-000/refine", capture}
+    assert needs(by_key["layer-001/capture/shard-001"]) == {"layer-000/advance/shard-001"}
+    # The last block's output goes nowhere.
+    assert not any(key.startswith("layer-001/advance") for key in by_key)
+    assert by_key[keys[5]].inputs == (
+        ("layer-000/up/router", "gram"),
+        ("layer-000/up/gather-000-002/shard-000", "000-001"),
+        ("layer-000/up/gather-000-002/shard-001", "000-001"),
+    )
+    # 32 tokens of a shard through up (8 x 16), and through the block: MLP, attention, scores.
+    recapture = by_key[keys[8]]
+    assert recapture.cost == 32 * 2 * 128
+    assert recapture.move_cost == 32 * 2 * (2 * 128 + 4 * 64 + 8 * 16)
+
+
+def test_sums_are_added_up_once_each_and_few_at_a_time():
+    # One level of sums is not enough, and the last sum of the first level has no partner.
+    shards = REDUCE_FAN_IN**2 + 1
+    config = run("dense", windows=2 * shards, seqlen=64, shards=shards)
+    assert gathered_inputs(config, 16, 4).is_summed
+    by_key = {unit.key: unit for unit in expansion_units(config, SHAPE)}
+    for unit in by_key.values():
+        if unit.stage in ("experts", "reduce"):
+            parts = [key for key, output in unit.inputs if output != "gram"]
+            assert len(parts) <= REDUCE_FAN_IN
+            assert {by_key[key].stage for key in parts} <= {"gather", "reduce"}
+    for unit in (unit for unit in by_key.values() if unit.stage == "experts"):
+        reached, pending = [], [key for key, output in unit.inputs if output != "gram"]
+        while pending:
+            source = by_key[pending.pop()]
+            if source.stage == "gather":
+                reached.append(source.params["shard"])
+            else:
+                pending += [key for key, _ in source.inputs]
+        assert sorted(reached) == list(range(shards))
+
+
+def test_the_smaller_of_rows_and_sums_is_handed_on():
+    # A sum of 8 x 8 in float32 is 256 bytes; an expert's rows of all shards may take four times
+    # as much for each of the eight sums that are added up: 8 * 4 * 4 * 8 / 4 = 256 rows.
+    found = gathered_inputs(run("dense", windows=3, seqlen=256), 8, 4)
+    assert not found.is_summed and found.num_bytes == 3 * 256 / 2 / 3 * 8 * 4
+    found = gathered_inputs(run("dense", windows=4, seqlen=256), 8, 4)
+    assert found.is_summed and found.num_bytes == 4 * 8 * 8
+    # The dense residual doubles either.
+    found = gathered_inputs(run("dense", windows=4, seqlen=256), 8, 4, paired=True)
+    assert found.is_summed and found.num_bytes == 2 * 4 * 8 * 8
+
+
+def test_partitions_by_hand():
+    ranges = expert_ranges(5, 2)
+    assert ranges == [(0, 1), (2, 3), (4, 4)]
+    # 512 MiB at a time for each shard: two ranges of two experts of 128 MiB.
+    assert gathered_ranges(ranges, 128 << 20, 1) == [[(0, 1), (2, 3)], [(4, 4)]]
+    # 8 GiB of all shards together: one range of 32 shards.
+    assert gathered_ranges(ranges, 128 << 20, 32) == [[(0, 1)], [(2, 3)], [(4, 4)]]
+    assert even_parts(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert even_parts(2, 5) == [(0, 1), (1, 2)]

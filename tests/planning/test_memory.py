@@ -1,0 +1,30 @@
+"""Memory of a worker: a plan against a real run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.mark.parametrize("clusters", [1, 8])
+def test_memory_is_foretold_within_a_fifth(tmp_path, tokenizer, text_folder, clusters):
+    """Wide enough that the arrays, not the libraries, decide."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}
+    model = tiny.save_random("llama", tmp_path / "m", tokenizer, **sizes, num_attention_heads=8)
+    flags = f"--model {model} --num_clusters {clusters} --experts-per-unit 8 --dataset-size 32 "
+    # The solver's iterations take time and no memory.
+    flags += "--seqlen 256 --calibration-inputs dense --solver-iterations 2 --json"
+    command = [sys.executable, "-m", "sparse_expansion.cli"]
+
+    def result(*arguments):
+        line = [*command, *arguments]
+        return json.loads(subprocess.run(line, check=True, capture_output=True).stdout)
+
+    plan = result("plan", *flags.split())
+    output = ["--dataset", str(text_folder), "--output", str(tmp_path / "out"), "--threads", "2"]
+    found = result("expand", *flags.split(), *output)
+    assert plan["memory_bytes"]["peak"] > 1.8 * plan["memory_bytes"]["held: libraries"]
+    assert found["peak_memory_bytes"] == pytest.approx(plan["memory_bytes"]["peak"], rel=0.2)

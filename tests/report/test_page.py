@@ -1,0 +1,133 @@
+"""The report as a page: what it says, what it must not contain, and how a browser shows it."""
+
+import html
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from sparse_expansion.cli import main
+from sparse_expansion.report.facts import read_facts
+from sparse_expansion.report.page import report_page
+from sparse_expansion.run_files import RUN_FILE
+from sparse_expansion.store import Store
+from tests.tiny import SMALL_RUN
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MEASURE = """<!doctype html><iframe id="f" style="width:{width}px;height:900px;border:0"
+srcdoc="{page}"></iframe><script>
+document.getElementById("f").onload = (event) => {{
+  const root = event.target.contentDocument.documentElement;
+  const heads = [...root.querySelectorAll("h2")].map((one) => one.textContent);
+  document.body.dataset.found = `${{root.scrollWidth}} ${{root.scrollHeight}} ${{heads.join("|")}}`;
+}};</script>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, llama_folder, text_folder):
+    output = tmp_path_factory.mktemp("page") / "out"
+    where = ["--model", str(llama_folder), "--dataset", str(text_folder), "--output", str(output)]
+    assert main(["run", *where, "--eval-windows", "3", *SMALL_RUN]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """The page of the finished run."""
+    return page_of(Store(str(folder)))
+
+
+def page_of(store, **options):
+    return report_page(read_facts(store), **options)
+
+
+def plain(page):
+    return html.unescape(re.sub(r"<[^>]+>", " ", page))
+
+
+def test_a_finished_run(folder, tmp_path, capsys):
+    path = tmp_path / "deep" / "report.html"
+    assert main(["report", str(folder), "--html", str(path), "--price", "3600"]) == 0
+    page = path.read_text()
+    metrics = Store(str(folder)).read_json("metrics.json")
+    text = plain(page)
+    for wanted in (
+        f"{metrics['perplexity_expanded']:.3f}",
+        f"{metrics['perplexity_dense']:.3f}",
+        metrics["command"],
+        f"{sum(metrics['unit_seconds'].values()):.2f}",
+        "Where quality is lost",
+        "Sparsity by block",
+        f"{metrics['starved_experts']} of {metrics['num_experts']} experts",
+        "mlp.gate_proj",
+        "routing.num_clusters",
+        "shared by all experts",
+    ):
+        assert wanted in text, wanted
+    assert "Unfinished" not in text
+    assert page_of(Store(str(folder)), price_per_hour=3600) == page
+
+
+def test_plots_are_well_formed_and_complete(page):
+    plots = re.findall(r"<figure>(.*?)</figure>", page, re.S)
+    errors, allocation, clusters, timeline = plots
+    for plot in plots:
+        ElementTree.fromstring(plot)
+    assert "mlp.down_proj" in errors and "mlp.down_proj" in clusters
+    assert "share of zeros" in allocation
+    assert "capture" in timeline and "local" in timeline
+
+
+def test_an_unfinished_run(folder, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    for name in ("metrics.json", "manifest.json", "config.json"):
+        (half / name).unlink()
+    for marker in (half / "run").rglob("*layer-001*"):
+        shutil.rmtree(marker) if marker.is_dir() else marker.unlink()
+    page = page_of(Store(str(half)))
+    assert "Unfinished" in page and "--resume" in page
+    assert "What came out" not in page and "Where quality is lost" in page
+
+
+def test_nothing_done_yet(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / RUN_FILE, tmp_path / RUN_FILE)
+    page = page_of(Store(str(tmp_path)))
+    assert "0 units are done" in plain(page) and "Settings" in page
+
+
+def test_text_from_files_is_escaped_and_nothing_is_fetched(folder, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    run = evil / RUN_FILE
+    run.write_text(re.sub('"model": "[^"]*"', '"model": "m/<script>alert(1)"', run.read_text()))
+    page = page_of(Store(str(evil)))
+    assert "<script" not in page and "&lt;script&gt;" in page
+    # Namespaces of SVG are names, not addresses.
+    links = set(re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page))
+    assert not links and "url(http" not in page and "@import" not in page
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / "r.html")]) == 2
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_sideways_scrolling(width, page, tmp_path):
+    escaped = html.escape(page, quote=True)
+    (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=escaped))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking "
+    flags += "--no-first-run --disable-sync --window-size=1400,1000 --dump-dom"
+    where = [f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path}/measure.html"]
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), *where], capture_output=True, text=True, timeout=120
+    )
+    found = re.search(r'data-found="(\d+) (\d+) ([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    assert int(found[1]) <= width and int(found[2]) > 900
+    assert "What came out|Where quality is lost" in found[3]

@@ -1,0 +1,87 @@
+"""What importing the package does, and what it leaves to those who need it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparse_expansion
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "ray", "sklearn"}
+AS_CONSOLE_SCRIPT = "import sys; sys.argv[0] = '/x/bin/sparse-expansion'; "
+IS_REGISTERED = (
+    "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs; "
+    "print('sparse_expansion' in configs)"
+)
+
+
+def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """An interpreter of its own, started in ``folder``, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_program_that_imports_the_package_can_load_expanded_models():
+    # The order of the README: the package first, then transformers.
+    code = "import sparse_expansion; from transformers import AutoModelForCausalLM; "
+    assert python("-c", code + IS_REGISTERED).stdout == "True\n"
+
+
+def test_a_persons_own_module_can_too(tmp_path):
+    # The package is imported while runpy still looks for the module, as with the package's own.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import sparse_expansion\n")
+    (tmp_path / "mine" / "tool.py").write_text(IS_REGISTERED)
+    done = python("-m", "mine.tool", "-m", "sparse_expansion", folder=tmp_path)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("name", ["/x/bin/sparse-expansion", "sparse-expansion.exe"])
+def test_the_console_script_imports_nothing_heavy(name):
+    code = (
+        f"import sys; sys.argv[0] = {name!r}; "
+        "import sparse_expansion, sparse_expansion.cli; print(*sys.modules)"
+    )
+    imported = set(python("-c", code).stdout.split())
+    assert "sparse_expansion.config" in imported and not imported & HEAVY
+
+
+@pytest.mark.parametrize("flags", [["-m", "sparse_expansion.cli"], ["-msparse_expansion.cli"]])
+def test_the_command_line_as_a_module_imports_nothing_heavy(flags):
+    done = python("-X", "importtime", *flags, "--version")
+    assert sparse_expansion.__version__ in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "sparse_expansion.config" in imported and not imported & HEAVY
+
+
+def test_public_names_are_there_when_they_are_read():
+    code = (
+        "import sparse_expansion as package; names = [n for n in package.__all__ if n[0] != '_']; "
+        "assert set(names) <= set(dir(package)); assert 'torch' not in sys.modules; "
+        "print(*(getattr(package, name).__name__ for name in names)); "
+    )
+    names = "ExpandedLinear SparseExpansionConfig SparseExpansionQuantizer verify\n"
+    assert python("-c", AS_CONSOLE_SCRIPT + code + IS_REGISTERED).stdout == names + "True\n"
+
+
+@pytest.mark.parametrize("module", ["model.streaming", "jobs.harness"])
+def test_what_opens_models_registers_the_format(module):
+    code = f"import sparse_expansion.{module}; "
+    assert python("-c", AS_CONSOLE_SCRIPT + code + IS_REGISTERED).stdout == "True\n"
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="'sparse_expansion' has no attribute 'nothing'"):
+        _ = sparse_expansion.nothing
+    assert set(vars(sparse_expansion)) >= set(sparse_expansion.__all__)

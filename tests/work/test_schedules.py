@@ -1,0 +1,259 @@
+"""The schedules: what a block is calibrated on, how often it runs, what a starved expert gets."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from sparse_expansion.algorithms.compress import compress_experts
+from sparse_expansion.algorithms.hessian import hessian_sum
+from sparse_expansion.config import (
+    CompressionConfig,
+    RunConfig,
+)
+from sparse_expansion.data.activations import GroupInputs
+from sparse_expansion.model.block_calls import BlockCall
+from sparse_expansion.model.sources import resolve_name
+from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.work import blocks
+from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.spec import WorkerSpec
+from sparse_expansion.work.stages.calibrate import advance, capture, embed, gather, recapture
+from tests.work.making import make, tensors
+
+
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
+def test_one_cluster_is_plain_sparsegpt(schedule, tmp_path, llama_folder, text_folder):
+    """The whole pipeline against SparseGPT written as one loop over a whole model in memory."""
+    store, windows, _ = make(llama_folder, text_folder, tmp_path / "o", schedule=schedule)
+    found = tensors(store)
+    shell = ModelShell(llama_folder)
+    hidden = shell.embed(windows)
+    for layer in range(shell.num_blocks):
+        block = shell.load_block(layer)
+        call = shell.call(layer, windows)
+        with torch.no_grad(), GroupInputs(block, shell.family.groups) as seen:
+            dense_out = call.run(block, hidden)
+        for group in shell.family.groups:
+            X = seen.inputs[group.name]
+            if schedule == "sequential":
+                with torch.no_grad(), GroupInputs(block, (group,)) as now:
+                    call.run(block, hidden)
+                X = now.inputs[group.name]
+            H = hessian_sum(X).sum_DD[None]
+            for name in group.linears:
+                linear = block.get_submodule(name)
+                weight = linear.weight
+                if X is not seen.inputs[group.name]:
+                    # |W dense - V x|^2 + damping |W - V|^2, by its normal equations.
+                    damped = H[0].double() + 0.01 * H[0].diagonal().mean() * torch.eye(len(H[0]))
+                    both = seen.inputs[group.name].double().T @ X.double()
+                    pull = 0.01 * H[0].diagonal().mean().double()
+                    wanted = weight.double() @ (both + pull * torch.eye(len(H[0])))
+                    weight = torch.linalg.solve(damped, wanted.T).T.float()
+                made = compress_experts(weight, H, CompressionConfig(block_size=16), None)
+                linear.weight.copy_(made.weight_KOD[0])
+                prefix = f"model.layers.{layer}.{name}.experts.0"
+                values = made.weight_KOD[0][made.kept_KOD[0]]
+                stored = found[f"{prefix}.values"]
+                # Sums over shards differ from one sum in the last bits.
+                close = torch.isclose(stored, values, rtol=1e-3, atol=1e-4).float().mean()
+                assert float(close) > 0.97, (layer, name)
+        with torch.no_grad():
+            hidden = dense_out if schedule == "dense" else call.run(block, hidden)
+
+
+def test_schedules_agree_on_the_first_block_and_differ_after(tmp_path, llama_folder, text_folder):
+    made = {
+        schedule: tensors(
+            make(llama_folder, text_folder, tmp_path / schedule, clusters=3, schedule=schedule)[0]
+        )
+        for schedule in ("compressed", "sequential", "dense")
+    }
+    first = [name for name in made["dense"] if "layers.0.mlp" in name]
+    assert len(first) > 10
+    for name in first:
+        assert torch.equal(made["dense"][name], made["compressed"][name]), name
+        if "down_proj" in name and "experts" in name:
+            assert not torch.equal(made["sequential"][name], made["dense"][name]), name
+        else:
+            is_down = "down_proj" in name
+            assert is_down or torch.equal(made["sequential"][name], made["dense"][name]), name
+    last = "model.layers.2.mlp.down_proj.experts.0.values"
+    assert not torch.equal(made["dense"][last], made["compressed"][last])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "passes"), [("compressed", 5), ("sequential", 8), ("dense", 3)]
+)
+def test_forward_passes(schedule, passes, tmp_path, llama_folder, text_folder, monkeypatch):
+    """Two passes a block (one for the last, whose output no one needs); one when dense; and
+    one more when its second group waits for the first. Its attention runs in the first alone."""
+    calls, attended = [], []
+    run, attend = BlockCall.run, LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention,
+        "forward",
+        lambda *args, **given: attended.append(1) or attend(*args, **given),
+    )
+    monkeypatch.setattr(
+        BlockCall, "run", lambda self, block, hidden: calls.append(1) or run(self, block, hidden)
+    )
+    make(llama_folder, text_folder, tmp_path / "o", clusters=3, schedule=schedule)
+    # Four shards, each one batch.
+    assert len(calls) == 4 * passes
+    assert len(attended) == 4 * 3
+
+
+def test_sums_and_rows_give_the_same_experts(tmp_path, llama_folder, text_folder, monkeypatch):
+    """Shards hand on Hessian sums where there are many tokens, what inputs lack included."""
+    rows = tensors(make(llama_folder, text_folder, tmp_path / "r", schedule="sequential")[0])
+    monkeypatch.setattr("sparse_expansion.planning.costs.hands_on_sums", lambda *given: True)
+    sums = tensors(make(llama_folder, text_folder, tmp_path / "s", schedule="sequential")[0])
+    for name in (name for name in rows if name.endswith("layers.0.mlp.down_proj.experts.0.values")):
+        close = torch.isclose(rows[name], sums[name], rtol=1e-3, atol=1e-4).float().mean()
+        assert float(close) > 0.97
+
+
+def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_folder):
+    """What a lost worker held is made again from the store, with the same numbers."""
+    store, _, _ = make(llama_folder, text_folder, tmp_path / "o", schedule="sequential")
+    config = RunConfig.from_dict(store.read_json("run/run.json")["config"])
+    source = resolve_name(str(llama_folder))
+    group, ranges = "mlp.down_proj", [(0, 0)]
+    # Hidden states are deleted at the end of a run.
+    workers = [
+        WorkContext(WorkerSpec(store=str(tmp_path / "o"), source=source, threads=1))
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.use(config)
+    embed.function(workers[0], shard=1)
+    capture.function(workers[0], layer=0, shard=1)
+    recapture.function(workers[0], layer=0, shard=1, group=group, experts=ranges)
+    given = {"layer": 0, "shard": 1, "group": group, "ranges": ranges, "summed": False}
+
+    def gathered(worker, **more):
+        return gather.function(worker, **given, **more).outputs["000-000"][0]
+
+    made = [gathered(worker, recaptured=ranges) for worker in workers]
+    width = made[0].shape[1] // 2
+    assert torch.equal(made[0], made[1])
+    assert made[0][:, width:].abs().max() > 0
+    assert torch.equal(gathered(workers[1]), made[1])
+    # The first has attention's outputs, the second runs it again.
+    workers[1].captures.drop(0, 1)
+    hidden = [
+        advance.function(worker, layer=0, shard=1, experts=ranges).files for worker in workers
+    ]
+    assert hidden[0] == hidden[1]
+
+
+def test_starved_experts_use_the_whole_groups_hessian(tmp_path, llama_folder, text_folder):
+    everyone = CompressionConfig(block_size=16, min_tokens_per_expert=10**9)
+    starved, _, _ = make(
+        llama_folder, text_folder, tmp_path / "a", clusters=3, compression=everyone
+    )
+    plain, _, _ = make(llama_folder, text_folder, tmp_path / "b", clusters=1)
+    for record in [value for key, value in starved.records().items() if "experts" in key]:
+        assert record["stats"]["starved"] == [True] * 3
+    ours, theirs = tensors(starved), tensors(plain)
+    for expert in range(3):
+        name = "model.layers.0.mlp.gate_proj.experts.{}.values"
+        torch.testing.assert_close(
+            ours[name.format(expert)], theirs[name.format(0)], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("schedule", ["compressed", "sequential"])
+def test_hessians_are_shrunk_where_it_is_asked_for(schedule, tmp_path, llama_folder, text_folder):
+    shares = {}
+    for shrinks in (False, True):
+        compression = CompressionConfig(
+            block_size=16, min_tokens_per_expert=1, shrink_hessians=shrinks
+        )
+        store, _, _ = make(
+            llama_folder,
+            text_folder,
+            tmp_path / str(shrinks),
+            clusters=3,
+            schedule=schedule,
+            compression=compression,
+        )
+        stats = [value["stats"] for key, value in store.records().items() if "experts" in key]
+        shares[shrinks] = [share for each in stats for share in each["group_share"]]
+        shares[shrinks, "tensors"] = tensors(store)
+    assert set(shares[False]) == {0.0}
+    assert all(0 < share <= 1 for share in shares[True]) and len(set(shares[True])) > 3
+    name = "model.layers.0.mlp.down_proj.experts.1.values"
+    assert not torch.equal(shares[False, "tensors"][name], shares[True, "tensors"][name])
+
+
+def test_one_experts_hessian_is_its_groups_however_it_is_shrunk(
+    tmp_path, llama_folder, text_folder
+):
+    found = [
+        tensors(
+            make(
+                llama_folder,
+                text_folder,
+                tmp_path / str(shrinks),
+                compression=CompressionConfig(block_size=16, shrink_hessians=shrinks),
+            )[0]
+        )
+        for shrinks in (False, True)
+    ]
+    name = "model.layers.0.mlp.gate_proj.experts.0.values"
+    torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_balanced_clusters_in_a_run(tmp_path, llama_folder, text_folder):
+    sizes = {}
+    for balance in (0.0, 0.6):
+        store, _, _ = make(
+            llama_folder, text_folder, tmp_path / str(balance), clusters=6, balance=balance
+        )
+        stats = store.record("layer-000/mlp.down_proj/experts-000-003")["stats"]
+        rest = store.record("layer-000/mlp.down_proj/experts-004-005")["stats"]
+        sizes[balance] = stats["tokens"] + rest["tokens"]
+    assert sum(sizes[0.0]) == sum(sizes[0.6]) and min(sizes[0.6]) > min(sizes[0.0])
+
+
+def test_an_empty_cluster_is_an_expert_all_the_same(tmp_path, llama_folder, text_folder):
+    store, _, _ = make(llama_folder, text_folder, tmp_path / "o", clusters=60, dataset_size=4)
+    records = [value for key, value in store.records().items() if "/experts" in key]
+    assert any(any(record["stats"]["starved"]) for record in records)
+    assert all(
+        torch.isfinite(value).all()
+        for name, value in tensors(store).items()
+        if name.endswith("values")
+    )
+
+
+def test_shards_change_only_the_last_bits(tmp_path, llama_folder, text_folder):
+    """The shard count is part of the configuration; its effect is rounding alone."""
+    one = tensors(make(llama_folder, text_folder, tmp_path / "1", data_shards=1)[0])
+    three = tensors(make(llama_folder, text_folder, tmp_path / "3", data_shards=3)[0])
+    name = "model.layers.0.mlp.gate_proj.experts.0.values"
+    close = torch.isclose(one[name], three[name], rtol=1e-3, atol=1e-4).float().mean()
+    assert float(close) > 0.98
+
+
+def test_more_clusters_than_tokens_is_an_error(tmp_path, llama_folder, text_folder):
+    with pytest.raises(ValueError, match="layer-000.*router.*cannot fill 300 clusters"):
+        make(llama_folder, text_folder, tmp_path / "o", clusters=300, dataset_size=8)
+
+
+def test_a_blocks_experts_are_unpacked_once_for_all_shards(
+    tmp_path, llama_folder, text_folder, monkeypatch
+):
+    made = []
+    original = blocks.expanded_block
+
+    def counted(context, layer, experts, groups, **given):
+        made.append(layer)
+        return original(context, layer, experts, groups, **given)
+
+    monkeypatch.setattr(blocks, "expanded_block", counted)
+    _, _, measured = make(llama_folder, text_folder, tmp_path / "o", clusters=2, data_shards=3)
+    assert measured.stages["advance"].units == 2 * 3
+    assert made == [0, 1]
