@@ -31,8 +31,9 @@ demo: $(VENV)/.smollm2
 	  --dataset-size 24 --seqlen 512 --eval-windows 16 --output $(RESULTS)
 	$(BIN)/python benchmarks/generate.py $(RESULTS) "The for statement is used to"
 
+# A process per core; see tests/conftest.py for how tests are dealt out.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # The set-up commands of cluster.yaml, in a home and an environment of their own.
 cluster-setup: $(VENV)/.installed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +31,13 @@ from tests import tiny
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def short_home() -> Iterator[Path]:
+    """A home with a short path: Ray's sockets lie in it, and Linux bounds the length of theirs."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as home:
+        yield Path(home)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +70,14 @@ def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_folder
     return tiny.save_trained_neox(
         tmp_path_factory.mktemp("neox"), tokenizer, (text_folder / "train.txt").read_text()
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """How tests are dealt out to processes (`pytest -n`, `--dist loadgroup`).
+
+    A file's tests stay together, since they share what they have made; so do all that start a Ray,
+    for which two at a time would be too much for a small machine.
+    """
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
