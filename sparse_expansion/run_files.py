@@ -162,6 +162,16 @@ def experts_file(layer: int, group: str, experts: ExpertRange, *, is_draft: bool
     return f"{start}{group}-{range_name(experts)}.safetensors"
 
 
+def parse_weight_file(name: str) -> str | None:
+    """The part of an expanded model that a weight file holds; None for another file.
+
+    Returns:
+        ``trunk``, ``router`` or ``experts``.
+    """
+    found = re.fullmatch(r"(trunk|router|experts)-\d+.*\.safetensors", name)
+    return None if found is None else found[1]
+
+
 def neurons_file(layer: int, group: str) -> str:
     """File of what is known of a group's neurons."""
     return f"neurons-{layer:03d}-{group}.safetensors"
@@ -178,7 +188,7 @@ def pruned_file(layer: int, group: str) -> str:
 
 
 def pruned_name(ranking: str, share: float) -> str:
-    """Of the neurons that a ranking puts first."""
+    """Name of a model whose neurons are pruned that a ranking puts first."""
     return f"{ranking}-{share:g}"
 
 

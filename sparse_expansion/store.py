@@ -220,7 +220,7 @@ def write_file(path: str | Path, data: bytes) -> None:
 
 
 def read_allocation(store: Store) -> list[dict[str, Any]]:
-    """By block: what was measured to share out a run's zeros; empty where nothing was."""
+    """Rows of what was measured to share out a run's zeros, one for every block; maybe none."""
     if not store.exists(ALLOCATION_FILE):
         return []
     found: list[dict[str, Any]] = store.read_json(ALLOCATION_FILE)["rows"]

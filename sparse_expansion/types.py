@@ -61,7 +61,7 @@ class HessianSum:
     sum_DD: torch.Tensor
     num_tokens: int
     cross_DD: torch.Tensor | None = None
-    """``sum d x^T``, where ``d`` is what ``x`` lacks of what it would be in the dense block."""
+    """``sum d x^T``, where ``d`` is the dense residual: the dense block's input less ``x``."""
     fourth: float = 0.0
     """``sum |x|^4``: how far single tokens' ``x x^T`` are from their mean."""
 

@@ -17,7 +17,7 @@ class NotGiven:
     """Stands among parsed flags for one that was not given."""
 
     default: Any
-    """Of the command, or of the field."""
+    """Default of the command, or of the field."""
     shown: str
     """What the help shows as the default."""
 

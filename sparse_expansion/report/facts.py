@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.report.experts import ExpertRow, LinearFacts, expert_rows, linear_facts
-from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE, RUN_FILE
+from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE, RUN_FILE, parse_weight_file
 from sparse_expansion.store import Store, read_allocation, read_timeline
 
 
@@ -37,7 +36,7 @@ class RunFacts:
     timeline: tuple[dict[str, Any], ...]
     """Rows of ``run/timeline.json``."""
     allocation: tuple[dict[str, Any], ...]
-    """By block: what was measured to share out the zeros; empty where nothing was."""
+    """Rows of what was measured to share out the zeros, one for every block; maybe none."""
     part_bytes: dict[str, int]
     """Bytes by part of the model (``trunk``, ``router``, ``experts``), from its manifest."""
 
@@ -95,16 +94,6 @@ def read_facts(store: Store) -> RunFacts:
 def model_name(source: str) -> str:
     """The last part of a model's path or hub id."""
     return source.rstrip("/").rpartition("/")[2] or source
-
-
-def parse_weight_file(name: str) -> str | None:
-    """The part of an expanded model that a weight file holds; None for another file.
-
-    Returns:
-        ``trunk``, ``router`` or ``experts``.
-    """
-    found = re.fullmatch(r"(trunk|router|experts)-\d+.*\.safetensors", name)
-    return None if found is None else found[1]
 
 
 def _part_bytes(store: Store) -> dict[str, int]:

@@ -105,7 +105,7 @@ def test_forward_passes(schedule, passes, tmp_path, llama_folder, text_folder, m
 
 
 def test_sums_and_rows_give_the_same_experts(tmp_path, llama_folder, text_folder, monkeypatch):
-    """Shards hand on Hessian sums where there are many tokens, what inputs lack included."""
+    """Shards hand on Hessian sums where there are many tokens, dense residuals included."""
     rows = tensors(make(llama_folder, text_folder, tmp_path / "r", schedule="sequential")[0])
     monkeypatch.setattr("sparse_expansion.planning.costs.hands_on_sums", lambda *given: True)
     sums = tensors(make(llama_folder, text_folder, tmp_path / "s", schedule="sequential")[0])

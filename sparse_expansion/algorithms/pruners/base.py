@@ -29,7 +29,7 @@ class Problem:
     H_KDD: torch.Tensor
     """Finite float32 Hessian sums, features in the order of ``columns_KD``; not to be modified."""
     factor: HessianFactor | None
-    """Of the damped Hessians; there if the pruner needs it or the target was compensated."""
+    """Factors of the damped Hessians, where the pruner needs them or the target is compensated."""
     grid: AffineGrid | None
     """The rounding grid of the dense weight, None to prune only."""
     columns_KD: torch.Tensor | None
