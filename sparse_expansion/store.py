@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import fsspec.core
 import safetensors.torch
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.model.manifest import tensor_record
@@ -32,9 +32,19 @@ class Store:
     """Files below one root."""
 
     def __init__(self, root: str | Path) -> None:
-        """Nothing is created yet."""
+        """Nothing is created yet.
+
+        Raises:
+            ValueError: a URL chains file systems.
+        """
         self.root = str(root)
-        self.fs, base = fsspec.core.url_to_fs(self.root)
+        if "://" not in self.root:
+            # A path is taken as it is: fsspec would read ``::`` in it as a chain of file systems.
+            self.fs, base = LocalFileSystem(), os.path.abspath(os.path.expanduser(self.root))
+        elif "::" in self.root:
+            raise ValueError(f"{self.root} chains file systems by '::': give the URL of one")
+        else:
+            self.fs, base = fsspec.core.url_to_fs(self.root)
         self.base = str(base).rstrip("/")
         protocol = self.fs.protocol
         self.is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)

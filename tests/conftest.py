@@ -72,11 +72,13 @@ def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_folder
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """How tests are dealt out to processes (`pytest -n`, `--dist loadgroup`).
 
     A file's tests stay together, since they share what they have made; so do all that start a Ray,
-    for which two at a time would be too much for a small machine.
+    for which two at a time would be too much for a small machine. First of all hooks: xdist reads
+    the marks in its own.
     """
     for item in items:
         group = "ray" if item.get_closest_marker("ray") else str(item.path)

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import os
 
 import pytest
@@ -127,3 +128,13 @@ def test_bad_json_is_named(store):
     store.write_bytes("run/run.json", b"{")
     with pytest.raises(ValueError, match="not valid JSON"):
         store.read_json("run/run.json")
+
+
+def test_two_colons_in_a_path_are_part_of_it(tmp_path):
+    """fsspec would read them as a chain of file systems."""
+    store = Store(f"{tmp_path}/x::y/z")
+    store.write_json("a.json", [1])
+    assert json.loads((tmp_path / "x::y" / "z" / "a.json").read_text()) == [1]
+    assert store.list("") == ["a.json"] and store.local_path() == tmp_path / "x::y" / "z"
+    with pytest.raises(ValueError, match="chains file systems by '::'"):
+        Store("simplecache::memory://somewhere")

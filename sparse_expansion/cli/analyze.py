@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
+    begin_work,
     check_table,
     evaluation_text_windows,
     open_executor,
     open_run,
     print_result,
-    silence_transformers,
     window_length,
 )
 from sparse_expansion.cli.progress import ProgressLine
@@ -129,7 +129,7 @@ def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dic
     from sparse_expansion.studies.neuron_table import EXPANDED, ONE_CLUSTER
 
     source = resolve_name(args.folder)
-    silence_transformers(args.verbose)
+    begin_work(args)
     folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
     shell = ModelShell(folder, dtype=args.dtype)
     models = {}

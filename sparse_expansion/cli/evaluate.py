@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
+    begin_work,
     check_eval_windows,
     evaluation_text_windows,
     open_executor,
     print_result,
-    silence_transformers,
     window_length,
 )
 from sparse_expansion.cli.progress import ProgressLine
@@ -103,15 +103,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _open_model(args: argparse.Namespace, source: ModelSource, line: ProgressLine) -> ModelShell:
     """The model without its blocks; an expanded one's tensors are checked against its manifest."""
-    from sparse_expansion.model.manifest import verify
+    from sparse_expansion.model.manifest import MANIFEST_NAME, verify
     from sparse_expansion.model.sources import fetch_model
     from sparse_expansion.model.streaming import ModelShell
 
     line.say(f"model {source.location}")
     folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
     shell = ModelShell(folder, dtype=args.dtype)
-    if shell.expansion is not None:
+    if shell.expansion is not None and (folder / MANIFEST_NAME).exists():
         line.say(f"{verify(folder)} tensors agree with their digests")
+    elif shell.expansion is not None:
+        line.say(f"no {MANIFEST_NAME}, as save_pretrained leaves it: no digests to check")
     return shell
 
 
@@ -121,7 +123,7 @@ def _measure_perplexity(args: argparse.Namespace, options: ExecutionOptions) -> 
 
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
-    silence_transformers(args.verbose)
+    begin_work(args)
     from sparse_expansion.jobs.evaluate import evaluate
     from sparse_expansion.jobs.measurements import Measurements, measure_ceilings
     from sparse_expansion.report.tables import evaluation_table
@@ -177,7 +179,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
     source = resolve_name(args.model, args.model_size)
     tasks = _task_names(args)
     manager = known_tasks(tasks, args.task_path)
-    silence_transformers(args.verbose)
+    begin_work(args)
     with closing(ProgressLine()) as line:
         shell = _open_model(args, source, line)
         if args.threads is not None:

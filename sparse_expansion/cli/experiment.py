@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
+    begin_work,
     check_eval_windows,
     check_table,
     open_executor,
     print_result,
-    silence_transformers,
     window_length,
 )
 from sparse_expansion.cli.progress import ProgressLine
@@ -124,7 +124,7 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
 
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
-    silence_transformers(args.verbose)
+    begin_work(args)
     from sparse_expansion.model.streaming import ModelShell
 
     folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)

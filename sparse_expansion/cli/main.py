@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_cleanly_on_sigterm()
     try:
         return COMMANDS[args.command].run(args)
-    except KeyboardInterrupt:
-        _complain("interrupted: finished units are kept, continue with --resume")
-        return EXIT_INTERRUPTED
     except Terminated:
         _complain("terminated: finished units are kept, continue with --resume")
         return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        _complain("interrupted: finished units are kept, continue with --resume")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (a pager, `head`) has gone: not an error of ours.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the interpreter
@@ -82,6 +82,8 @@ def _quieten(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"
     )
+    # What this package warns of is said: that a worker was lost, or what a run waits for.
+    logging.getLogger("sparse_expansion").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -29,13 +29,31 @@ def silence_transformers(verbose: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
-def window_length(args: argparse.Namespace, model_config: Any) -> int:
-    """Tokens in a window: what was asked for, or what is usual for the model's family."""
-    if args.seqlen is not None:
-        return int(args.seqlen)
-    from sparse_expansion.model.families import default_seqlen
+def begin_work(args: argparse.Namespace) -> None:
+    """Load what computes: keep libraries quiet, and see that the device is there.
 
-    return default_seqlen(model_config)
+    Raises:
+        ValueError: the device that was asked for is unknown, or this machine has none.
+    """
+    silence_transformers(args.verbose)
+    from sparse_expansion.work.spec import check_device
+
+    # On a cluster the workers have the devices, and this process may have none.
+    if args.executor == "local":
+        check_device(args.device)
+
+
+def window_length(args: argparse.Namespace, model_config: Any) -> int:
+    """Tokens in a window: what was asked for, or what is usual for the model's family.
+
+    Raises:
+        ValueError: the model has fewer positions, or it is less than 2.
+    """
+    from sparse_expansion.model.families import check_seqlen, default_seqlen
+
+    seqlen = default_seqlen(model_config) if args.seqlen is None else int(args.seqlen)
+    check_seqlen(seqlen, model_config)
+    return seqlen
 
 
 def evaluation_text_windows(

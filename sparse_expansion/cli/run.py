@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
+    begin_work,
     check_eval_windows,
     check_output,
     open_executor,
     print_result,
-    silence_transformers,
     window_length,
 )
 from sparse_expansion.cli.progress import ProgressLine
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
-    silence_transformers(args.verbose)
+    begin_work(args)
     from sparse_expansion.jobs.measurements import Measurements
     from sparse_expansion.jobs.prepare import claim
     from sparse_expansion.report.tables import run_table

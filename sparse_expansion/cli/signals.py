@@ -7,8 +7,12 @@ import threading
 from typing import NoReturn
 
 
-class Terminated(BaseException):
-    """SIGTERM, which is what ``ray job stop`` and a cluster that shrinks send first."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is what ``ray job stop`` and a cluster that shrinks send first.
+
+    Ray's compiled code lets a KeyboardInterrupt through as it is, where it makes a SystemError of
+    any other exception that a signal raises while it waits.
+    """
 
 
 def end_cleanly_on_sigterm() -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_expansion.data.local_text import check_local, read_local
 from sparse_expansion.data.tokenization import Encode
 
 NAMED = ("wikitext2", "c4", "pydoc")
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_TRAIN_NAMES = ("train", "valid", "validation")
-_TEST_NAMES = ("test",)
 _C4_EVALUATION_DOCUMENTS = 1100
 _C4_CALIBRATION_DOCUMENTS = 20_000
 """About 9 million tokens: more than most calibrations draw from."""
@@ -49,11 +45,7 @@ def check_dataset(dataset: str) -> None:
             f"dataset {dataset!r} is neither {', '.join(NAMED)} nor an existing folder or file: "
             "check --dataset"
         )
-    if path.is_dir():
-        for names in (_TRAIN_NAMES, _TEST_NAMES):
-            _find(path, names)
-    elif path.suffix not in _SUFFIXES:
-        raise ValueError(f"dataset file {path} is none of {', '.join(_SUFFIXES)}")
+    check_local(path)
 
 
 def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
@@ -74,7 +66,7 @@ def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
     elif dataset == "c4":
         corpus = _c4(cache_dir)
     else:
-        corpus = _local(Path(dataset).expanduser())
+        corpus = Corpus(dataset, *read_local(Path(dataset).expanduser()))
     for kind, text in (("calibration", corpus.calibration), ("evaluation", corpus.evaluation)):
         if not text.strip():
             raise ValueError(f"dataset {dataset!r} has an empty {kind} text: give one with text")
@@ -142,7 +134,9 @@ def _hub_texts(
     if file is not None:
         options["data_files"] = {split: file}
     try:
-        return list(load_dataset(repository, name, **options)["text"])
+        return [
+            text for text in load_dataset(repository, name, **options)["text"] if text is not None
+        ]
     except (OSError, ValueError, RuntimeError) as error:
         # The library reports a hub that cannot be reached as any of these.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -151,87 +145,6 @@ def _hub_texts(
             f"({line}): run once with a network, or give --dataset pydoc (offline) or a folder "
             "with train.txt and test.txt"
         ) from None
-
-
-def _find(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first file in the folder that has one of the names and a known ending.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    for name in names:
-        for suffix in _SUFFIXES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
-    raise ValueError(
-        f"dataset folder {folder} has no {' or '.join(names)} with ending "
-        f"{', '.join(_SUFFIXES)}: put one there"
-    )
-
-
-def _local(path: Path) -> Corpus:
-    """The corpus of a folder with a file for each text, or of a single file."""
-    if path.is_dir():
-        calibration, evaluation = _find(path, _TRAIN_NAMES), _find(path, _TEST_NAMES)
-        return Corpus(str(path), _read(calibration, " "), _read(evaluation, "\n\n"))
-    records = _records(path)
-    cut = max(1, len(records) * 9 // 10)
-    return Corpus(str(path), " ".join(records[:cut]), "\n\n".join(records[cut:]))
-
-
-def _read(path: Path, separator: str) -> str:
-    """The text of a file; ``separator`` joins documents that have no lines of their own."""
-    if path.suffix == ".txt":
-        return _text(path)
-    return separator.join(_records(path))
-
-
-def _text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        ValueError: the file is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: convert it") from None
-
-
-def _records(path: Path) -> list[str]:
-    """The documents of a file: the lines of .txt, the ``text`` fields of .jsonl and .parquet.
-
-    Raises:
-        ValueError: the file has no readable text.
-    """
-    if path.suffix == ".txt":
-        return _text(path).splitlines()
-    if path.suffix == ".jsonl":
-        return list(_jsonl(path))
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["text"])
-    except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} has no readable column 'text': {line}") from None
-    return [text for text in table.column("text").to_pylist() if text is not None]
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    """The ``text`` fields of a file with one JSON object per line; blank lines are skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object with a ``text``.
-    """
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a JSON object with a 'text'") from None
 
 
 def calibration_windows(

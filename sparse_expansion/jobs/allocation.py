@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from sparse_expansion.planning.shapes import ModelShape
 from sparse_expansion.planning.studies import cluster_units
 from sparse_expansion.run_files import ALLOCATION_FILE, HIDDEN, clusters_file
 from sparse_expansion.store import Store, read_windows, write_windows
+from sparse_expansion.types import CompressionError
 
 
 @dataclass
@@ -83,6 +85,9 @@ def measure(
         scored: ``[M, L]`` windows of the same text, to measure on.
         executor: does the units, one per worker.
         observer: is told of every finished unit.
+
+    Raises:
+        CompressionError: a loss is not finite.
     """
     units = block_gap_units(
         config,
@@ -94,6 +99,12 @@ def measure(
     reports = executor.run(units, config, observer)
     found = [reports[unit.key].stats for unit in units]
     tokens = int(found[0]["num_tokens"])
+    losses = [loss for part in found for loss in (part["dense"], *part["pruned"])]
+    if not all(map(math.isfinite, losses)):
+        raise CompressionError(
+            "the loss of the dense model, or of it with one block pruned, is not finite (NaN or "
+            "infinity): its weights are damaged, or overflow in its dtype"
+        )
     gaps = [(loss - part["dense"]) / tokens for part in found for loss in part["pruned"]]
     return Allocation(shares_by_gap(gaps, config.compression.sparsity.fraction), gaps, tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -12,7 +13,7 @@ from sparse_expansion.jobs.measurements import Measurements
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.evaluation import evaluation_units
 from sparse_expansion.planning.shapes import model_shape
-from sparse_expansion.types import NllSum
+from sparse_expansion.types import CompressionError, NllSum
 
 
 def evaluate(
@@ -46,6 +47,9 @@ def evaluate(
 
     Returns:
         The sum over all windows, and each window's.
+
+    Raises:
+        CompressionError: a window's loss is not finite.
     """
     start = time.perf_counter()
     shape = model_shape(shell)
@@ -68,4 +72,11 @@ def evaluate(
         for unit in units
         for total, count in reports[unit.key].stats.get("nll", [])
     ]
+    broken = sum(not math.isfinite(part.total) for part in per_window)
+    if broken:
+        raise CompressionError(
+            f"the {model} model's loss is not finite (NaN or infinity) on {broken} of "
+            f"{len(per_window)} windows: its weights are damaged, or overflow in "
+            f"{str(shell.dtype).removeprefix('torch.')}"
+        )
     return sum(per_window, NllSum(0.0, 0)), per_window

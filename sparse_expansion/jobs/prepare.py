@@ -18,6 +18,7 @@ from sparse_expansion.data.corpora import (
     whole_windows,
 )
 from sparse_expansion.data.tokenization import Encode, encoder, load_tokenizer
+from sparse_expansion.model.families import check_seqlen
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.shapes import model_shape
@@ -71,12 +72,7 @@ def prepare(
         raise ValueError(f"{folder} is already an expanded model: expand the dense one")
     shape = model_shape(shell)
     config.check_layers(shape.num_layers)
-    limit = getattr(shell.config, "max_position_embeddings", None)
-    if limit is not None and config.calibration.seqlen > limit:
-        raise ValueError(
-            f"seqlen {config.calibration.seqlen} is more than the model's {limit} positions: use "
-            f"--seqlen {limit} or less"
-        )
+    check_seqlen(config.calibration.seqlen, shell.config)
     corpus = load_corpus(dataset, cache_dir=cache_dir)
     encode = encoder(load_tokenizer(folder))
     windows = _draw_windows(config.calibration, corpus.calibration, encode)

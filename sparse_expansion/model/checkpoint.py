@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from sparse_expansion.model.manifest import MANIFEST_NAME
 
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SAMPLE_BYTES = 1 << 20
 """Bytes at both ends of a file's data that go into its fingerprint."""
@@ -26,8 +27,8 @@ class CheckpointFiles:
         """Open every file's header, so that a broken file is found before any work.
 
         Raises:
-            ValueError: there are no safetensors, or a file is missing, truncated or of another
-                format.
+            ValueError: there are no safetensors, a file is missing, truncated or of another format,
+                or two files have a tensor of one name.
         """
         self.folder = Path(folder)
         self._files = _safetensors_files(self.folder)
@@ -35,13 +36,20 @@ class CheckpointFiles:
         for file in self._files:
             try:
                 with safe_open(str(file), framework="pt") as handle:
-                    self._file_of.update(dict.fromkeys(handle.keys(), file))
+                    names = list(handle.keys())
             except FileNotFoundError:
                 raise ValueError(f"{file} is missing: download the model again") from None
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} is truncated or not a safetensors file ({error}): download it again"
                 ) from None
+            for name in names:
+                if name in self._file_of:
+                    raise ValueError(
+                        f"{self.folder} has {name} twice, in {self._file_of[name].name} and in "
+                        f"{file.name}: download it again"
+                    )
+                self._file_of[name] = file
 
     def names(self) -> Iterator[str]:
         """The names of all tensors."""
@@ -79,28 +87,33 @@ class CheckpointFiles:
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """The files that the folder's index names, or all safetensors files where it has no index.
+    """The files that transformers loads: a single one, else those that the index names.
+
+    Others are not the model: another variant, an older one, or an adapter.
 
     Raises:
         ValueError: there are none, or the index cannot be read or leads out of the folder.
     """
     index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError):
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is not a safetensors index: download it again") from None
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{index} names files outside its folder: refusing to read them")
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{folder} has no *.safetensors files: convert the model with "
-            "save_pretrained(), or give a folder or hub id that has them"
-        )
-    return files
+        if names:
+            return [folder / name for name in names]
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    what = "no *.safetensors files"
+    if others:
+        what = f"no {WEIGHTS_NAME} and no index, but {', '.join(others[:3])}, which are not loaded"
+    raise ValueError(
+        f"{folder} has {what}: convert the model with save_pretrained(), or give a folder or hub "
+        "id that has them"
+    )
 
 
 def load_config(folder: Path) -> Any:

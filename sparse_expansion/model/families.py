@@ -128,6 +128,26 @@ def default_seqlen(config: Any) -> int:
     return min(preferred, int(getattr(config, "max_position_embeddings", None) or preferred))
 
 
+def check_seqlen(seqlen: int, config: Any) -> None:
+    """Answer windows that the model cannot take, before any work.
+
+    Args:
+        seqlen: tokens in a window.
+        config: a transformers config.
+
+    Raises:
+        ValueError: a window has too few tokens to score one, or more than the model has positions.
+    """
+    if seqlen < 2:
+        raise ValueError(f"--seqlen {seqlen} must be at least 2 tokens")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise ValueError(
+            f"seqlen {seqlen} is more than the model's {limit} positions: use --seqlen {limit} or "
+            "less"
+        )
+
+
 def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
     """The model's list of decoder blocks.
 

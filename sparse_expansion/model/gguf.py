@@ -8,6 +8,7 @@ import io
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,28 @@ def _load(path: Path) -> tuple[Any, Any]:
     """The dequantized model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         # The progress bars of transformers would overwrite ours; its errors are exceptions.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _by_itself(path) as folder, contextlib.redirect_stderr(io.StringIO()):
+            where = {"pretrained_model_name_or_path": str(folder), "gguf_file": path.name}
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where)
-    except (ValueError, KeyError, OSError, struct.error) as error:
-        # A file that ends early is one of these, depending on where it ends.
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, struct.error) as error:
+        # A file that ends early, or is of another format, is any of these.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"GGUF file {path} cannot be converted: {line}") from None
+        raise ValueError(
+            f"GGUF file {path} cannot be converted: it is truncated, broken, or of an architecture "
+            f"that transformers does not know ({line})"
+        ) from None
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _by_itself(path: Path) -> Iterator[Path]:
+    """A folder in which the file is alone: transformers prefers a tokenizer that lies beside it."""
+    with tempfile.TemporaryDirectory(prefix="sparse-expansion-") as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 def _forget_quantization(model: Any) -> None:

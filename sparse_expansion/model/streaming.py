@@ -196,7 +196,8 @@ class ModelShell:
             if self.file_name(name) is not None
         }
         self._model.load_state_dict(state, strict=False, assign=True)
-        self._model.tie_weights()
+        # Told what the files lack, transformers leaves a head of its own as it is.
+        self._model.tie_weights(missing_keys=set(self._model.state_dict()) - set(state))
         missing = [name for name, p in self._model.named_parameters() if p.is_meta]
         if missing:
             raise ValueError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+import torch
 
 from sparse_expansion.model.sources import ModelSource
 
@@ -38,6 +41,27 @@ class WorkerSpec:
     def captured_bytes(self) -> int:
         """Bytes of captured activations that are kept at all, in memory and in scratch files."""
         return captured_bytes(self.activation_bytes)
+
+
+def check_device(name: str) -> None:
+    """Answer a device that is not there, before any work.
+
+    Raises:
+        ValueError: the name is not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or there is no such
+            device.
+    """
+    if name in ("auto", "cpu"):
+        return
+    if re.fullmatch(r"cuda(:\d+)?", name) is None:
+        raise ValueError(f"--device {name} is none of auto, cpu and cuda")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(
+            f"--device {name}: PyTorch {torch.__version__} sees no CUDA device here: use --device "
+            "cpu, or install PyTorch's CUDA build and the driver"
+        )
+    if int(name.partition(":")[2] or 0) >= count:
+        raise ValueError(f"--device {name}: this machine has {count} CUDA devices, from cuda:0 on")
 
 
 def captured_bytes(activation_bytes: int) -> int:

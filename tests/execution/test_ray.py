@@ -100,10 +100,7 @@ def test_fractional_gpus_share_a_card(cluster, tmp_path, neox_folder, text_folde
     assert len({progress.worker for progress in run.seen}) == 4
 
 
-@pytest.mark.parametrize(("shards", "ranges"), [(1, 1), (2, 1), (2, 3)])
-def test_evaluation_equals_the_local_one(
-    shards, ranges, cluster, tmp_path, neox_folder, text_folder
-):
+def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_folder):
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
     local = LocalExecutor(run.spec)
     run.expand(local)
@@ -125,13 +122,16 @@ def test_evaluation_equals_the_local_one(
         assert len(windows) == 7 and nll.num_tokens == 7 * 47
         return nll.perplexity
 
+    wanted = {model: perplexity(model, local) for model in ("dense", "expanded")}
+    assert wanted["dense"] != wanted["expanded"]
     executor = RayExecutor(
         run.spec, ExecutionOptions(executor="ray", num_workers=2, gpus_per_worker=1)
     )
     try:
-        for model in ("dense", "expanded"):
-            found = perplexity(model, executor, num_shards=shards, num_ranges=ranges)
-            assert found == pytest.approx(perplexity(model, local), rel=1e-6)
+        for shards, ranges in ((1, 1), (2, 1), (2, 3)):
+            for model in wanted:
+                found = perplexity(model, executor, num_shards=shards, num_ranges=ranges)
+                assert found == pytest.approx(wanted[model], rel=1e-6)
     finally:
         executor.close()
 
@@ -261,10 +261,16 @@ def test_a_worker_that_joins_later_gets_work(
     assert run.digests() == reference["compressed"]
 
 
-def test_no_room_for_a_worker_ends_in_a_clear_error(cluster, tmp_path, neox_folder, text_folder):
+def test_no_room_for_a_worker_ends_in_a_clear_error(
+    cluster, tmp_path, neox_folder, text_folder, caplog
+):
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
     with pytest.raises(CompressionError, match="no worker came up .* 5 GPU and 1 CPU"):
-        run.on_ray(num_workers=1, gpus_per_worker=5, worker_timeout=3)
+        run.on_ray(num_workers=1, gpus_per_worker=5, worker_timeout=6)
+    # It has said so before, with what it asks for and what there is.
+    (record,) = [one for one in caplog.records if "waiting for workers" in one.message]
+    assert "1 asked for, each with 5 GPU and 1 CPU" in record.message
+    assert "the cluster has 2 GPU (2 free) and 2 CPU (2 free)" in record.message
 
 
 def test_wire_format():

@@ -1,11 +1,15 @@
 """Files of a model folder: broken ones are named, and equal ones are told apart from others."""
 
+import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_expansion.model.checkpoint import CheckpointFiles, is_companion, load_config
+from sparse_expansion.model.streaming import ModelShell
+from tests.model.running import stream
 
 
 def test_folders_that_are_no_models(tmp_path):
@@ -54,3 +58,70 @@ def test_files_that_travel_with_a_model(name):
 )
 def test_files_that_are_written_anew_or_left_behind(name):
     assert not is_companion(name)
+
+
+def indexed(folder, names, file):
+    """Write an index that says so many tensors are in one file."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_which_files_count_is_what_transformers_loads(tmp_path, llama_folder):
+    """A single file counts more than an index; neither an index nor a single file is no model."""
+    from transformers import AutoModelForCausalLM
+
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    state = load_file(copy / "model.safetensors")
+    other = {name: tensor * 1.5 for name, tensor in state.items()}
+    save_file(other, copy / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    indexed(copy, other, "model-00001-of-00001.safetensors")
+    name = "model.norm.weight"
+    for wanted in (state, other):
+        loaded = AutoModelForCausalLM.from_pretrained(copy).state_dict()[name]
+        assert torch.equal(CheckpointFiles(copy).read(name), wanted[name])
+        assert torch.equal(loaded, wanted[name])
+        (copy / "model.safetensors").unlink(missing_ok=True)
+    (copy / "model.safetensors.index.json").unlink()
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    with pytest.raises(ValueError, match="but model-00001-of-00001.safetensors, which are not"):
+        CheckpointFiles(copy)
+
+
+def test_a_variant_beside_a_model_is_not_the_model(tmp_path, llama_folder):
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    state = load_file(copy / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in state.items()}, copy / "model.fp16.safetensors")
+    assert torch.equal(CheckpointFiles(copy).read("model.norm.weight"), state["model.norm.weight"])
+
+
+def test_a_name_that_is_held_twice_is_refused(tmp_path):
+    halves = {"a.safetensors": ["x", "y"], "b.safetensors": ["y", "z"]}
+    for file, names in halves.items():
+        save_file({name: torch.zeros(2) for name in names}, tmp_path / file)
+    index = {"weight_map": {name: file for file, names in halves.items() for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has y twice, in a.safetensors and in b.safetensors"):
+        CheckpointFiles(tmp_path)
+
+
+def test_a_head_of_its_own_beside_a_tied_config(tmp_path, llama_folder):
+    """transformers keeps the file's head, and so does what is expanded from it."""
+    from transformers import AutoModelForCausalLM
+
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    assert json.loads((copy / "config.json").read_text())["tie_word_embeddings"]
+    state = load_file(copy / "model.safetensors")
+    state["lm_head.weight"] = 0.05 * torch.randn(512, 32)
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(1, 500, (2, 20))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(copy)(tokens).logits
+        tied = AutoModelForCausalLM.from_pretrained(llama_folder)(tokens).logits
+    shell = ModelShell(copy)
+    torch.testing.assert_close(stream(shell, tokens), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(wanted, tied, atol=1e-2)
+    assert "lm_head.weight" in shell.trunk_names()

@@ -4,6 +4,8 @@ import pytest
 
 from sparse_expansion.model.gguf import convert_gguf
 from sparse_expansion.model.sources import fetch_model, resolve_name
+from tests import tiny
+from tests.model.test_sources import write_gguf
 
 
 def test_gguf_is_converted_once(tmp_path, llama_folder):
@@ -27,73 +29,6 @@ def test_gguf_is_converted_once(tmp_path, llama_folder):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def write_gguf(gguf, np, file, folder):
-    """The tiny Llama as an unquantized GGUF file, with llama.cpp's permutation of q and k."""
-    import json
-
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
-    vocabulary = tokenizer.get_vocab()
-    words = sorted(vocabulary, key=vocabulary.__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.numpy()
-        if name == "model.embed_tokens.weight":
-            target = "token_embd.weight"
-        elif name == "model.norm.weight":
-            target = "output_norm.weight"
-        else:
-            _, _, layer, rest = name.split(".", 3)
-            part = rest.removesuffix(".weight")
-            target = f"blk.{layer}.{names[part]}.weight"
-            heads = {
-                "self_attn.q_proj": config["num_attention_heads"],
-                "self_attn.k_proj": config["num_key_value_heads"],
-            }.get(part)
-            if heads:
-                rows, columns = array.shape
-                array = (
-                    array.reshape(heads, 2, rows // heads // 2, columns)
-                    .swapaxes(1, 2)
-                    .reshape(rows, columns)
-                )
-        writer.add_tensor(target, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5])
 def test_a_truncated_file_is_named(share, tmp_path, llama_folder):
     gguf = pytest.importorskip("gguf")
@@ -106,3 +41,31 @@ def test_a_truncated_file_is_named(share, tmp_path, llama_folder):
     with pytest.raises(ValueError, match="broken.gguf cannot be converted"):
         convert_gguf(file, tmp_path / "cache")
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+def test_the_files_own_tokenizer_whatever_lies_beside_it(tmp_path, llama_folder):
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    text = "The for statement"
+    wanted = AutoTokenizer.from_pretrained(llama_folder)(text)["input_ids"]
+    write_gguf(gguf, np, tmp_path / "tiny.gguf", llama_folder)
+    tiny.train_tokenizer("zzz yyy xxx " * 500, 300).save_pretrained(tmp_path)
+    folder = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == wanted
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != wanted
+
+
+@pytest.mark.parametrize("kept", [0, 3, 30, 500, 0.3, 0.7, 0.999])
+def test_a_file_that_ends_early_is_one_line(kept, tmp_path, llama_folder):
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    file = tmp_path / "tiny.gguf"
+    write_gguf(gguf, np, file, llama_folder)
+    data = file.read_bytes()
+    file.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(ValueError, match="tiny.gguf cannot be converted: it is truncated, broken"):
+        convert_gguf(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "gguf").iterdir())

@@ -39,7 +39,13 @@ _LOST_WORKER = (
     WorkerCrashedError,
     OutOfMemoryError,
 )
+KINDS = ("GPU", "CPU")
+"""Ray's names of what workers take."""
 _LOST_VALUE = (ObjectLostError, OwnerDiedError)
+FIRST_WORD_SECONDS = 4.0
+"""Seconds without a worker after which the run says what it waits for."""
+NEXT_WORD_SECONDS = 30.0
+"""Seconds after which it says so again."""
 _log = logging.getLogger(__name__)
 
 
@@ -103,7 +109,7 @@ class GraphRun:
         self.cost_total = sum(unit.cost for unit in units)
         self.cost_done = 0.0
         self.last_alive = time.monotonic()
-        self.last_warned = self.last_alive
+        self.last_warned: float | None = None
 
     def loop(self) -> dict[str, UnitReport]:
         """Do all units; returns their reports by key.
@@ -283,7 +289,7 @@ class GraphRun:
         """Say so when nobody is there to work, and give up in the end."""
         now = time.monotonic()
         if self.calls or self.pool.has_live_worker:
-            self.last_alive = now
+            self.last_alive, self.last_warned = now, None
             return
         waited = now - self.last_alive
         if waited > self.options.worker_timeout:
@@ -291,9 +297,22 @@ class GraphRun:
                 f"no worker came up in {waited:.0f} s: the cluster has no room for "
                 f"{self.pool.room} (--gpus-per-worker, --threads), or raise --worker-timeout"
             )
-        if now - self.last_warned > 30:
+        patience = FIRST_WORD_SECONDS if self.last_warned is None else NEXT_WORD_SECONDS
+        if now - (self.last_warned or self.last_alive) > patience:
             self.last_warned = now
-            _log.warning("waiting for a worker with %s", self.pool.room)
+            _log.warning(
+                "waiting for workers (%.0f s): %d asked for, each with %s; the cluster has %s",
+                waited,
+                len(self.pool.handles),
+                self.pool.room,
+                describe_resources(ray.cluster_resources(), ray.available_resources()),
+            )
+
+
+def describe_resources(total: dict[str, float], free: dict[str, float]) -> str:
+    """A cluster's GPUs and CPUs, and how many of them are free, for people."""
+    parts = [f"{total.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in KINDS]
+    return " and ".join(parts)
 
 
 def _line(error: BaseException) -> str:
