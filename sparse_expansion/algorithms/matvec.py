@@ -65,8 +65,6 @@ class StoredMatrix:
     """Kept values before every row, with a grid before every group of every row."""
     num_bytes: int
     """Bytes that are held in addition to the expert's own tensors."""
-    addresses: tuple[int, ...]
-    """Addresses of the expert's streams, to tell whether they are still the same."""
 
     @classmethod
     def of(
@@ -86,7 +84,7 @@ class StoredMatrix:
             )
         if not layout.is_sparse:
             empty = np.empty(0, np.int64)
-            return cls(layout, grid, tensors["codes"].numpy(), empty, empty, 0, _addresses(tensors))
+            return cls(layout, grid, tensors["codes"].numpy(), empty, empty, 0)
         mask = bitmask(tensors, layout)
         held = 0 if layout.group is None else mask.numel()
         size = layout.columns if grid is None else grid.group_size
@@ -98,11 +96,7 @@ class StoredMatrix:
             values = unpack_codes(tensors["codes"], layout.num_kept, grid.bits).numpy()
             held += values.nbytes
         held += starts.nbytes
-        return cls(layout, grid, mask.numpy(), values, starts, held, _addresses(tensors))
-
-    def is_of(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether these are the streams that this matrix was made of."""
-        return self.addresses == _addresses(tensors)
+        return cls(layout, grid, mask.numpy(), values, starts, held)
 
     def matvec(self, x_D: torch.Tensor) -> torch.Tensor:
         """``W x`` (float32 sums) in the dtype of ``x_D``."""
@@ -125,11 +119,6 @@ class StoredMatrix:
                 )
         split(self.layout.rows, 1, work, least=-(-MIN_SLICE // self.layout.columns))
         return out.to(x_D.dtype)
-
-
-def _addresses(tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
-    """Where the streams lie in memory."""
-    return tuple(tensor.data_ptr() for tensor in tensors.values())
 
 
 def _starts(stream: Array, layout: PackedLayout, size: int) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from sparse_expansion.types import Router
 
 FLOAT32_MODULES = ("router", "grid")
 """Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that experts can be unpacked to."""
 
 
 class Routing:
@@ -81,9 +85,19 @@ class GroupRouter(nn.Module):
             if seen() is X and seen_version == version:
                 return routing
         X_TD = X.reshape(-1, X.shape[-1])
-        routing = Routing(route(X_TD, self.router()), self.centroids.shape[0])
+        # A choice has no gradient, and in less than float32 it would be another one.
+        with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+            routing = Routing(route(X_TD, self.router()), self.centroids.shape[0])
         self._last_routing = None if version is None else (weakref.ref(X), version, routing)
         return routing
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GroupRouter:
+        with float32_kept(self):
+            return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was seen last can be made again, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_last_routing": None, "_plain": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupRouter:
         clone = GroupRouter.__new__(GroupRouter)
@@ -112,7 +126,16 @@ class Grid(nn.Module):
 
     def grid(self) -> AffineGrid:
         """The grid as plain tensors."""
+        found: AffineGrid = self()
+        return found
+
+    def forward(self) -> AffineGrid:
+        """The same, as a call: whatever hooks a module, to load it from a disk say, sees it."""
         return AffineGrid(self.scale.detach(), self.zero_point.detach(), self.bits, self.group_size)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Grid:
+        with float32_kept(self):
+            return super()._apply(fn, recurse)
 
 
 class PackedExpert(nn.Module):
@@ -127,6 +150,11 @@ class PackedExpert(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The streams by name, as ``packing.pack_expert`` made them."""
+        found: dict[str, torch.Tensor] = self()
+        return found
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The same, as a call: whatever hooks a module, to load it from a disk say, sees it."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
@@ -180,6 +208,18 @@ class ExpandedLinear(nn.Module):
         """The device that holds the experts."""
         return next(self.experts[0].parameters()).device
 
+    def state(self, expert: int) -> tuple[Any, ...]:
+        """What changes when an expert's tensors are moved, loaded again, or written to."""
+        grid = None if self.grid is None else self.grid.grid()
+        parts = [
+            *self.tensors(expert).values(),
+            *((grid.scale_OG, grid.zero_point_OG) if grid else ()),
+        ]
+        return tuple(
+            (part.data_ptr(), part.device, None if part.is_inference() else part._version)
+            for part in parts
+        )
+
     @property
     def group_router(self) -> GroupRouter:
         """The router that the linears of the group share."""
@@ -193,12 +233,13 @@ class ExpandedLinear(nn.Module):
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight, ``[O, D]``."""
+        tensors = self.tensors(expert)
         return unpack_expert(
-            self.tensors(expert),
+            tensors,
             layout=self.layout,
             grid=None if self.grid is None else self.grid.grid(),
             dtype=dtype,
-            device=self.device,
+            device=next(iter(tensors.values())).device,
         )
 
     def stored(self, expert: int) -> StoredMatrix:
@@ -217,22 +258,27 @@ class ExpandedLinear(nn.Module):
         On a CPU a single token is multiplied by the stored streams: they are fewer bytes than the
         dense weight, and nothing has to be unpacked.
         """
+        check_dtype(X.dtype)
         routing = self.group_router(X)
         X_TD = X.reshape(-1, X.shape[-1])
-        if X_TD.shape[0] == 1 and self._takes_stored_form():
+        # The stored streams' product has no gradient, and no other dtype than its input's.
+        is_plain = not (torch.is_grad_enabled() and X.requires_grad)
+        is_plain = is_plain and not torch.is_autocast_enabled(X.device.type)
+        if X_TD.shape[0] == 1 and is_plain and self._takes_stored_form():
             matrix = self.cache.stored(self, routing.counts.index(1))
             out = matrix.matvec(X_TD[0])
             out = out if self.bias is None else out + self.bias
             return out.reshape(*X.shape[:-1], self.out_features)
         parts = X_TD[routing.order_T].split(routing.counts)
-        out = X_TD.new_empty(X_TD.shape[0], self.out_features)
         products = [
             nn.functional.linear(tokens, self.cache.dense(self, expert, X.dtype), self.bias)
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
-        if products:
-            out[routing.order_T] = torch.cat(products)
+        # Under autocast the products have another dtype than their factors.
+        product_TO = torch.cat(products) if products else X_TD.new_empty(0, self.out_features)
+        out = torch.empty_like(product_TO)
+        out[routing.order_T] = product_TO
         return out.reshape(*X.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -241,6 +287,33 @@ class ExpandedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"experts={len(self.experts)}, bias={self.bias is not None}"
         )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Answer a dtype that experts cannot be unpacked to.
+
+    Raises:
+        ValueError: it is none of float32, bfloat16 and float16.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"expanded models compute in float32, bfloat16 or float16, and not in {dtype}: load or "
+            "cast them to one of these"
+        )
+
+
+@contextlib.contextmanager
+def float32_kept(module: nn.Module) -> Iterator[None]:
+    """Within it a module may be moved, and its parameters stay float32 where they are cast.
+
+    A rounded centroid would send tokens to other experts than those that were made for them.
+    """
+    before = dict(module.named_parameters(recurse=False))
+    kept = {name: parameter.detach() for name, parameter in before.items()}
+    yield
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype != kept[name].dtype and not parameter.is_meta:
+            module.register_parameter(name, _frozen(kept[name].to(parameter.device)))
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

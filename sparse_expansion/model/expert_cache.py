@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any, Protocol
 
@@ -21,9 +22,8 @@ class PackedExperts(Protocol):
     def layout(self) -> PackedLayout:
         """Shape and sparsity of every expert."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device that holds the experts."""
+    def state(self, expert: int) -> tuple[Any, ...]:
+        """What changes when an expert's tensors are moved, loaded again, or written to."""
 
     def tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """One expert's streams by name."""
@@ -47,50 +47,64 @@ class ExpertCache:
         """Start empty; without a bound (``None``) nothing is ever evicted."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._entries: OrderedDict[tuple[int, int, type], tuple[Any, int]] = OrderedDict()
+        self._forms: OrderedDict[tuple[int, int, type], tuple[Any, int]] = OrderedDict()
+        # Several threads may use one model.
+        self._lock = threading.Lock()
 
     def dense(self, linear: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight ``[O, D]``, unpacked if it is not cached."""
         key = (id(linear), expert, torch.Tensor)
-        weight: torch.Tensor | None = self._find(key)
-        if weight is not None and weight.dtype == dtype and weight.device == linear.device:
-            return weight
-        weight = for_matmul(linear.unpack(expert, dtype), linear.layout)
-        self._insert(key, weight, weight.numel() * weight.element_size())
+        state = linear.state(expert)
+        found: tuple[Any, torch.Tensor] | None = self._find(key)
+        # The model may have been moved, loaded again or written to since the entry was made.
+        if found is not None and found[0] == state and found[1].dtype == dtype:
+            return found[1]
+        # A weight that is made for inference alone could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = for_matmul(linear.unpack(expert, dtype), linear.layout)
+        self._insert(key, (state, weight), weight.numel() * weight.element_size())
         return weight
 
     def stored(self, linear: PackedExperts, expert: int) -> StoredMatrix:
         """One expert's streams, ready to multiply one token."""
         key = (id(linear), expert, StoredMatrix)
-        matrix: StoredMatrix | None = self._find(key)
-        # The model may have been moved or loaded again since the entry was made.
-        if matrix is None or not matrix.is_of(linear.tensors(expert)):
-            matrix = linear.stored(expert)
-            self._insert(key, matrix, matrix.num_bytes)
+        state = linear.state(expert)
+        found: tuple[Any, StoredMatrix] | None = self._find(key)
+        if found is not None and found[0] == state:
+            return found[1]
+        matrix = linear.stored(expert)
+        self._insert(key, (state, matrix), matrix.num_bytes)
         return matrix
 
     def clear(self) -> None:
         """Evict everything."""
-        self._entries.clear()
-        self.num_bytes = 0
+        with self._lock:
+            self._forms.clear()
+            self.num_bytes = 0
 
     def _find(self, key: tuple[int, int, type]) -> Any:
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
+        with self._lock:
+            if key not in self._forms:
+                return None
+            self._forms.move_to_end(key)
+            return self._forms[key][0]
 
     def _insert(self, key: tuple[int, int, type], value: Any, num_bytes: int) -> None:
-        self._evict(key)
-        if self.max_bytes is not None:
-            while self._entries and self.num_bytes + num_bytes > self.max_bytes:
-                self._evict(next(iter(self._entries)))
-        self._entries[key] = (value, num_bytes)
-        self.num_bytes += num_bytes
+        with self._lock:
+            self._evict(key)
+            if self.max_bytes is not None:
+                while self._forms and self.num_bytes + num_bytes > self.max_bytes:
+                    self._evict(next(iter(self._forms)))
+            self._forms[key] = (value, num_bytes)
+            self.num_bytes += num_bytes
 
     def _evict(self, key: tuple[int, int, type]) -> None:
-        _, num_bytes = self._entries.pop(key, (None, 0))
+        _, num_bytes = self._forms.pop(key, (None, 0))
         self.num_bytes -= num_bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Entries are keyed by the identity of their linear, so a pickled model takes none along.
+        return ExpertCache, (self.max_bytes,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
         # Entries are keyed by the identity of their linear, so a copied model starts with none.

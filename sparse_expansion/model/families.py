@@ -9,6 +9,7 @@ configuration of it to the tests, which check every family.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -154,10 +155,12 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
     Raises:
         ValueError: the module path does not lead to a list of blocks.
     """
-    try:
-        blocks = model.get_submodule(family.blocks)
-    except AttributeError:
-        blocks = None
+    # A model without a head is what stands under this name in one that has a head.
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    blocks: nn.Module | None = None
+    for path in (family.blocks, family.blocks.removeprefix(base)):
+        with contextlib.suppress(AttributeError):
+            blocks = blocks or model.get_submodule(path)
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(
             f"{type(model).__name__} has no block list {family.blocks!r}: the family's entry in "

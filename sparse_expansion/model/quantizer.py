@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.config import CompressionConfig, RoutingConfig
-from sparse_expansion.model.expansion import FLOAT32_MODULES, expand_block
+from sparse_expansion.model.expansion import FLOAT32_MODULES, check_dtype, expand_block
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
 from sparse_expansion.model.families import block_list, family_of
 
@@ -110,6 +110,7 @@ class SparseExpansionQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
+        check_dtype(dtype)
         # Routers and grids stay float32: a rounded centroid would send tokens to other experts
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
@@ -123,5 +124,5 @@ class SparseExpansionQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed experts take no gradients."""
-        return False
+        """Whether adapters can be trained on top: gradients pass through the frozen experts."""
+        return True

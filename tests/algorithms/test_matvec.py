@@ -49,8 +49,6 @@ def check(packed, wanted, grid, weight, threads=2):
     scale = weight.double().abs() @ x.double().abs()
     assert bool(((matrix.matvec(x) - expected).abs() <= 1e-5 * scale + 1e-30).all())
     assert matrix.matvec(x.bfloat16()).dtype == torch.bfloat16
-    assert matrix.is_of(packed)
-    assert not matrix.is_of({name: tensor + 0 for name, tensor in packed.items()})
     return matrix
 
 
