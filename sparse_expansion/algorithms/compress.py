@@ -79,6 +79,8 @@ def compress_linears(
 ) -> dict[str, ExpertWeights]:
     """``compress_experts`` for several linears that share their inputs, factored once.
 
+    Without zeros and grids the experts are the dense weights, whatever the pruner.
+
     Args:
         weights: dense weights ``[O, D]`` by name; O may differ, D may not.
         H_KDD: float32 Hessian sums, one per expert.
@@ -92,6 +94,9 @@ def compress_linears(
     Raises:
         CompressionError: a Hessian is not finite or cannot be factored.
     """
+    if config.sparsity.fraction == 0 and all(grid is None for grid in grids.values()):
+        check_hessians(H_KDD)
+        return {name: _unchanged(W_OD, H_KDD) for name, W_OD in weights.items()}
     pruner = pruner_of(config.pruner)
     if not pruner.updates_weights:
         cross_KDD = None
@@ -122,6 +127,22 @@ def compress_linears(
         )
         made[name] = _experts(problem, pruner.solve(problem), H_KDD, dead_KD)
     return made
+
+
+def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor) -> ExpertWeights:
+    """Experts that are the dense weight: nothing is to be dropped and nothing to be rounded."""
+    num_experts = len(H_KDD)
+    weight_KOD = W_OD.float().expand(num_experts, -1, -1).clone()
+    dead_KD = H_KDD.diagonal(dim1=1, dim2=2) == 0
+    return ExpertWeights(
+        weight_KOD=weight_KOD,
+        kept_KOD=torch.ones_like(weight_KOD, dtype=torch.bool),
+        codes_KOD=None,
+        damping_fraction_K=(0.0,) * num_experts,
+        damping_attempts_K=(0,) * num_experts,
+        num_dead_K=tuple(int(n) for n in dead_KD.sum(dim=1)),
+        relative_error_K=(0.0,) * num_experts,
+    )
 
 
 def _target(

@@ -73,6 +73,8 @@ def check_finite(X_TD: torch.Tensor, squares_D: torch.Tensor | None = None) -> N
     Raises:
         CompressionError: with the number of bad tokens.
     """
+    if not X_TD.shape[0]:
+        return
     # The extremes are finite only if every entry is: NaN counts as both. One look at the memory.
     found = torch.stack(torch.aminmax(X_TD)).float().square() if squares_D is None else squares_D
     if not bool(torch.isfinite(found).all()):

@@ -5,8 +5,10 @@ import torch
 
 from sparse_expansion.algorithms import compress
 from sparse_expansion.algorithms.compress import compress_experts, compress_linears
+from sparse_expansion.algorithms.hessian import upper_cholesky_factor
 from sparse_expansion.algorithms.quantization import fit_grid
 from sparse_expansion.config import CompressionConfig, SparsityPattern
+from sparse_expansion.types import CompressionError
 from tests.algorithms.test_sweep import config, problem
 
 
@@ -54,14 +56,14 @@ def test_energy_of_many_rows_is_estimated_closely(outlier):
 
 
 def test_the_dense_residual_of_inputs_is_compensated():
-    """Nothing pruned: least squares for the outputs on the dense inputs, with a pull to W."""
+    """The target is least squares for the outputs on the dense inputs, with a pull to W."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 12, generator=generator)
     X = torch.randn(2, 80, 12, generator=generator)
     residual = 0.3 * X.roll(1, dims=2) + 0.1 * torch.randn(2, 80, 12, generator=generator)
     H, cross = X.transpose(1, 2) @ X, residual.transpose(1, 2) @ X
-    dense = CompressionConfig(sparsity=SparsityPattern.parse("0"))
-    made = compress.compress_linears({"": W}, H, dense, {"": None}, cross_KDD=cross)[""]
+    factor = upper_cholesky_factor(H, damping_fraction=0.01)
+    target = compress.compensated_target(W.T.expand(2, -1, -1).clone(), cross, factor).mT
     half = CompressionConfig(sparsity=SparsityPattern.parse("0.5"), block_size=4)
     pruned = compress.compress_linears({"": W}, H, half, {"": None}, cross_KDD=cross)[""]
     plain = compress.compress_linears({"": W}, H, half, {"": None})[""]
@@ -71,9 +73,25 @@ def test_the_dense_residual_of_inputs_is_compensated():
         outputs = (X[k] + residual[k]).double() @ W.double().T
         wanted = torch.cat([outputs, pull * W.double().T])
         solution = torch.linalg.lstsq(rows, wanted).solution.T
-        torch.testing.assert_close(made.weight_KOD[k].double(), solution, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target[k].double(), solution, rtol=1e-4, atol=1e-4)
 
         def lost(found, k=k, outputs=outputs):
             return float((X[k].double() @ found.weight_KOD[k].double().T - outputs).square().sum())
 
         assert lost(pruned) < 0.9 * lost(plain)
+
+
+@pytest.mark.parametrize("pruner", ["admm", "sparsegpt", "wanda", "magnitude"])
+def test_without_zeros_and_grid_the_experts_are_the_dense_weight(pruner):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(5, 12, generator=generator)
+    X = torch.randn(2, 80, 12, generator=generator)
+    X[1, :, 3] = 0
+    H = X.transpose(1, 2) @ X
+    config = CompressionConfig(sparsity=SparsityPattern.parse("0"), pruner=pruner)
+    cross = 0.1 * torch.randn(2, 12, 12, generator=generator)
+    made = compress.compress_linears({"": W}, H, config, {"": None}, cross_KDD=cross)[""]
+    assert torch.equal(made.weight_KOD, W.expand(2, -1, -1)) and bool(made.kept_KOD.all())
+    assert made.num_dead_K == (0, 1) and made.relative_error_K == (0, 0)
+    with pytest.raises(CompressionError, match="finite"):
+        compress.compress_linears({"": W}, H / 0, config, {"": None})

@@ -54,6 +54,11 @@ def test_activations_that_are_not_finite(bad):
         hessian_sum(X)
 
 
+def test_no_tokens_have_no_energy():
+    nothing = hessian_sum(torch.empty(0, 3))
+    assert nothing.num_tokens == 0 and not bool(nothing.sum_DD.any())
+
+
 def test_factor_is_upper_and_gives_the_damped_hessian():
     X = torch.randn(3, 40, 8)
     H = X.transpose(1, 2) @ X
