@@ -53,6 +53,20 @@ def client(head):
     return JobSubmissionClient(head)
 
 
+def submitted(client, entry):
+    """The id of a job. On a busy machine Ray may have lost sight of its agent for a moment."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=" ".join(entry), runtime_env={"working_dir": str(ROOT)}
+            )
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
 def submit(head, *entry):
     return subprocess.run(
         [
@@ -138,10 +152,7 @@ def test_a_stopped_job_is_resumed_under_a_new_id(head, client, tmp_path, neox_fo
         "--output",
         str(output),
     ]
-    first = client.submit_job(
-        entrypoint=" ".join(entry("expand", *flags, "--num-workers", "1")),
-        runtime_env={"working_dir": str(ROOT)},
-    )
+    first = submitted(client, entry("expand", *flags, "--num-workers", "1"))
     marker = output / "run" / "units" / "layer-000" / "mlp.dense_h_to_4h" / "router.json"
     deadline = time.monotonic() + 120
     while not marker.exists() and time.monotonic() < deadline:
