@@ -20,6 +20,8 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers are niced by default, which starves them on a busy machine with few cores.
 os.environ["RAY_worker_niceness"] = "0"
+# Several processes share few cores: a thread that waits by spinning takes them from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

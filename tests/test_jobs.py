@@ -68,23 +68,17 @@ def submitted(client, entry):
 
 
 def submit(head, *entry):
-    return subprocess.run(
-        [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            "--address",
-            head,
-            "--working-dir",
-            str(ROOT),
-            "--",
-            *entry,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(ROOT)]
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            [*command, "--", *entry], capture_output=True, text=True, check=False, timeout=200
+        )
+        # The server answers before its agent does, and on a busy machine may lose sight of it.
+        is_early = "No available agent" in done.stdout + done.stderr
+        if not is_early or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def job_id(output):

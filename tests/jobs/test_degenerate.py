@@ -20,11 +20,9 @@ def repeated(tmp_path_factory):
     "flags",
     [
         ["--preset", "best"],
-        ["--preset", "paper"],
-        ["--preset", "best", "--calibration-inputs", "dense", "--balance", "0.5"],
+        ["--preset", "paper", "--calibration-inputs", "dense", "--balance", "0.5"],
         ["--preset", "best", "--sparsity", "2:4", "--quantize"],
         ["--preset", "best", "--sparsity", "1"],
-        ["--preset", "best", "--sparsity", "0", "--quantize"],
     ],
 )
 def test_experts_without_a_token_are_experts_all_the_same(flags, tmp_path, llama_folder, repeated):
