@@ -11,6 +11,7 @@ import torch
 
 from sparse_expansion.data.local_text import check_local, read_local
 from sparse_expansion.data.tokenization import Encode
+from sparse_expansion.messages import first_line
 
 NAMED = ("wikitext2", "c4", "pydoc")
 _C4_EVALUATION_DOCUMENTS = 1100
@@ -139,7 +140,7 @@ def _hub_texts(
         ]
     except (OSError, ValueError, RuntimeError) as error:
         # The library reports a hub that cannot be reached as any of these.
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(
             f"dataset {repository} ({split}) is not in the cache and cannot be downloaded "
             f"({line}): run once with a network, or give --dataset pydoc (offline) or a folder "

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparse_expansion.messages import first_line
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_NAMES = ("train", "valid", "validation")
 TEST_NAMES = ("test",)
@@ -134,7 +136,7 @@ def _parquet(path: Path) -> Iterator[str]:
     try:
         column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
     except (pyarrow.ArrowException, KeyError, OSError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(f"{path} has no readable column 'text': {line}") from None
     for number, value in enumerate(column.to_pylist(), start=1):
         if value is not None:

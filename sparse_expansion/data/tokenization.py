@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_expansion.messages import first_line
+
 Encode = Callable[[str], torch.Tensor]
 """A function from a text to its token ids, ``[T]`` int64."""
 
@@ -30,7 +32,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(f"{folder} has no readable tokenizer: {line}") from None
 
 

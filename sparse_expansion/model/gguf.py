@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparse_expansion.messages import first_line
+
 _READ_BYTES = 1 << 24
 
 
@@ -65,7 +67,7 @@ def _load(path: Path) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(**where)
     except (ValueError, KeyError, IndexError, OverflowError, OSError, struct.error) as error:
         # A file that ends early, or is of another format, is any of these.
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ValueError(
             f"GGUF file {path} cannot be converted: it is truncated, broken, or of an architecture "
             f"that transformers does not know ({line})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparse_expansion.messages import first_line
 from sparse_expansion.model.gguf import convert_gguf
 
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
@@ -147,7 +148,7 @@ def _download(
             f"{repository!r} is neither a folder here nor a hub id (owner/name): check --model"
         ) from None
     except HfHubHTTPError as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise ValueError(
             f"hub model {repository} cannot be had ({line}): check the name and your access "
             "(`hf auth login`)"

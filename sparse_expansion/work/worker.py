@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparse_expansion.config import RunConfig
+from sparse_expansion.messages import first_line
 from sparse_expansion.process_memory import (
     keep_freed_memory,
     peak_memory_bytes,
@@ -60,7 +61,7 @@ class Worker:
             raise CompressionError(f"{unit.key}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise CompressionError(
-                f"{unit.key}: out of device memory ({str(error).splitlines()[0]}): use a smaller "
+                f"{unit.key}: out of device memory ({first_line(error)}): use a smaller "
                 "--experts-per-unit, or more memory per worker"
             ) from error
         finally:

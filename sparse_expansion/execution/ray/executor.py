@@ -16,6 +16,7 @@ from sparse_expansion.execution.base import Observer
 from sparse_expansion.execution.ray.graph_run import GraphRun
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
+from sparse_expansion.messages import first_line
 from sparse_expansion.units import Unit, UnitReport
 from sparse_expansion.work.spec import WorkerSpec
 
@@ -58,7 +59,7 @@ class RayExecutor:
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             raise ValueError(
                 f"Ray at {self.options.ray_address or 'this machine'} cannot be reached ({line}): "
                 "check --ray-address, and RAY_AUTH_MODE and its token on both sides"

@@ -28,6 +28,7 @@ from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
+from sparse_expansion.messages import first_line
 from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit, UnitReport
 
@@ -174,7 +175,7 @@ class GraphRun:
         try:
             handle.node, handle.host = ray.get(handle.ping, timeout=30)
         except (*_LOST_WORKER, RayTaskError, GetTimeoutError) as error:
-            _log.warning("%s did not come up: %s", handle.name, _line(error))
+            _log.warning("%s did not come up: %s", handle.name, first_line(error))
             self.pool.drop(handle)
             return
         self.last_alive = time.monotonic()
@@ -227,7 +228,7 @@ class GraphRun:
     def _worker_lost(self, call: Call, error: BaseException) -> None:
         self.pool.num_lost += 1
         self.metrics.lost.inc(1, {"stage": call.unit.stage})
-        _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, _line(error))
+        _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, first_line(error))
         self.pool.drop(call.handle)
         self.dispatcher.remove_worker(call.handle.name)
         self._put_back(call.unit)
@@ -235,7 +236,8 @@ class GraphRun:
         self._count_attempt(
             call.unit,
             f"{call.unit.key}: its worker was lost {self.options.max_attempts} times "
-            f"({_line(error)}): out of memory? Use a smaller --experts-per-unit or more memory",
+            f"({first_line(error)}): out of memory? Use a smaller --experts-per-unit or more "
+            "memory",
             limit=2 * self.options.max_attempts,
         )
 
@@ -263,11 +265,11 @@ class GraphRun:
     def _failed(self, call: Call, error: Exception) -> None:
         """The unit failed for its own reason: try again, in the end set it aside."""
         self._put_back(call.unit)
-        _log.warning("%s failed on %s: %s", call.unit.key, call.handle.name, _line(error))
+        _log.warning("%s failed on %s: %s", call.unit.key, call.handle.name, first_line(error))
         message = (
             str(error)
             if isinstance(error, CompressionError)
-            else (f"{call.unit.key}: {type(error).__name__}: {_line(error)}")
+            else (f"{call.unit.key}: {type(error).__name__}: {first_line(error)}")
         )
         if (
             self._count_attempt(call.unit, message, limit=self.options.max_attempts)
@@ -313,8 +315,3 @@ def describe_resources(total: dict[str, float], free: dict[str, float]) -> str:
     """A cluster's GPUs and CPUs, and how many of them are free, for people."""
     parts = [f"{total.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in KINDS]
     return " and ".join(parts)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
