@@ -12,6 +12,9 @@ from functools import cached_property
 
 import torch
 
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that models are read, made and run in."""
+
 
 class CompressionError(ValueError):
     """A unit of work cannot be done for a reason of its own; the message names the place."""

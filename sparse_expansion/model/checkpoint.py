@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from sparse_expansion.messages import first_line
 from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.types import MODEL_DTYPES
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -132,7 +134,7 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise ValueError(f"{folder / 'config.json'} cannot be read: {line}") from None
 
 
@@ -160,7 +162,7 @@ def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype
                 if tensor.is_floating_point():
                     found = tensor.dtype
                     break
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
+    if found not in MODEL_DTYPES:
         raise ValueError(f"model dtype {found} is not supported: use --dtype float32 or bfloat16")
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import linear_shape
-from sparse_expansion.types import Router
+from sparse_expansion.types import MODEL_DTYPES, Router
 
 FLOAT32_MODULES = ("router", "grid")
 """Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that experts can be unpacked to."""
 
 
 class Routing:
@@ -44,8 +41,23 @@ class Routing:
         self.counts = torch.bincount(experts_T, minlength=num_clusters).tolist()
 
 
-class GroupRouter(nn.Module):
-    """The router of a linear group; it is float32 whatever the model's dtype."""
+class Float32Module(nn.Module):
+    """Parameters that may be moved, and stay float32 where the model is cast.
+
+    A rounded centroid would send tokens to other experts than those that were made for them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
+        kept = {name: one.detach() for name, one in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, one in self.named_parameters(recurse=False):
+            if one.dtype != kept[name].dtype and not one.is_meta:
+                self.register_parameter(name, _frozen(kept[name].to(one.device)))
+        return self
+
+
+class GroupRouter(Float32Module):
+    """The router of a linear group."""
 
     def __init__(self, width: int, config: RoutingConfig) -> None:
         """Make empty parameters for inputs of ``width`` features."""
@@ -68,10 +80,7 @@ class GroupRouter(nn.Module):
         """The router as plain tensors, made again when the model was moved or loaded again."""
         components = self._parameters["components"]
         parts = [part for part in (self.mean, components, self.centroids) if part is not None]
-        state = tuple(
-            (part.data_ptr(), part.device, None if part.is_inference() else part._version)
-            for part in parts
-        )
+        state = tensor_state(parts)
         if self._plain is None or self._plain[0] != state:
             self._plain = state, Router(self.mean, components, self.centroids)
         return self._plain[1]
@@ -91,28 +100,13 @@ class GroupRouter(nn.Module):
         self._last_routing = None if version is None else (weakref.ref(X), version, routing)
         return routing
 
-    def _apply(self, fn: Any, recurse: bool = True) -> GroupRouter:
-        with float32_kept(self):
-            return super()._apply(fn, recurse)
-
     def __getstate__(self) -> dict[str, Any]:
         # What was seen last can be made again, and a weak reference cannot be pickled.
         return {**self.__dict__, "_last_routing": None, "_plain": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GroupRouter:
-        clone = GroupRouter.__new__(GroupRouter)
-        nn.Module.__init__(clone)
-        memo[id(self)] = clone
-        for name, parameter in self._parameters.items():
-            copy = None if parameter is None else _frozen(parameter.detach().clone())
-            clone.register_parameter(name, copy)
-        clone._last_routing = None
-        clone._plain = None
-        return clone
 
-
-class Grid(nn.Module):
-    """The affine quantization grid that all experts of one linear share, in float32."""
+class Grid(Float32Module):
+    """The affine quantization grid that all experts of one linear share."""
 
     def __init__(self, rows: int, width: int, config: CompressionConfig) -> None:
         """Make an empty scale and zero point for every group of every row."""
@@ -132,10 +126,6 @@ class Grid(nn.Module):
     def forward(self) -> AffineGrid:
         """The same, as a call: whatever hooks a module, to load it from a disk say, sees it."""
         return AffineGrid(self.scale.detach(), self.zero_point.detach(), self.bits, self.group_size)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Grid:
-        with float32_kept(self):
-            return super()._apply(fn, recurse)
 
 
 class PackedExpert(nn.Module):
@@ -210,15 +200,11 @@ class ExpandedLinear(nn.Module):
 
     def state(self, expert: int) -> tuple[Any, ...]:
         """What changes when an expert's tensors are moved, loaded again, or written to."""
-        grid = None if self.grid is None else self.grid.grid()
-        parts = [
-            *self.tensors(expert).values(),
-            *((grid.scale_OG, grid.zero_point_OG) if grid else ()),
-        ]
-        return tuple(
-            (part.data_ptr(), part.device, None if part.is_inference() else part._version)
-            for part in parts
-        )
+        # Not by a call: hooks that load what is held back need not run for what is cached.
+        parts = list(self.experts[expert].parameters())
+        if self.grid is not None:
+            parts += self.grid.parameters()
+        return tensor_state(parts)
 
     @property
     def group_router(self) -> GroupRouter:
@@ -295,25 +281,19 @@ def check_dtype(dtype: torch.dtype) -> None:
     Raises:
         ValueError: it is none of float32, bfloat16 and float16.
     """
-    if dtype not in DTYPES:
+    if dtype not in MODEL_DTYPES:
         raise ValueError(
             f"expanded models compute in float32, bfloat16 or float16, and not in {dtype}: load or "
             "cast them to one of these"
         )
 
 
-@contextlib.contextmanager
-def float32_kept(module: nn.Module) -> Iterator[None]:
-    """Within it a module may be moved, and its parameters stay float32 where they are cast.
-
-    A rounded centroid would send tokens to other experts than those that were made for them.
-    """
-    before = dict(module.named_parameters(recurse=False))
-    kept = {name: parameter.detach() for name, parameter in before.items()}
-    yield
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dtype != kept[name].dtype and not parameter.is_meta:
-            module.register_parameter(name, _frozen(kept[name].to(parameter.device)))
+def tensor_state(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
+    """What changes when tensors are moved, loaded again, or written to."""
+    return tuple(
+        (one.data_ptr(), one.device, None if one.is_inference() else one._version)
+        for one in tensors
+    )
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -103,9 +103,5 @@ class ExpertCache:
         self.num_bytes -= num_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Entries are keyed by the identity of their linear, so a pickled model takes none along.
+        # Entries are keyed by the identity of their linear: copies and pickles take none along.
         return ExpertCache, (self.max_bytes,)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCache:
-        # Entries are keyed by the identity of their linear, so a copied model starts with none.
-        return ExpertCache(self.max_bytes)

@@ -1,5 +1,10 @@
-"""What people do with a model in PyTorch and its libraries beside calling it."""
+"""What people do with a model in PyTorch and its libraries beside calling it.
 
+Pickles are made and read here of the tests' own models alone, as Ray and ``torch.save`` make them;
+the package itself reads none.
+"""
+
+import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +89,19 @@ def test_a_model_that_ran_is_pickled_as_one_that_did_not(llama, tokens, mode):
     assert torch.equal(logits(again, tokens), wanted)
     linears = expanded_linears(again)
     assert {id(linear.cache) for linear in linears} == {id(again.expert_cache)}
+
+
+def test_a_copy_of_a_model_that_ran_is_a_model_of_its_own(quantized, tokens):
+    model = load(quantized)
+    wanted = logits(model, tokens)
+    copied = copy.deepcopy(model)
+    assert copied.expert_cache is not model.expert_cache and copied.expert_cache.num_bytes == 0
+    assert torch.equal(logits(copied, tokens), wanted)
+    with torch.no_grad():
+        for linear in expanded_linears(copied):
+            linear.grid.scale.zero_()
+    assert not torch.equal(logits(copied, tokens), wanted)
+    assert torch.equal(logits(model, tokens), wanted)
 
 
 def test_float64_is_refused_in_a_line_that_says_what_is_supported(llama, tokens):
