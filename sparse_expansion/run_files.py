@@ -194,7 +194,7 @@ def pruned_name(ranking: str, share: float) -> str:
 
 def block_scratch_files(layer: int) -> tuple[str, str]:
     """How the names of a block's hidden states and drafts begin; they go when it is finished."""
-    return f"{HIDDEN}layer-{layer:03d}-", f"{DRAFTS}experts-{layer:03d}-"
+    return f"{HIDDEN}{block_key(layer)}-", f"{DRAFTS}experts-{layer:03d}-"
 
 
 def hidden_file(layer: int, shard: int) -> str:

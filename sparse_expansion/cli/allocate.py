@@ -11,6 +11,7 @@ from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.experiment import (
     DenseModel,
     Workplace,
+    add_cluster_counts,
     add_experiment,
     check_experiment,
     experiment_windows,
@@ -38,12 +39,9 @@ _EXAMPLES = """\
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     groups = add_experiment(parser, clusters=True)
-    groups["experts"].add_argument(
-        "-nc",
-        "--num-clusters",
-        dest="cluster_counts",
-        metavar="K,K,...",
-        help="Also try these numbers of experts in every block, such as 4,8,32, and share out "
+    add_cluster_counts(
+        groups["experts"],
+        "Also try these numbers of experts in every block, such as 4,8,32, and share out "
         "experts by what they gain.",
     )
     groups["experts"].add_argument(
@@ -71,8 +69,6 @@ def _check(args: argparse.Namespace) -> tuple[ExecutionOptions, list[int]]:
             "e.g. 0.7"
         )
     clusters = cluster_counts(args)
-    if clusters and min(clusters) < 1:
-        raise ValueError(f"--num_clusters {min(clusters)} must be at least 1")
     if clusters and min(clusters) > args.mean_clusters:
         raise ValueError(
             f"--mean-clusters {args.mean_clusters} is below all of --num_clusters "

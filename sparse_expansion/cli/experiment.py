@@ -19,7 +19,12 @@ from sparse_expansion.cli.opening import (
     window_length,
 )
 from sparse_expansion.cli.progress import ProgressLine
-from sparse_expansion.cli.settings import calibration_size, execution_options, experiment_config
+from sparse_expansion.cli.settings import (
+    STARVED,
+    calibration_size,
+    execution_options,
+    experiment_config,
+)
 from sparse_expansion.cli.shared_flags import (
     add_eval_windows,
     add_execution,
@@ -45,7 +50,6 @@ if TYPE_CHECKING:
 CALIBRATION_WINDOWS = 32
 HELD_OUT_WINDOWS = 16
 _PRUNING = ("sparsity", "pruner", "solver_iterations", "block_size", "damping_fraction")
-_STARVED = ("min_tokens_per_expert", "shrink_hessians")
 _CLUSTERING = ("pca_reduction_factor", "balance", "restarts", "fit_tokens")
 _PRECISION = ("dtype", "tf32")
 
@@ -71,7 +75,7 @@ def add_experiment(
         RunConfig,
         names=(
             *_PRUNING,
-            *(_STARVED + _CLUSTERING if clusters else ()),
+            *(STARVED + _CLUSTERING if clusters else ()),
             *_PRECISION,
             "dataset",
             "seqlen",
@@ -87,6 +91,20 @@ def add_experiment(
     add_plots(parser)
     add_execution(parser)
     return groups
+
+
+def add_cluster_counts(
+    group: argparse._ArgumentGroup, help: str, *, default: str | None = None
+) -> None:
+    """The flag of ``settings.cluster_counts``."""
+    group.add_argument(
+        "-nc",
+        "--num-clusters",
+        dest="cluster_counts",
+        default=default,
+        metavar="K,K,...",
+        help=help,
+    )
 
 
 def check_experiment(args: argparse.Namespace) -> tuple[ExecutionOptions, CompressionConfig]:

@@ -14,6 +14,9 @@ from sparse_expansion.config.fields import settings_of
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RefinementConfig, RunConfig
 
+STARVED = ("min_tokens_per_expert", "shrink_hessians")
+"""Settings of experts that have few tokens of their own."""
+
 
 def field_values(section: type, args: argparse.Namespace) -> dict[str, Any]:
     """Values of the fields that the command has flags of, by name.
@@ -93,7 +96,7 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
         routing = _routing(args, num_clusters=max(counts))
     else:
         # Without clusters there is no group to be drawn towards.
-        for name in ("min_tokens_per_expert", "shrink_hessians"):
+        for name in STARVED:
             compression.pop(name, None)
     return RunConfig(
         compression=CompressionConfig(**compression),
@@ -114,10 +117,13 @@ def cluster_counts(args: argparse.Namespace) -> list[int]:
     """The numbers of clusters that an experiment tries; empty where it tries none.
 
     Raises:
-        ValueError: it is not a list of numbers.
+        ValueError: it is not a list of numbers, or one is below 1.
     """
     asked = getattr(args, "cluster_counts", None)
-    return [] if asked is None else numbers(asked, "--num_clusters", int)
+    counts = [] if asked is None else numbers(asked, "--num_clusters", int)
+    if counts and min(counts) < 1:
+        raise ValueError(f"--num_clusters {min(counts)} must be at least 1")
+    return counts
 
 
 def calibration_size(args: argparse.Namespace) -> int:

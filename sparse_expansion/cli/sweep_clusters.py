@@ -6,6 +6,7 @@ import argparse
 
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.experiment import (
+    add_cluster_counts,
     add_experiment,
     check_experiment,
     experiment_windows,
@@ -27,14 +28,7 @@ _EXAMPLES = """\
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     groups = add_experiment(parser, clusters=True)
-    groups["experts"].add_argument(
-        "-nc",
-        "--num-clusters",
-        dest="cluster_counts",
-        default="1,2,4,8,16",
-        metavar="K,K,...",
-        help="Numbers of clusters to try.",
-    )
+    add_cluster_counts(groups["experts"], "Numbers of clusters to try.", default="1,2,4,8,16")
     parser.add_argument("--layer", type=int, required=True, metavar="N", help="Block, from 0.")
     parser.add_argument(
         "--linear", metavar="NAME", help="Linear to try, such as mlp.up_proj; all without it."
@@ -48,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
     """Try numbers of clusters, with random clusters as a control."""
     options, _ = check_experiment(args)
     clusters = cluster_counts(args)
-    if min(clusters) < 1:
-        raise ValueError(f"--num_clusters {min(clusters)} must be at least 1")
     dense = open_dense_model(args)
     import torch
 

@@ -75,7 +75,5 @@ class Measurements:
 
 def measure_ceilings(executor: Executor, config: RunConfig, measured: Measurements) -> None:
     """Have a worker find out what its device can do; takes a few seconds."""
-    unit = device.ceilings.unit(
-        key="ceilings",
-    )
+    unit = device.ceilings.unit(key="ceilings")
     measured.ceilings = executor.run([unit], config, lambda progress: None)[unit.key].stats

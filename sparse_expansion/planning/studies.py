@@ -6,6 +6,7 @@ All calibration windows are one shard: a neuron's distribution needs all of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sparse_expansion.config import CLUSTERINGS, RunConfig
 from sparse_expansion.planning.costs import SORT_FLOPS, experts_flops
@@ -26,6 +27,18 @@ def dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Un
             capture_unit(config, shape, layer, 0, after=after, is_persistent=is_persistent)
         )
     return units
+
+
+def _reading(capture: Unit) -> dict[str, Any]:
+    """Fields of the units that read a block's captured inputs, and write files."""
+    return {
+        "after": (capture.key,),
+        "is_persistent": True,
+        "affinity": capture.affinity,
+        "layer": capture.layer,
+        "rank": 1,
+        "move_cost": capture.cost,
+    }
 
 
 def cluster_units(
@@ -73,13 +86,8 @@ def cluster_units(
                             "seed": config.calibration.seed,
                             "clusterings": list(clusterings),
                         },
-                        after=(captures[layer].key,),
-                        is_persistent=True,
-                        affinity=captures[layer].affinity,
-                        layer=layer,
-                        rank=1,
                         cost=len(clusterings) * (sweeps + tokens * float(shapes[group].width) ** 2),
-                        move_cost=captures[layer].cost,
+                        **_reading(captures[layer]),
                     )
                 )
     return units
@@ -110,14 +118,9 @@ def pruning_units(
                         "shares": list(shares),
                         "seed": config.calibration.seed + 1000 * layer + 100 * position,
                     },
-                    after=(capture.key,),
-                    is_persistent=True,
-                    affinity=capture.affinity,
-                    layer=layer,
-                    rank=1,
                     cost=tokens * group.rows * (2.0 * group.width + SORT_FLOPS)
                     + experts_flops(group, config.compression, tokens),
-                    move_cost=capture.cost,
+                    **_reading(capture),
                 )
             )
     return units
@@ -145,14 +148,9 @@ def analysis_units(config: RunConfig, shape: ModelShape, models: dict[str, str])
                         "models": models,
                         "seed": config.calibration.seed + layer * len(shape.groups) + position,
                     },
-                    after=(capture.key,),
-                    is_persistent=True,
-                    affinity=capture.affinity,
-                    layer=layer,
-                    rank=1,
                     # Every model takes a product, and sorting.
                     cost=outputs * (2.0 * group.width + SORT_FLOPS) * (1 + len(models)),
-                    move_cost=capture.cost,
+                    **_reading(capture),
                     traffic_bytes=8 * outputs * (1 + len(models)),
                 )
             )
