@@ -156,6 +156,11 @@ def range_name(experts: ExpertRange) -> str:
     return f"{experts[0]:03d}-{experts[1]:03d}"
 
 
+def trunk_file(number: int) -> str:
+    """One of the files of what is neither expert nor router."""
+    return f"trunk-{number:05d}.safetensors"
+
+
 def experts_file(layer: int, group: str, experts: ExpertRange, *, is_draft: bool = False) -> str:
     """File of a range of a group's experts; drafts are trained before they are final."""
     start = block_scratch_files(layer)[1] if is_draft else f"experts-{layer:03d}-"

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.experiment import (
     DenseModel,
-    Workplace,
     add_cluster_counts,
     add_experiment,
     check_experiment,
     experiment_windows,
-    experiment_workplace,
     open_dense_model,
-    present,
 )
+from sparse_expansion.cli.opening import present
 from sparse_expansion.cli.settings import cluster_counts, experiment_config
+from sparse_expansion.cli.workplace import Workplace, passing_workplace
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RunConfig
@@ -82,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     options, clusters = _check(args)
     dense = open_dense_model(args)
     from sparse_expansion.report.figures.allocation import allocation
+    from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.study_tables import allocation_table
     from sparse_expansion.store import write_file
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     # Held-out text passes through the dense model as calibration text does.
     num_windows = len(calibration) + (len(held_out) if clusters else 0)
     config = experiment_config(args, num_windows, dense.seqlen)
-    with experiment_workplace(args, options, dense) as place:
+    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
         found = _measure(config, dense, place, calibration, held_out, clusters, args.mean_clusters)
     rows = found.rows()
     result: dict[str, Any] = {
@@ -100,7 +100,13 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.output:
         write_file(args.output, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
-    present(args, result, allocation_table(rows), {"allocation": allocation(rows)})
+    present(
+        args,
+        result,
+        allocation_table(rows),
+        columns=lambda: columns_of(rows),
+        figures=lambda: {"allocation": allocation(rows)},
+    )
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +12,11 @@ from sparse_expansion.cli.opening import (
     begin_work,
     check_table,
     evaluation_text_windows,
-    open_executor,
+    fetch_shell,
     open_run,
-    print_result,
+    present,
     window_length,
 )
-from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.settings import execution_options
 from sparse_expansion.cli.shared_flags import (
     add_downloads,
@@ -28,6 +25,7 @@ from sparse_expansion.cli.shared_flags import (
     add_run_folder,
     add_table,
 )
+from sparse_expansion.cli.workplace import passing_workplace
 from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.run import RunConfig
@@ -83,18 +81,19 @@ def run(args: argparse.Namespace) -> int:
     if args.one_cluster is not None or args.dense is not None:
         raise ValueError("--one-cluster and --dense need --dataset: the text to run on")
     from sparse_expansion.report.experts import finished_experts, linear_facts
-    from sparse_expansion.report.figures.canvas import save
     from sparse_expansion.report.figures.run import expert_figures
-    from sparse_expansion.report.parquet import columns_of, write_table
+    from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.tables import expert_summary
 
     experts = finished_experts(open_run(args.folder))
     rows = [expert.to_dict() for expert in experts]
-    if args.table:
-        write_table(columns_of(rows), args.table)
-    if args.plots:
-        save(expert_figures(experts), args.plots)
-    print_result(args, rows, expert_summary(linear_facts(experts)), sort_keys=False)
+    present(
+        args,
+        rows,
+        expert_summary(linear_facts(experts)),
+        columns=lambda: columns_of(rows),
+        figures=lambda: expert_figures(experts),
+    )
     return 0
 
 
@@ -102,45 +101,42 @@ def _describe_neurons(args: argparse.Namespace, options: ExecutionOptions) -> in
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows} must be at least 1")
     from sparse_expansion.data.corpora import check_dataset
-    from sparse_expansion.report.figures.canvas import save
     from sparse_expansion.report.figures.studies import neuron_figures
-    from sparse_expansion.report.parquet import write_table
     from sparse_expansion.report.study_tables import neurons_table
 
     check_dataset(args.dataset)
     source, shell, models = _open_models(args)
     table = _neuron_table(args, options, source, shell, models)
-    if args.table:
-        write_table(table.columns, args.table)
-    if args.plots:
-        save(neuron_figures(table.columns), args.plots)
     summary, correlations = table.summary(), table.correlations()
     result = {"tokens": table.num_tokens, "linears": summary, "correlations": correlations}
-    text = neurons_table(summary, correlations, table.num_tokens)
-    print_result(args, result, text, sort_keys=False)
+    present(
+        args,
+        result,
+        neurons_table(summary, correlations, table.num_tokens),
+        columns=lambda: table.columns,
+        figures=lambda: neuron_figures(table.columns),
+    )
     return 0
 
 
 def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dict[str, Path]]:
     """The dense model, and the folders of those to compare it with, by role."""
-    from sparse_expansion.model.sources import fetch_model, resolve_name
+    from sparse_expansion.model.sources import resolve_name
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.run_files import RUN_FILE
     from sparse_expansion.studies.neuron_table import EXPANDED, ONE_CLUSTER
 
     source = resolve_name(args.folder)
     begin_work(args)
-    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
-    shell = ModelShell(folder, dtype=args.dtype)
+    shell = fetch_shell(args, source)
     models = {}
     if shell.expansion is not None:
-        models[EXPANDED] = folder
+        models[EXPANDED] = shell.folder
         dense = args.dense
         if dense is None:
-            dense = open_run(str(folder)).read_json(RUN_FILE)["model"]
+            dense = open_run(str(shell.folder)).read_json(RUN_FILE)["model"]
         source = resolve_name(dense)
-        folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
-        shell = ModelShell(folder, dtype=args.dtype)
+        shell = fetch_shell(args, source)
     if args.one_cluster is not None:
         other = open_run(args.one_cluster).local_path().resolve()
         if ModelShell(other).expansion is None:
@@ -156,7 +152,6 @@ def _neuron_table(
     shell: ModelShell,
     models: dict[str, Path],
 ) -> NeuronTable:
-    from sparse_expansion.store import Store
     from sparse_expansion.studies.neuron_table import describe_neurons
 
     seqlen = window_length(args, shell.config)
@@ -170,13 +165,10 @@ def _neuron_table(
         data_shards=1,
     )
     config = RunConfig(calibration=calibration, dtype=args.dtype)
-    with (
-        tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where,
-        closing(ProgressLine()) as line,
-        closing(open_executor(args, options, store=where, source=source)) as executor,
-    ):
-        line.start("analyze", shell.num_blocks)
-        return describe_neurons(shell, windows, models, config, Store(where), executor, line.update)
+    with passing_workplace(args, options, source, shell.num_blocks) as place:
+        return describe_neurons(
+            shell, windows, models, config, place.store, place.executor, place.observer
+        )
 
 
 ANALYZE = Command(

@@ -12,6 +12,7 @@ from sparse_expansion.cli.opening import (
     begin_work,
     check_eval_windows,
     evaluation_text_windows,
+    fetch_shell,
     open_executor,
     print_result,
     window_length,
@@ -104,14 +105,11 @@ def run(args: argparse.Namespace) -> int:
 def _open_model(args: argparse.Namespace, source: ModelSource, line: ProgressLine) -> ModelShell:
     """The model without its blocks; an expanded one's tensors are checked against its manifest."""
     from sparse_expansion.model.manifest import MANIFEST_NAME, verify
-    from sparse_expansion.model.sources import fetch_model
-    from sparse_expansion.model.streaming import ModelShell
 
     line.say(f"model {source.location}")
-    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
-    shell = ModelShell(folder, dtype=args.dtype)
-    if shell.expansion is not None and (folder / MANIFEST_NAME).exists():
-        line.say(f"{verify(folder)} tensors agree with their digests")
+    shell = fetch_shell(args, source)
+    if shell.expansion is not None and (shell.folder / MANIFEST_NAME).exists():
+        line.say(f"{verify(shell.folder)} tensors agree with their digests")
     elif shell.expansion is not None:
         line.say(f"no {MANIFEST_NAME}, as save_pretrained leaves it: no digests to check")
     return shell
@@ -148,7 +146,7 @@ def _measure_perplexity(args: argparse.Namespace, options: ExecutionOptions) -> 
                 executor,
                 line.update,
                 measured,
-                model_bytes=sum(file.stat().st_size for file in shell.folder.glob("*.safetensors")),
+                model_bytes=shell.files.num_bytes,
                 num_shards=executor.num_workers,
                 num_ranges=options.eval_pipeline,
             )

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
     begin_work,
     check_eval_windows,
     check_table,
-    open_executor,
-    print_result,
+    fetch_shell,
     window_length,
 )
-from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.settings import (
     STARVED,
     calibration_size,
@@ -42,10 +37,8 @@ from sparse_expansion.config.run import RunConfig
 if TYPE_CHECKING:
     import torch
 
-    from sparse_expansion.execution.base import Executor, Observer
     from sparse_expansion.model.sources import ModelSource
     from sparse_expansion.model.streaming import ModelShell
-    from sparse_expansion.store import Store
 
 CALIBRATION_WINDOWS = 32
 HELD_OUT_WINDOWS = 16
@@ -138,17 +131,14 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
         ValueError: it is an expanded one, or the dataset or the model is unknown.
     """
     from sparse_expansion.data.corpora import check_dataset
-    from sparse_expansion.model.sources import fetch_model, resolve_name
+    from sparse_expansion.model.sources import resolve_name
 
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
     begin_work(args)
-    from sparse_expansion.model.streaming import ModelShell
-
-    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
-    shell = ModelShell(folder, dtype=args.dtype)
+    shell = fetch_shell(args, source)
     if shell.expansion is not None:
-        raise ValueError(f"{folder} is an expanded model: experiments need the dense one")
+        raise ValueError(f"{shell.folder} is an expanded model: experiments need the dense one")
     return DenseModel(source, shell, window_length(args, shell.config))
 
 
@@ -190,49 +180,3 @@ def experiment_windows(
         vocabulary=vocabulary,
     )
     return windows, held_out
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where the units of an experiment run."""
-
-    store: Store
-    executor: Executor
-    observer: Observer
-
-
-@contextmanager
-def experiment_workplace(
-    args: argparse.Namespace, options: ExecutionOptions, dense: DenseModel
-) -> Iterator[Workplace]:
-    """A folder that is thrown away, an executor, and progress on stderr."""
-    from sparse_expansion.store import Store
-
-    with (
-        tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where,
-        closing(ProgressLine()) as line,
-        closing(open_executor(args, options, store=where, source=dense.source)) as executor,
-    ):
-        line.start(args.command, dense.shell.num_blocks)
-        yield Workplace(Store(where), executor, line.update)
-
-
-def present(
-    args: argparse.Namespace, result: dict[str, Any], text: str, figures: dict[str, Any]
-) -> None:
-    """Write the table and the figures that were asked for, and print the result.
-
-    Args:
-        args: of the command.
-        result: has the table as ``rows``.
-        text: for a person.
-        figures: by name of the file.
-    """
-    from sparse_expansion.report.figures.canvas import save
-    from sparse_expansion.report.parquet import columns_of, write_table
-
-    if args.table:
-        write_table(columns_of(result["rows"]), args.table)
-    if args.plots:
-        save(figures, args.plots)
-    print_result(args, result, text, sort_keys=False)

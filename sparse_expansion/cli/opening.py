@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from sparse_expansion.execution.base import Executor
     from sparse_expansion.model.sources import ModelSource
@@ -41,6 +43,19 @@ def begin_work(args: argparse.Namespace) -> None:
     # On a cluster the workers have the devices, and this process may have none.
     if args.executor == "local":
         check_device(args.device)
+
+
+def fetch_shell(args: argparse.Namespace, source: ModelSource) -> ModelShell:
+    """The model of a source, downloaded where it has to be, without its blocks.
+
+    Raises:
+        ValueError: it cannot be had, or is no model that is supported.
+    """
+    from sparse_expansion.model.sources import fetch_model
+    from sparse_expansion.model.streaming import ModelShell
+
+    folder = fetch_model(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    return ModelShell(folder, dtype=args.dtype)
 
 
 def window_length(args: argparse.Namespace, model_config: Any) -> int:
@@ -168,3 +183,31 @@ def check_eval_windows(count: int | None) -> None:
 def print_result(args: argparse.Namespace, result: Any, text: str, *, sort_keys: bool) -> None:
     """Print a result to stdout: as JSON where that was asked for, else as text."""
     print(json.dumps(result, indent=1, sort_keys=sort_keys) if args.json else text)
+
+
+def present(
+    args: argparse.Namespace,
+    result: Any,
+    text: str,
+    *,
+    columns: Callable[[], dict[str, list[Any]]],
+    figures: Callable[[], dict[str, Figure]],
+) -> None:
+    """Write the table and the figures that were asked for, and print the result.
+
+    Args:
+        args: of the command.
+        result: what ``--json`` prints.
+        text: for a person.
+        columns: makes the table's columns.
+        figures: makes the figures by name of the file.
+    """
+    if args.table:
+        from sparse_expansion.report.parquet import write_table
+
+        write_table(columns(), args.table)
+    if args.plots:
+        from sparse_expansion.report.figures.canvas import save
+
+        save(figures(), args.plots)
+    print_result(args, result, text, sort_keys=False)

@@ -10,11 +10,11 @@ from sparse_expansion.cli.experiment import (
     add_experiment,
     check_experiment,
     experiment_windows,
-    experiment_workplace,
     open_dense_model,
-    present,
 )
+from sparse_expansion.cli.opening import present
 from sparse_expansion.cli.settings import experiment_config, numbers
+from sparse_expansion.cli.workplace import passing_workplace
 from sparse_expansion.config.neurons import RANKINGS
 
 _EXAMPLES = """\
@@ -63,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     rankings, shares = rankings_and_shares(args)
     dense = open_dense_model(args)
     from sparse_expansion.report.figures.studies import perplexity_over_share
+    from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.study_tables import pruned_table
     from sparse_expansion.studies.pruned_neurons import prune_neurons
 
     calibration, held_out = experiment_windows(args, dense)
-    with experiment_workplace(args, options, dense) as place:
+    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
         found = prune_neurons(
             dense.shell,
             calibration,
@@ -80,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
             observer=place.observer,
         )
     perplexity = found.perplexity_dense
-    figures = {"pruned-neurons": perplexity_over_share(found.rows, perplexity)}
-    text = pruned_table(found.rows, perplexity, found.num_eval_tokens)
-    present(args, asdict(found), text, figures)
+    present(
+        args,
+        asdict(found),
+        pruned_table(found.rows, perplexity, found.num_eval_tokens),
+        columns=lambda: columns_of(found.rows),
+        figures=lambda: {"pruned-neurons": perplexity_over_share(found.rows, perplexity)},
+    )
     return 0
 
 

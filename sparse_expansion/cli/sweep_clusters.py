@@ -10,11 +10,11 @@ from sparse_expansion.cli.experiment import (
     add_experiment,
     check_experiment,
     experiment_windows,
-    experiment_workplace,
     open_dense_model,
-    present,
 )
+from sparse_expansion.cli.opening import present
 from sparse_expansion.cli.settings import cluster_counts, experiment_config
+from sparse_expansion.cli.workplace import passing_workplace
 
 _EXAMPLES = """\
   # how the error of a linear's outputs on other text falls with K, and with random clusters
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sparse_expansion.report.figures.studies import sweep_figures
+    from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.study_tables import sweep_table
     from sparse_expansion.studies.cluster_sweep import mlp_linears, sweep_clusters
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     calibration, held_out = experiment_windows(args, dense)
     # Held-out text passes through the dense model as calibration text does.
     windows = torch.cat([calibration, held_out])
-    with experiment_workplace(args, options, dense) as place:
+    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
         found = sweep_clusters(
             dense.shell,
             windows,
@@ -67,8 +68,13 @@ def run(args: argparse.Namespace) -> int:
             executor=place.executor,
             observer=place.observer,
         )
-    figures = sweep_figures(found.rows, found.distributions, args.neuron)
-    present(args, {"rows": found.rows}, sweep_table(found.rows, args.neuron), figures)
+    present(
+        args,
+        {"rows": found.rows},
+        sweep_table(found.rows, args.neuron),
+        columns=lambda: columns_of(found.rows),
+        figures=lambda: sweep_figures(found.rows, found.distributions, args.neuron),
+    )
     return 0
 
 

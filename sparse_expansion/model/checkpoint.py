@@ -60,6 +60,11 @@ class CheckpointFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(file.stat().st_size for file in self._files)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, mapped from its file.
 

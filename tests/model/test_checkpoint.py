@@ -94,7 +94,9 @@ def test_a_variant_beside_a_model_is_not_the_model(tmp_path, llama_folder):
     shutil.copytree(llama_folder, copy)
     state = load_file(copy / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in state.items()}, copy / "model.fp16.safetensors")
-    assert torch.equal(CheckpointFiles(copy).read("model.norm.weight"), state["model.norm.weight"])
+    files = CheckpointFiles(copy)
+    assert torch.equal(files.read("model.norm.weight"), state["model.norm.weight"])
+    assert files.num_bytes == (copy / "model.safetensors").stat().st_size
 
 
 def test_a_name_that_is_held_twice_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trainable_block
-from sparse_expansion.run_files import ExpertRange, experts_file
+from sparse_expansion.run_files import ExpertRange, experts_file, trunk_file
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.blocks import expanded_block
 from sparse_expansion.work.context import WorkContext
@@ -172,6 +172,6 @@ def trunk(context: WorkContext) -> Done:
         pending[shell.stored_name(name)] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= TRUNK_SHARD_BYTES or number + 1 == len(names):
-            done.files |= context.write(f"trunk-{len(done.files):05d}.safetensors", pending)
+            done.files |= context.write(trunk_file(len(done.files)), pending)
             pending, size = {}, 0
     return done
