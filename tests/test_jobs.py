@@ -29,6 +29,9 @@ def head(short_home):
         "--num-cpus=2",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
+        # Of its own: by default it is one number for all, and a Ray that finds it taken by another
+        # runs on without an agent, so without jobs.
+        f"--dashboard-agent-listen-port={free_port()}",
         "--object-store-memory=100000000",
     ]
 
