@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparse_expansion.algorithms.clustering import fit_kmeans
+from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.model.families import dense_linear
 from sparse_expansion.model.streaming import ModelShell

@@ -1,13 +1,9 @@
-"""The router: PCA from streamed sums, KMeans, and the one routing function.
+"""The router: PCA from streamed sums, clusters made alike in size, the one routing function.
 
-scikit-learn clusters on a CPU, cuML on a GPU; this file is the only home of cuML.
 Shapes: T tokens, D input features, P PCA components, K clusters.
 """
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -119,56 +115,6 @@ def route(X_TD: torch.Tensor, router: Router) -> torch.Tensor:
     return torch.addmm(offset_K, inputs, matrix.T, alpha=-2).argmin(dim=1)
 
 
-def fit_kmeans(
-    Z_TP: torch.Tensor, *, num_clusters: int, restarts: int, max_iterations: int, seed: int
-) -> torch.Tensor:
-    """KMeans centroids ``[K, P]`` (float32), the best of ``restarts`` by inertia.
-
-    One CPU thread per restart: scikit-learn adds partial sums in the order in which its threads
-    finish, and equal seeds must give equal bytes. Restarts run beside each other.
-
-    Raises:
-        CompressionError: fewer tokens than clusters, or tokens that are not finite.
-    """
-    num_tokens = Z_TP.shape[0]
-    if num_tokens < num_clusters:
-        raise CompressionError(
-            f"{num_tokens} calibration tokens cannot fill {num_clusters} clusters: use more "
-            f"windows (--dataset-size) or --num_clusters {max(1, num_tokens)}"
-        )
-    if num_clusters == 1:
-        return Z_TP.double().mean(dim=0, keepdim=True).float()
-    if not bool(torch.isfinite(Z_TP).all()):
-        raise CompressionError("router inputs are not finite (NaN or infinity)")
-    if Z_TP.is_cuda and (module := _cuml()) is not None:
-        model = module.KMeans(
-            n_clusters=num_clusters, n_init=restarts, max_iter=max_iterations, random_state=seed
-        )
-        model.fit(Z_TP.contiguous())
-        return torch.as_tensor(model.cluster_centers_, device=Z_TP.device).float()
-    # Loaded when needed: who only routes tokens need not wait for it.
-    from sklearn.cluster import KMeans
-
-    Z = Z_TP.float().cpu().numpy()
-
-    def restart(state: int) -> KMeans:
-        # OpenMP's limit belongs to the thread that sets it.
-        with threadpool_limits(limits=1, user_api="openmp"):
-            return KMeans(
-                n_clusters=num_clusters,
-                n_init=1,
-                max_iter=max_iterations,
-                random_state=state,
-                algorithm="lloyd",
-            ).fit(Z)
-
-    states = np.random.SeedSequence(seed).generate_state(restarts).tolist()
-    threads = min(restarts, torch.get_num_threads())
-    with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
-        fitted = min(pool.map(restart, states), key=lambda model: float(model.inertia_))
-    return torch.from_numpy(fitted.cluster_centers_).float().to(Z_TP.device)
-
-
 def balance_clusters(
     Z_TP: torch.Tensor, centroids_KP: torch.Tensor, *, least: float
 ) -> torch.Tensor:
@@ -212,12 +158,3 @@ def balance_clusters(
         if int(sizes_K.min()) > best_size:
             best, best_size = found, int(sizes_K.min())
     return best
-
-
-def _cuml() -> Any | None:
-    """The cuML clustering module where it is installed."""
-    try:
-        import cuml.cluster as module
-    except ImportError:
-        return None
-    return module

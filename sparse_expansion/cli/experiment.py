@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 CALIBRATION_WINDOWS = 32
 HELD_OUT_WINDOWS = 16
 _PRUNING = ("sparsity", "pruner", "solver_iterations", "block_size", "damping_fraction")
-_CLUSTERING = ("pca_reduction_factor", "balance", "restarts", "fit_tokens")
+_CLUSTERING = ("pca_reduction_factor", "balance", "kmeans", "restarts", "fit_tokens")
 _PRECISION = ("dtype", "tf32")
 
 

@@ -32,17 +32,21 @@ def silence_transformers(verbose: bool) -> None:
 
 
 def begin_work(args: argparse.Namespace) -> None:
-    """Load what computes: keep libraries quiet, and see that the device is there.
+    """Load what computes: keep libraries quiet, and see that what is asked for is there.
 
     Raises:
-        ValueError: the device that was asked for is unknown, or this machine has none.
+        ValueError: the device that was asked for is unknown, or this machine has none, or not what
+            is to run KMeans.
     """
     silence_transformers(args.verbose)
+    from sparse_expansion.algorithms.kmeans import check_backend
     from sparse_expansion.work.spec import check_device
 
     # On a cluster the workers have the devices, and this process may have none.
     if args.executor == "local":
         check_device(args.device)
+        if "kmeans" in args:
+            check_backend(args.kmeans)
 
 
 def fetch_shell(args: argparse.Namespace, source: ModelSource) -> ModelShell:

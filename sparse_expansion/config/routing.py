@@ -12,6 +12,7 @@ from sparse_expansion.config.checks import require, require_layers
 from sparse_expansion.config.fields import setting
 
 CLUSTERINGS = ("kmeans", "random")
+KMEANS_BACKENDS = ("auto", "torch", "sklearn", "cuml")
 
 
 def read_layer_clusters(path: str) -> tuple[int, ...]:
@@ -50,6 +51,14 @@ class RoutingConfig:
         short=("-pcrf",),
         metavar="FACTOR",
         meanings={None: "no PCA"},
+        group="experts",
+    )
+    kmeans: str = setting(
+        KMEANS_BACKENDS[0],
+        "What KMeans is run by: PyTorch on the worker's device, scikit-learn on its CPU, or cuML "
+        "on its GPU, whose routers cannot be made again bit for bit.",
+        choices=KMEANS_BACKENDS,
+        meanings={"auto": "PyTorch on a GPU, scikit-learn on a CPU"},
         group="experts",
     )
     restarts: int = setting(
@@ -122,11 +131,20 @@ class RoutingConfig:
             self.clustering in CLUSTERINGS,
             f"clustering {self.clustering!r} is none of {', '.join(CLUSTERINGS)}",
         )
+        require(
+            self.kmeans in KMEANS_BACKENDS,
+            f"kmeans {self.kmeans!r} is none of {', '.join(KMEANS_BACKENDS)}",
+        )
 
     @property
     def most_clusters(self) -> int:
         """K of the block that has the most."""
         return max(self.layer_clusters, default=self.num_clusters)
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether routers made again from the same seed have the same bytes."""
+        return self.kmeans != "cuml"
 
     def check_layers(self, num_layers: int) -> None:
         """Answer a list of blocks' clusters that is another model's.

@@ -30,6 +30,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "model": prepared.identity["model"],
         "calibration_inputs": prepared.config.calibration.calibration_inputs,
         "executor": executor,
+        "routers_reproducible": prepared.config.routing.is_reproducible,
         "num_experts": counts.experts,
         "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
         "starved_experts": counts.starved,

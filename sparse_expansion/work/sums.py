@@ -9,7 +9,6 @@ import torch
 
 from sparse_expansion.algorithms.clustering import (
     balance_clusters,
-    fit_kmeans,
     fit_pca,
     project,
     route,
@@ -20,6 +19,7 @@ from sparse_expansion.algorithms.hessian import (
     merge_moments,
     moment_sum,
 )
+from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.types import HessianSum, MomentSum, Router
 
@@ -84,6 +84,7 @@ def fit_router(
         restarts=routing.restarts,
         max_iterations=routing.max_iterations,
         seed=seed,
+        backend=routing.kmeans,
     )
     if routing.balance:
         centroids_KP = balance_clusters(Z_TP, centroids_KP, least=routing.balance)

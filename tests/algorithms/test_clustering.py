@@ -5,12 +5,12 @@ from sklearn.decomposition import PCA
 
 from sparse_expansion.algorithms.clustering import (
     balance_clusters,
-    fit_kmeans,
     fit_pca,
     project,
     route,
 )
 from sparse_expansion.algorithms.hessian import merge_moments, moment_sum
+from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.types import CompressionError, MomentSum, Router
 
 
@@ -37,37 +37,6 @@ def test_pca_of_nothing():
     empty = MomentSum(torch.zeros(2, dtype=torch.float64), moment_sum(torch.zeros(0, 2)).gram)
     with pytest.raises(CompressionError, match="no calibration tokens"):
         fit_pca(empty, num_components=1)
-
-
-def test_kmeans_finds_clear_clusters_and_is_reproducible():
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    Z = torch.cat([centre + 0.1 * torch.randn(50, 2) for centre in centres])
-    first = fit_kmeans(Z, num_clusters=3, restarts=3, max_iterations=50, seed=1)
-    again = fit_kmeans(Z, num_clusters=3, restarts=3, max_iterations=50, seed=1)
-    assert torch.equal(first, again)
-    distances = torch.cdist(first, centres).min(dim=0).values
-    assert bool((distances < 0.2).all())
-
-
-def test_more_restarts_are_never_worse():
-    Z = torch.randn(400, 3)
-
-    def inertia(restarts):
-        centroids = fit_kmeans(Z, num_clusters=12, restarts=restarts, max_iterations=100, seed=5)
-        return float(torch.cdist(Z, centroids).min(dim=1).values.square().sum())
-
-    assert inertia(8) <= inertia(1) + 1e-3
-
-
-def test_one_cluster_is_the_mean():
-    Z = torch.randn(9, 2)
-    centroid = fit_kmeans(Z, num_clusters=1, restarts=1, max_iterations=1, seed=0)
-    torch.testing.assert_close(centroid[0], Z.mean(dim=0))
-
-
-def test_too_few_tokens():
-    with pytest.raises(CompressionError, match="3 calibration tokens cannot fill 4 clusters"):
-        fit_kmeans(torch.randn(3, 2), num_clusters=4, restarts=1, max_iterations=1, seed=0)
 
 
 @pytest.mark.parametrize("clusters", [2, 4, 5, 9])
