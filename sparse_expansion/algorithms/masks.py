@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms.kernels import decide, threads
+from sparse_expansion.algorithms.selection import smallest_mask
 from sparse_expansion.config import SparsityPattern
 
 RANKED_COLUMNS = 8
@@ -30,23 +31,7 @@ def unstructured_mask(saliency_KBO: torch.Tensor, num_pruned: int) -> torch.Tens
     Raises:
         ValueError: ``num_pruned`` is negative or above the block's size.
     """
-    num_experts = saliency_KBO.shape[0]
-    flat = saliency_KBO.reshape(num_experts, -1)
-    numel = flat.shape[1]
-    if not 0 <= num_pruned <= numel:
-        raise ValueError(f"num_pruned {num_pruned} is outside 0 to {numel}")
-    if num_pruned == 0:
-        return torch.zeros_like(saliency_KBO, dtype=torch.bool)
-    if num_pruned == numel:
-        return torch.ones_like(saliency_KBO, dtype=torch.bool)
-    threshold = torch.kthvalue(flat, num_pruned, dim=1, keepdim=True).values
-    mask = flat < threshold
-    missing = num_pruned - mask.sum(dim=1)
-    ties = flat == threshold
-    for k in torch.nonzero(ties.sum(dim=1) != missing).flatten().tolist():
-        extra = torch.nonzero(ties[k]).flatten()[int(missing[k]) :]
-        ties[k, extra] = False
-    return (mask | ties).reshape(saliency_KBO.shape)
+    return smallest_mask(saliency_KBO.flatten(1), num_pruned).view(saliency_KBO.shape)
 
 
 def smallest(V_KDO: torch.Tensor, num_pruned: int) -> torch.Tensor:
@@ -82,20 +67,30 @@ def n_m_mask(saliency_KMO: torch.Tensor, num_pruned: int) -> torch.Tensor:
         num_pruned: N of N:M.
     """
     mask = torch.zeros_like(saliency_KMO, dtype=torch.bool)
-    if not saliency_KMO.is_cuda and saliency_KMO.shape[1] <= RANKED_COLUMNS:
-        # A sort of millions of groups of four takes ten times as long.
-        saliency, out = saliency_KMO.numpy(), mask.numpy().view(np.uint8)
-        threads.split(
-            len(saliency),
-            1,
-            lambda first, last: decide.prune_groups(
-                saliency[first:last], num_pruned, out[first:last]
-            ),
-            least=max(1, threads.MIN_SLICE // max(1, saliency_KMO[:1].numel())),
-        )
-        return mask
-    order = torch.argsort(saliency_KMO, dim=1, stable=True)
-    return mask.scatter_(1, order[:, :num_pruned], True)
+    if saliency_KMO.shape[1] > RANKED_COLUMNS:
+        order = torch.argsort(saliency_KMO, dim=1, stable=True)
+        return mask.scatter_(1, order[:, :num_pruned], True)
+    # A sort of millions of groups of four takes ten times as long as comparing every pair.
+    if saliency_KMO.is_cuda:
+        return torch.lt(ranks(saliency_KMO), num_pruned, out=mask)
+    saliency, out = saliency_KMO.numpy(), mask.numpy().view(np.uint8)
+    threads.split(
+        len(saliency),
+        1,
+        lambda first, last: decide.prune_groups(saliency[first:last], num_pruned, out[first:last]),
+        least=max(1, threads.MIN_SLICE // max(1, saliency_KMO[:1].numel())),
+    )
+    return mask
+
+
+def ranks(values_KMO: torch.Tensor) -> torch.Tensor:
+    """How many of a group of M columns come before each (uint8): smaller, or equal and earlier."""
+    found = torch.zeros_like(values_KMO, dtype=torch.uint8)
+    for column in range(values_KMO.shape[1]):
+        here_K1O = values_KMO[:, column : column + 1]
+        found[:, :column] += here_K1O < values_KMO[:, :column]
+        found[:, column + 1 :] += here_K1O <= values_KMO[:, column + 1 :]
+    return found
 
 
 def n_m_masks(values_DO: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:

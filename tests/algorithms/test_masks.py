@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_expansion.algorithms.kernels import decide
-from sparse_expansion.algorithms.masks import n_m_mask, score_mask, unstructured_mask
+from sparse_expansion.algorithms.masks import (
+    n_m_mask,
+    ranks,
+    score_mask,
+    unstructured_mask,
+)
 from sparse_expansion.algorithms.pruners import wanda
 from sparse_expansion.config import SparsityPattern
 
@@ -55,6 +60,8 @@ def test_n_m_mask_against_a_sort(shape):
         order = torch.argsort(saliency, dim=1, stable=True)
         expected = torch.zeros(shape, dtype=torch.bool).scatter_(1, order[:, :pruned], True)
         assert torch.equal(n_m_mask(saliency, pruned), expected)
+        # What a GPU compares by.
+        assert torch.equal(ranks(saliency) < pruned, expected)
 
 
 def test_mask_count_out_of_bounds():

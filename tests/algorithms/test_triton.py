@@ -20,6 +20,17 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from sparse_expansion.algorithms.kernels.triton_decide import decide_block
+from sparse_expansion.algorithms.kernels.triton_select import count_digits
+
+
+def check(kernel, signature, constants):
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    order = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=order, constexprs=constants)
+    for capability in (80, 90):
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert len(compiled.asm["cubin"]) > 1000
+
 
 pointers = {"W": "*fp32", "U": "*fp32", "mask": "*i8", "scale": "*fp32", "zero_point": "*fp32"}
 numbers = ["W_expert", "U_expert", "U_row", "mask_expert", "grid_expert", "codes_expert"]
@@ -29,12 +40,10 @@ for group, pruned, quantized in ((0, 0, False), (0, 0, True), (4, 2, False), (16
     constants |= {"BLOCK": 128, "ROWS": 32}
     signature = pointers | {"codes": "*u8" if quantized else "*fp32", "errors": "*fp32"}
     signature |= dict.fromkeys(numbers, "i32") | {"max_code": "fp32"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    order = {name: signature[name] for name in decide_block.arg_names}
-    source = ASTSource(fn=decide_block, signature=order, constexprs=constants)
-    for capability in (80, 90):
-        kernel = compile(source, target=GPUTarget("cuda", capability, 32))
-        assert len(kernel.asm["cubin"]) > 1000
+    check(decide_block, signature, constants)
+signature = {"numbers": "*i32", "prefix": "*i32", "counts": "*i32"}
+signature |= dict.fromkeys(["width", "shift", "row_stride"], "i32")
+check(count_digits, signature, {"BINS": 256, "TILE": 4096})
 print("compiled")
 """
 

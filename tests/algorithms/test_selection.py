@@ -1,0 +1,52 @@
+"""The k-th smallest, by PyTorch and by Triton's kernel in its interpreter, against a sort."""
+
+import pytest
+import torch
+
+from sparse_expansion.algorithms import selection
+from sparse_expansion.algorithms.selection import kth_smallest, smallest_mask
+
+triton_select = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_select")
+FINDERS = {"pytorch": kth_smallest, "triton": triton_select.kth_smallest}
+
+
+def values(kind, shape):
+    if kind == "ties":
+        return torch.randint(0, 4, shape).float()
+    if kind == "wide":
+        return torch.randn(shape).square() * 10.0 ** torch.randint(-44, 38, shape)
+    return torch.rand(shape)
+
+
+@pytest.mark.parametrize("finder", FINDERS)
+@pytest.mark.parametrize("kind", ["plain", "ties", "wide"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 257), (2, 9001)])
+def test_against_a_sort(shape, kind, finder, monkeypatch):
+    found = values(kind, shape)
+    found[0, -1] = 0.0
+    found[-1, 0] = float("inf")
+    monkeypatch.setattr(selection, "kth_smallest", FINDERS[finder])
+    order = torch.argsort(found, dim=1, stable=True)
+    for count in {1, 2, shape[1] // 2, shape[1] - 1} & set(range(1, shape[1])):
+        wanted = torch.zeros(shape, dtype=torch.bool).scatter_(1, order[:, :count], True)
+        assert torch.equal(smallest_mask(found, count), wanted)
+
+
+def test_the_number_itself():
+    numbers = torch.tensor([[7, 0, 300, 2**31 - 1], [5, 5, 5, 1 << 24]], dtype=torch.int32)
+    for finder in FINDERS.values():
+        for count in range(1, 5):
+            wanted = numbers.sort(dim=1).values[:, count - 1 : count]
+            assert torch.equal(finder(numbers, count), wanted)
+
+
+def test_none_and_all():
+    assert smallest_mask(torch.ones(2, 3), 0).sum() == 0
+    assert smallest_mask(torch.ones(2, 3), 3).sum() == 6
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match="is outside 0 to 3"):
+            smallest_mask(torch.ones(2, 3), count)
+
+
+def test_a_gpu_with_triton_takes_the_kernel():
+    assert selection.triton_kth_smallest() is triton_select.kth_smallest
