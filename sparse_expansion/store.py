@@ -118,9 +118,8 @@ class Store:
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write a safetensors file; returns its record for the unit's marker."""
-        data = safetensors.torch.save(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
-        )
+        tensors = to_host(tensors)
+        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
 
         def digests() -> dict[str, Any]:
             return {
@@ -212,6 +211,22 @@ class Store:
         if self.is_local and os.path.isdir(self.base):
             for path in Path(self.base).rglob(".writing-*"):
                 path.unlink(missing_ok=True)
+
+
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors: copied together from a GPU, through pinned memory, which is faster.
+
+    PyTorch keeps pinned memory for the next call.
+    """
+    copies = {}
+    for key, tensor in tensors.items():
+        copies[key] = tensor.contiguous()
+        if tensor.is_cuda:
+            copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[key].copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def _sync_folder(folder: str) -> None:

@@ -35,15 +35,31 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         CompressionError: an activation is NaN or infinite.
     """
     X = X_TD.float()
-    sum_DD = X.new_empty(X.shape[1], X.shape[1])
-    gram_into(X, sum_DD)
+    if takes_tensor_cores(X_TD):
+        sum_DD = _exact_products(X_TD, X_TD)
+    else:
+        sum_DD = X.new_empty(X.shape[1], X.shape[1])
+        gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
     cross_DD = None
     if dense_residual_TD is not None:
-        cross_DD = dense_residual_TD.float().T @ X
+        if takes_tensor_cores(X_TD):
+            cross_DD = _exact_products(dense_residual_TD, X_TD)
+        else:
+            cross_DD = dense_residual_TD.float().T @ X
         check_finite(dense_residual_TD)
     norms_T = torch.linalg.vector_norm(X, dim=1).double()
     return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
+
+
+def takes_tensor_cores(X_TD: torch.Tensor) -> bool:
+    """Whether a GPU multiplies such inputs many times as fast, with float32 sums."""
+    return X_TD.is_cuda and X_TD.dtype in (torch.bfloat16, torch.float16)
+
+
+def _exact_products(A_TD: torch.Tensor, B_TE: torch.Tensor) -> torch.Tensor:
+    """``A^T B`` in float32 of inputs of half precision, whose products have no rounding error."""
+    return torch.mm(A_TD.T, B_TE.to(A_TD.dtype), out_dtype=torch.float32)
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:

@@ -219,13 +219,11 @@ class ExpandedLinear(nn.Module):
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight, ``[O, D]``."""
-        tensors = self.tensors(expert)
         return unpack_expert(
-            tensors,
+            self.tensors(expert),
             layout=self.layout,
             grid=None if self.grid is None else self.grid.grid(),
             dtype=dtype,
-            device=next(iter(tensors.values())).device,
         )
 
     def stored(self, expert: int) -> StoredMatrix:

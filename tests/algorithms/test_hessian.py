@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_expansion.algorithms import hessian
 from sparse_expansion.algorithms.hessian import (
     MAX_DAMPING_ATTEMPTS,
     hessian_sum,
@@ -20,6 +21,25 @@ def test_sum_by_hand():
     found = hessian_sum(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
     assert found.num_tokens == 2
     assert found.sum_DD.tolist() == [[10.0, -1.0], [-1.0, 5.0]]
+
+
+def test_half_precision_on_a_gpu_takes_tensor_cores(monkeypatch):
+    """With a product in PyTorch's place: a CPU has none of bfloat16 that sums in float32."""
+    X, residual = torch.randn(30, 5).bfloat16(), torch.randn(30, 5).bfloat16()
+    wanted = hessian_sum(X, residual)
+    asked = []
+
+    def product(A, B, *, out_dtype):
+        asked.append((A.dtype, B.dtype, out_dtype))
+        return (A.double() @ B.double()).to(out_dtype)
+
+    assert not hessian.takes_tensor_cores(X)
+    monkeypatch.setattr(hessian, "takes_tensor_cores", lambda X: True)
+    monkeypatch.setattr(torch, "mm", product)
+    found = hessian_sum(X, residual)
+    assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 2
+    torch.testing.assert_close(found.sum_DD, wanted.sum_DD)
+    torch.testing.assert_close(found.cross_DD, wanted.cross_DD)
 
 
 def test_merging_shards_of_unequal_size_is_the_sum_not_the_mean():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_expansion.algorithms.packing import experts, patterns, streams
+from sparse_expansion.algorithms.packing import device, experts, patterns, streams
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize
 from sparse_expansion.config import CompressionConfig, SparsityPattern
@@ -90,6 +90,17 @@ def test_pairs_of_groups_are_the_same_stream(shape, sparsity, monkeypatch):
 PATTERNS = ["0.5", "0.9", "1.0", "0", "2:4", "1:4", "3:4", "4:8", "5:16", "8:16", "1:2", "4:4"]
 
 
+def assert_same_on_a_device(packed, weight, kept, codes, layout, grid, dtype):
+    """What a GPU does gives the same streams, and the same weight of them."""
+    made = device.pack(weight, kept, codes, layout=layout, dtype=dtype)
+    assert made.keys() == packed.keys()
+    assert all(torch.equal(made[name], packed[name]) for name in packed)
+    back = device.unpack(packed, layout=layout, grid=grid, dtype=dtype)
+    assert torch.equal(back, weight.to(dtype))
+    if layout.is_sparse:
+        assert torch.equal(device.unpack_kept(packed, layout), kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sparsity", PATTERNS)
 @pytest.mark.parametrize("shape", [(7, 13), (1, 1), (16, 8), (3, 35), (9, 64)])
@@ -102,6 +113,7 @@ def test_experts_come_back_bit_for_bit(shape, sparsity, dtype):
     assert stored == {name: count for name, (_, count) in wanted.streams().items()}
     assert torch.equal(experts.unpack_expert(packed, layout=wanted, grid=None, dtype=dtype), weight)
     assert torch.equal(experts.unpack_kept(packed, wanted), kept)
+    assert_same_on_a_device(packed, weight, kept, None, wanted, None, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,10 +133,7 @@ def test_quantized_experts_come_back_bit_for_bit(bits, sparsity, columns, size, 
     back = experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=dtype)
     assert torch.equal(back, weight.to(dtype))
     assert packed["codes"].numel() == packed_bytes(wanted.num_kept, bits)
-    on_device = experts._dequantize_on_device(
-        streams.unpack_codes(packed["codes"], wanted.num_kept, bits), kept, grid, "cpu"
-    )
-    assert torch.equal(on_device, weight)
+    assert_same_on_a_device(packed, weight, kept, codes, wanted, grid, dtype)
 
 
 def test_zero_points_that_are_no_codes():
@@ -187,30 +196,51 @@ def test_two_in_four_takes_three_bits_for_four_weights():
     assert layout((64, 128), "20:32", block_size=32).streams()["bitmask"] == ("uint8", 1024)
 
 
-def test_what_does_not_fit_is_refused():
+@pytest.mark.parametrize("bits", range(17))
+def test_fields_on_a_device_are_the_same_stream(bits, monkeypatch):
+    monkeypatch.setattr(device, "CHUNK_FIELDS", 64)
+    for count in (0, 1, 64, 333):
+        fields = torch.randint(0, 1 << bits, (count,), dtype=torch.int32)
+        narrow = fields.to(torch.uint8) if bits <= 8 else fields.to(torch.uint16)
+        stream = streams.pack_codes(narrow, bits)
+        assert torch.equal(device.pack_fields(fields, bits), stream)
+        assert torch.equal(device.unpack_fields(stream, count, bits).int(), fields)
+
+
+PACKERS = {
+    "cpu": (experts.pack_expert, experts.unpack_expert),
+    "device": (device.pack, device.unpack),
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_what_does_not_fit_is_refused(packer):
+    pack, unpack = PACKERS[packer]
     with pytest.raises(ValueError, match="3 bytes, 2 expected"):
         streams.unpack_mask(torch.zeros(3, dtype=torch.uint8), (2, 8))
     ones = torch.ones(2, 4, dtype=torch.bool)
     half = layout((2, 4))
     with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
-        experts.pack_expert(ones.float(), ones, None, layout=half, dtype=torch.float32)
+        pack(ones.float(), ones, None, layout=half, dtype=torch.float32)
     stored = {"bitmask": streams.pack_mask(ones), "values": torch.ones(4)}
     with pytest.raises(ValueError, match="keeps 8 weights, 4 expected"):
-        experts.unpack_expert(stored, layout=half, grid=None, dtype=torch.float32)
+        unpack(stored, layout=half, grid=None, dtype=torch.float32)
     n_m = layout((2, 4), "2:4")
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     with pytest.raises(ValueError, match="2 groups of 4"):
-        experts.pack_expert(mask.float(), mask, None, layout=n_m, dtype=torch.float32)
+        pack(mask.float(), mask, None, layout=n_m, dtype=torch.float32)
     stored = {"patterns": torch.tensor([0b00111110], dtype=torch.uint8), "values": torch.ones(4)}
     with pytest.raises(ValueError, match="2 pattern indices"):
-        experts.unpack_expert(stored, layout=n_m, grid=None, dtype=torch.float32)
+        unpack(stored, layout=n_m, grid=None, dtype=torch.float32)
     stored = {"patterns": torch.tensor([0], dtype=torch.uint8), "values": torch.ones(3)}
     with pytest.raises(ValueError, match="3 values, 4 expected"):
-        experts.unpack_expert(stored, layout=n_m, grid=None, dtype=torch.float32)
+        unpack(stored, layout=n_m, grid=None, dtype=torch.float32)
 
 
-def test_bits_after_the_last_weight_are_refused():
+@pytest.mark.parametrize("packer", PACKERS)
+def test_bits_after_the_last_weight_are_refused(packer):
+    unpack = PACKERS[packer][1]
     wanted = layout((1, 4), "0.5")
     stored = {"bitmask": torch.tensor([0b10011], dtype=torch.uint8), "values": torch.ones(2)}
     with pytest.raises(ValueError, match="bits after the last weight"):
-        experts.unpack_expert(stored, layout=wanted, grid=None, dtype=torch.float32)
+        unpack(stored, layout=wanted, grid=None, dtype=torch.float32)

@@ -33,9 +33,8 @@ def count_digits(  # type: ignore[no-untyped-def]
         inside = place < width
         number = tl.load(numbers + place, mask=inside, other=0)
         digits = number >> shift
-        # A shift by all 32 bits has no meaning: the highest digit is shifted twice.
-        counted = inside & ((digits >> 4 >> 4) == wanted)
-        found += tl.histogram(digits & (BINS - 1), BINS, mask=counted)
+        counted = inside & (digits // BINS == wanted)
+        found += tl.histogram(digits % BINS, BINS, mask=counted)
     tl.atomic_add(counts + row * BINS + tl.arange(0, BINS), found)
 
 

@@ -20,6 +20,7 @@ from sparse_expansion.algorithms.kernels.vectors import (
     dequantize_vectors,
     scatter_vectors,
 )
+from sparse_expansion.algorithms.packing import device
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.packing.patterns import pack_patterns, unpack_patterns
 from sparse_expansion.algorithms.packing.streams import (
@@ -31,7 +32,6 @@ from sparse_expansion.algorithms.packing.streams import (
     unpack_mask,
 )
 from sparse_expansion.algorithms.quantization import AffineGrid
-from sparse_expansion.algorithms.quantization import dequantize as dequantize_tensor
 
 TILE_WEIGHTS = 1 << 18
 """Weights that are dequantized at a time: they outweigh a call's own time, and fit in a cache."""
@@ -59,6 +59,8 @@ def pack_expert(
     Raises:
         ValueError: the mask does not fit the layout.
     """
+    if weight_OD.is_cuda:
+        return device.pack(weight_OD, kept_OD, codes_OD, layout=layout, dtype=dtype)
     tensors: dict[str, torch.Tensor] = {}
     mask = pack_mask(kept_OD)
     if layout.is_sparse:
@@ -68,10 +70,10 @@ def pack_expert(
         else:
             tensors["patterns"] = pack_patterns(mask, layout)
     if layout.bits is None:
-        tensors["values"] = _compact(weight_OD.to(dtype).cpu().contiguous(), mask, layout)
+        tensors["values"] = _compact(weight_OD.to(dtype).contiguous(), mask, layout)
     else:
         assert codes_OD is not None
-        codes = _compact(codes_OD.cpu().contiguous(), mask, layout)
+        codes = _compact(codes_OD.contiguous(), mask, layout)
         tensors["codes"] = pack_codes(codes, layout.bits)
     return tensors
 
@@ -116,13 +118,16 @@ class _KeptBefore:
 
 
 def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
-    """Which weights are kept, ``[O, D]`` (bool).
+    """Which weights are kept, ``[O, D]`` (bool), on the streams' device.
 
     Raises:
         ValueError: a stream is too long, too short, or keeps another number of weights.
     """
+    stored = next(iter(tensors.values()))
     if not layout.is_sparse:
-        return torch.ones(layout.shape, dtype=torch.bool)
+        return torch.ones(layout.shape, dtype=torch.bool, device=stored.device)
+    if stored.is_cuda:
+        return device.unpack_kept(tensors, layout)
     return unpack_mask(bitmask(tensors, layout), layout.shape)
 
 
@@ -149,35 +154,30 @@ def unpack_expert(
     layout: PackedLayout,
     grid: AffineGrid | None,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The dense weight ``[O, D]`` of one expert in ``dtype``: the inverse of ``pack_expert``.
+
+    It is on the streams' device.
 
     Args:
         tensors: as ``pack_expert`` named them.
         layout: the expert's layout.
         grid: the linear's grid when the expert is quantized.
         dtype: the dtype of the result.
-        device: the device of the result.
 
     Raises:
         ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    if next(iter(tensors.values())).is_cuda:
+        return device.unpack(tensors, layout=layout, grid=grid, dtype=dtype)
     if grid is None:
         values = tensors["values"]
         if values.numel() != layout.num_kept:
             raise ValueError(f"{values.numel()} values, {layout.num_kept} expected")
         if not layout.is_sparse:
-            return values.to(device=device, dtype=dtype).reshape(layout.shape).clone()
-        if on_cpu:
-            return _scatter(values.to(dtype), bitmask(tensors, layout), layout)
-        kept = unpack_kept(tensors, layout).to(device)
-        dense = torch.zeros(layout.shape, dtype=dtype, device=device)
-        return dense.masked_scatter_(kept, values.to(device=device, dtype=dtype))
+            return values.to(dtype).reshape(layout.shape).clone()
+        return _scatter(values.to(dtype), bitmask(tensors, layout), layout)
     codes = unpack_codes(tensors["codes"], layout.num_kept, grid.bits)
-    if not on_cpu:
-        return _dequantize_on_device(codes, unpack_kept(tensors, layout), grid, device).to(dtype)
     if not layout.is_sparse:
         mask = torch.full((packed_bytes(layout.num_kept, 1),), 255, dtype=torch.uint8)
     else:
@@ -254,15 +254,3 @@ def _dequantize(
 
     over_rows(layout, work)
     return out
-
-
-def _dequantize_on_device(
-    codes: torch.Tensor, kept: torch.Tensor, grid: AffineGrid, device: torch.device | str
-) -> torch.Tensor:
-    """The dense weight of kept codes in float32, by PyTorch's own operations, for a GPU."""
-    mask = kept.to(device)
-    full = torch.zeros(mask.shape, dtype=torch.uint8, device=device)
-    full.masked_scatter_(mask, codes.to(device))
-    scale_DO, zero_DO = grid.columns(torch.arange(mask.shape[1], device=grid.scale_OG.device))
-    dense = dequantize_tensor(full.float(), scale_DO.T.to(device), zero_DO.T.to(device))
-    return dense.masked_fill_(~mask, 0)

@@ -27,7 +27,7 @@ from sparse_expansion.algorithms.packing.streams import (
 
 
 @functools.cache
-def _patterns(group: int, kept: int) -> Array:
+def group_patterns(group: int, kept: int) -> Array:
     """All ``group``-bit numbers with ``kept`` ones, rising."""
     found = [
         sum(1 << place for place in places) for places in itertools.combinations(range(group), kept)
@@ -36,10 +36,10 @@ def _patterns(group: int, kept: int) -> Array:
 
 
 @functools.cache
-def _index_of(group: int, kept: int) -> Array:
-    """The index in ``_patterns`` of every pattern, 65535 where it is not among them."""
+def pattern_index(group: int, kept: int) -> Array:
+    """The index in ``group_patterns`` of every pattern, 65535 where it is not among them."""
     index = np.full(1 << group, 65535, dtype=np.uint16)
-    index[_patterns(group, kept)] = np.arange(math.comb(group, kept), dtype=np.uint16)
+    index[group_patterns(group, kept)] = np.arange(math.comb(group, kept), dtype=np.uint16)
     return index
 
 
@@ -59,8 +59,8 @@ def pack_patterns(mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     group, columns = layout.group, layout.columns
     rest = columns % group
     fields = np.empty((layout.rows, layout.groups_per_row), dtype=np.uint16)
-    full_index = _index_of(group, layout.group_kept)
-    rest_index = _index_of(rest, layout.rest_kept)
+    full_index = pattern_index(group, layout.group_kept)
+    rest_index = pattern_index(rest, layout.rest_kept)
     stream = mask.numpy()
     bad: list[int] = []
 
@@ -90,7 +90,7 @@ def unpack_patterns(patterns: torch.Tensor, layout: PackedLayout) -> torch.Tenso
         return _unpack_pairs(patterns, layout)
     fields = unpack_codes(patterns, count, layout.pattern_bits, torch.uint16)
     index = fields.numpy().reshape(layout.rows, -1)
-    full, short = _patterns(group, layout.group_kept), _patterns(rest, layout.rest_kept)
+    full, short = group_patterns(group, layout.group_kept), group_patterns(rest, layout.rest_kept)
     stream = np.zeros(packed_bytes(layout.rows * columns, 1), dtype=np.uint8)
     bad: list[int] = []
 
@@ -116,7 +116,7 @@ def _has_pairs(layout: PackedLayout) -> bool:
 @functools.cache
 def _pairs(kept: int) -> tuple[Array, Array]:
     """Mask byte of every index of two groups of four (256: none), and index of every byte (255)."""
-    patterns = _patterns(4, kept)
+    patterns = group_patterns(4, kept)
     bits = (len(patterns) - 1).bit_length()
     pairs = np.full(1 << 2 * bits, 256, dtype=np.uint16)
     for high, pattern in enumerate(patterns):
