@@ -54,7 +54,9 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
 
 def takes_tensor_cores(X_TD: torch.Tensor) -> bool:
     """Whether a GPU multiplies such inputs many times as fast, with float32 sums."""
-    return X_TD.is_cuda and X_TD.dtype in (torch.bfloat16, torch.float16)
+    # PyTorch has such products from 2.8 on.
+    has_product = "dtype" in torch.ops.aten.mm.overloads()
+    return X_TD.is_cuda and X_TD.dtype in (torch.bfloat16, torch.float16) and has_product
 
 
 def _exact_products(A_TD: torch.Tensor, B_TE: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,34 @@ from sparse_expansion.config.fields import setting
 from sparse_expansion.config.sizes import format_size, parse_size
 
 _TERA = 1e12
+_GIGA = 10**9
+DEFAULT_RATE = 15 * _TERA
+"""Float32 operations per second of a worker that nothing is known of."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its maker publishes it."""
+
+    memory_bytes: int
+    float32_rate: float
+    """Float32 operations per second, without sparse or reduced-precision products."""
+
+    @property
+    def product_rate(self) -> float:
+        """Float32 operations per second that matrix products reach."""
+        return PRODUCT_SHARE * self.float32_rate
+
+
+PRODUCT_SHARE = 0.7
+"""Share of the published rate that float32 matrix products reach: measured on an H100."""
+GPUS = {
+    "h100": Gpu(80 * _GIGA, 67 * _TERA),
+    "h200": Gpu(141 * _GIGA, 67 * _TERA),
+    "a100": Gpu(80 * _GIGA, 19.5 * _TERA),
+    "l40s": Gpu(48 * _GIGA, 91.6 * _TERA),
+}
+"""NVIDIA's data sheets: H100 SXM, H200 SXM, A100 80GB, L40S."""
 
 
 def parse_teraflops(text: str) -> float:
@@ -40,6 +68,13 @@ class Cluster:
     """The machines that a plan is made for: equal workers."""
 
     num_workers: int = setting(1, "Equal workers.", metavar="N", group="cluster")
+    gpu: str | None = setting(
+        None,
+        "A worker's GPU, whose published memory and rate are taken.",
+        choices=tuple(GPUS),
+        meanings={None: "what --gpu-memory and --tflops say"},
+        group="cluster",
+    )
     gpu_bytes: int | None = setting(
         None,
         "Memory of a worker's GPU, such as 48GB.",
@@ -47,7 +82,7 @@ class Cluster:
         metavar="SIZE",
         parse=parse_size,
         show=format_size,
-        meanings={None: "no GPU, the CPU computes"},
+        meanings={None: "that of --gpu; without, the CPU computes"},
         group="cluster",
     )
     host_bytes: int | None = setting(
@@ -60,13 +95,14 @@ class Cluster:
         meanings={None: "left out of the verdict"},
         group="cluster",
     )
-    flops_per_second: float = setting(
-        15e12,
+    flops_per_second: float | None = setting(
+        None,
         "Float32 operations per second of one worker in matrix products, in TFLOP/s.",
         flag="--tflops",
         metavar="TFLOPS",
         parse=parse_teraflops,
         show=_show_teraflops,
+        meanings={None: f"{PRODUCT_SHARE:g} of what --gpu's maker publishes; without, 15"},
         group="cluster",
     )
     bytes_per_second: float = setting(
@@ -94,8 +130,11 @@ class Cluster:
         """Check the bounds."""
         require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
         require(
-            self.flops_per_second > 0,
-            f"--tflops {_show_teraflops(self.flops_per_second)} must be more than 0, e.g. 15",
+            self.gpu is None or self.gpu in GPUS, f"--gpu {self.gpu} is none of {', '.join(GPUS)}"
+        )
+        require(
+            self.product_rate > 0,
+            f"--tflops {_show_teraflops(self.product_rate)} must be more than 0, e.g. 15",
         )
         if self.price_per_hour is not None:
             price = self.price_per_hour
@@ -104,3 +143,17 @@ class Cluster:
             self.bytes_per_second >= 1,
             f"--bandwidth {self.bytes_per_second:g} must be more than 0, e.g. 1GB",
         )
+
+    @property
+    def product_rate(self) -> float:
+        """Float32 operations per second of one worker in matrix products."""
+        if self.flops_per_second is not None:
+            return self.flops_per_second
+        return DEFAULT_RATE if self.gpu is None else GPUS[self.gpu].product_rate
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """Memory of a worker's GPU; None where the CPU computes."""
+        if self.gpu_bytes is None and self.gpu is not None:
+            return GPUS[self.gpu].memory_bytes
+        return self.gpu_bytes

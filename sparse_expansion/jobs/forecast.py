@@ -109,6 +109,7 @@ def forecast(
         "flops": dict(flops),
         "checkpoint_bytes": model.trunk_bytes + model.expert_bytes + model.router_bytes,
         "dense_checkpoint_bytes": shape.item_bytes * model.parameters.total,
+        "disk_bytes": _disk_bytes(config, model),
         "expert_bytes": model.expert_bytes,
         "router_bytes": model.router_bytes,
         "memory_bytes": _memory(config, model, cluster, activation_bytes),
@@ -194,9 +195,21 @@ def _memory(
         model.shape,
         model.parameters,
         num_workers=cluster.num_workers,
-        has_gpu=cluster.gpu_bytes is not None,
+        has_gpu=cluster.gpu_memory_bytes is not None,
         activation_bytes=activation_bytes,
     )
+
+
+def _disk_bytes(config: RunConfig, model: _Model) -> int:
+    """Largest size of the run's folder: the checkpoint, and scratch files of two blocks.
+
+    Those are the hidden states before a block, and the drafts of experts that are trained.
+    """
+    shape = model.shape
+    scratch = config.calibration.num_tokens * shape.hidden_size * shape.item_bytes
+    if config.refines:
+        scratch += model.expert_bytes // shape.num_layers
+    return model.trunk_bytes + model.expert_bytes + model.router_bytes + 2 * scratch
 
 
 def _value_bytes(units: Sequence[Unit]) -> int:
@@ -226,7 +239,7 @@ def _durations(
             moved += block_bytes
         return (
             cluster.seconds_per_unit
-            + unit.cost / cluster.flops_per_second
+            + unit.cost / cluster.product_rate
             + moved / cluster.bytes_per_second
         )
 
@@ -252,7 +265,7 @@ def _time(
         graph.expanding,
         cluster.num_workers,
         seconds=seconds,
-        move_seconds=lambda unit: unit.move_cost / cluster.flops_per_second,
+        move_seconds=lambda unit: unit.move_cost / cluster.product_rate,
         captures_first=not config.calibration.follows_compression,
         captured_bytes=kept_bytes,
         value_budget=float("inf") if store_bytes is None else store_bytes * cluster.num_workers,
@@ -288,7 +301,10 @@ def _memory_problems(
         return _memory(changed, model, cluster, activations)[peak]
 
     problems = []
-    limits = (("gpu_peak", cluster.gpu_bytes, "GPU"), ("peak", cluster.host_bytes, "machine"))
+    limits = (
+        ("gpu_peak", cluster.gpu_memory_bytes, "GPU"),
+        ("peak", cluster.host_bytes, "machine"),
+    )
     for peak, limit, what in limits:
         if limit is None or memory[peak] <= limit:
             continue

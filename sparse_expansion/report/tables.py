@@ -169,6 +169,7 @@ def plan_table(result: dict[str, Any]) -> str:
         ("units of work", str(sum(result["units"].values()))),
         ("dense checkpoint", format_bytes(result["dense_checkpoint_bytes"])),
         ("expanded checkpoint", format_bytes(result["checkpoint_bytes"])),
+        ("disk for the run", format_bytes(result["disk_bytes"])),
     ]
     rows += [
         (f"memory: {name.replace('_', ' ')}", format_bytes(value))

@@ -1,5 +1,7 @@
 """The plan: published sizes, arithmetic by hand, and the verdict."""
 
+from dataclasses import replace
+
 import pytest
 
 from sparse_expansion.cli import main
@@ -7,10 +9,12 @@ from sparse_expansion.config import (
     CalibrationConfig,
     Cluster,
     CompressionConfig,
+    RefinementConfig,
     RoutingConfig,
     RunConfig,
     SparsityPattern,
 )
+from sparse_expansion.config.cluster import GPUS
 from sparse_expansion.jobs.forecast import forecast
 from tests.published import MODELS
 
@@ -50,6 +54,38 @@ def test_llama_2_7b_by_hand():
     )
     assert plan["units"]["experts"] == 32 * 2 * 4
     assert plan["units"]["capture"] == 32 * 32
+
+
+def test_disk_by_hand():
+    model, _ = MODELS["llama-2-7b"]
+    plan = forecast(config(), model, GPU)
+    hidden = 128 * 2048 * 4096 * 2
+    assert plan["disk_bytes"] == plan["checkpoint_bytes"] + 2 * hidden
+    trained = config()
+    trained = replace(trained, refinement=RefinementConfig(finetune=1))
+    more = forecast(trained, model, GPU)["disk_bytes"] - plan["disk_bytes"]
+    assert more == 2 * (plan["expert_bytes"] // 32)
+
+
+@pytest.mark.parametrize("name", sorted(GPUS))
+def test_a_gpus_published_figures(name):
+    cluster = Cluster(gpu=name)
+    assert cluster.gpu_memory_bytes == GPUS[name].memory_bytes
+    assert cluster.product_rate == 0.7 * GPUS[name].float32_rate
+    own = Cluster(gpu=name, gpu_bytes=7, flops_per_second=3.0)
+    assert (own.gpu_memory_bytes, own.product_rate) == (7, 3.0)
+
+
+def test_a_gpu_is_planned_for():
+    model, _ = MODELS["llama-2-13b"]
+    h100, h200, a100 = (forecast(config(), model, Cluster(gpu=g)) for g in ("h100", "h200", "a100"))
+    assert h100["worker_seconds"] == h200["worker_seconds"]
+    assert a100["worker_seconds"]["experts"] > 3 * h100["worker_seconds"]["experts"]
+    assert "gpu_peak" in h100["memory_bytes"]
+    small = forecast(config(), MODELS["llama-2-70b"][0], Cluster(gpu="l40s"))
+    assert "its GPU has 48.0 GB" in small["verdict"]["text"]
+    with pytest.raises(ValueError, match="--gpu h1 is none of h100, h200, a100, l40s"):
+        Cluster(gpu="h1")
 
 
 def test_verdicts():
