@@ -55,3 +55,7 @@ class UnitReport:
     seconds: float
     peak_memory_bytes: int
     stats: dict[str, Any]
+    device: str = ""
+    """Name of the GPU or CPU that did it."""
+    device_peak_memory_bytes: int = 0
+    """Largest memory that its worker has had allocated on a GPU; 0 on a CPU."""

@@ -160,6 +160,7 @@ def _measure_perplexity(args: argparse.Namespace, options: ExecutionOptions) -> 
         "dataset": args.dataset,
         "seconds": measured.seconds["evaluate_dense"],
         "peak_memory_bytes": measured.peak_memory_bytes,
+        **measured.machine(),
     }
     profile = measured.profile()
     if profile is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor
 from sparse_expansion.units import Unit, UnitReport
+from sparse_expansion.work.hardware import versions
 from sparse_expansion.work.stages import device
 
 
@@ -37,6 +39,10 @@ class Measurements:
     """Work by name of the stage."""
     peak_memory_bytes: int = 0
     """Largest resident memory of any worker."""
+    devices: set[str] = field(default_factory=set)
+    """Names of the GPUs or CPUs that did units."""
+    device_peak_memory_bytes: int = 0
+    """Largest memory that any worker has had allocated on a GPU; 0 on CPUs."""
     ceilings: dict[str, float] | None = None
     """What a worker's device can do, where that was measured."""
 
@@ -55,6 +61,20 @@ class Measurements:
             work.flops += unit.cost
             work.traffic_bytes += unit.traffic_bytes
             self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
+            if report.device:
+                self.devices.add(report.device)
+            self.device_peak_memory_bytes = max(
+                self.device_peak_memory_bytes, report.device_peak_memory_bytes
+            )
+
+    def machine(self) -> dict[str, Any]:
+        """What the units were done on and with, and when the last of them was."""
+        return {
+            "devices": sorted(self.devices),
+            "device_peak_memory_bytes": self.device_peak_memory_bytes,
+            "versions": versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
     def profile(self) -> dict[str, Any] | None:
         """Every stage's work and its shares of the ceilings; None where those were not measured."""

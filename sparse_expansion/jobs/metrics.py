@@ -74,4 +74,5 @@ def finish_metrics(metrics: dict[str, Any], measured: Measurements) -> dict[str,
         "seconds": dict(measured.seconds),
         "unit_seconds": {name: work.seconds for name, work in measured.stages.items()},
         "peak_memory_bytes": max(measured.peak_memory_bytes, peak_memory_bytes()),
+        **measured.machine(),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_expansion.config import RefinementConfig
 from sparse_expansion.report.experts import ExpertCounts
+from sparse_expansion.report.formatting import format_bytes
 
 
 def describe_settings(config: dict[str, Any]) -> str:
@@ -88,3 +89,13 @@ def describe_starved(counts: ExpertCounts) -> str:
         f"{counts.starved} of {counts.experts} experts had too few tokens and use their whole "
         "group's Hessian"
     )
+
+
+def describe_machine(metrics: dict[str, Any]) -> str:
+    """What the run was done on, with which versions, and when."""
+    devices = ", ".join(metrics["devices"]) or "no work was left to do"
+    peak = metrics["device_peak_memory_bytes"]
+    if peak:
+        devices += f" (peak {format_bytes(peak)} of its memory)"
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    return f"{metrics['date']} on {devices}; {versions}"

@@ -8,6 +8,7 @@ from typing import Any
 from sparse_expansion.report.describe import (
     describe_asked,
     describe_calibration,
+    describe_machine,
     describe_refinement,
     describe_settings,
     describe_starved,
@@ -75,6 +76,8 @@ def _run_notes(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"{counts.raised} experts needed more than the asked damping")
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())
     lines.append(f"{seconds}  peak memory {format_bytes(metrics['peak_memory_bytes'])}")
+    if "versions" in metrics:
+        lines.append(describe_machine(metrics))
     return lines
 
 

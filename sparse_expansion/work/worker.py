@@ -22,6 +22,7 @@ from sparse_expansion.process_memory import (
 from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit, UnitReport
 from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.hardware import device_name, device_peak_memory_bytes
 from sparse_expansion.work.registry import stage_of
 from sparse_expansion.work.spec import WorkerSpec
 
@@ -73,7 +74,15 @@ class Worker:
             record = {"files": done.files, "stats": done.stats}
             self.context.store.commit(unit.key, record)
         seconds = time.perf_counter() - start
-        return UnitReport(unit.key, seconds, peak_memory_bytes(), done.stats), done.outputs
+        report = UnitReport(
+            unit.key,
+            seconds,
+            peak_memory_bytes(),
+            done.stats,
+            device=device_name(self.context.device),
+            device_peak_memory_bytes=device_peak_memory_bytes(self.context.device),
+        )
+        return report, done.outputs
 
     def forget_before(self, layer: int) -> None:
         """Free the captured activations of earlier blocks: nothing reads them any more."""

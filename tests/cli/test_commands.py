@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sparse_expansion.config import CompressionConfig, RunConfig
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.report.card import model_card
+from sparse_expansion.work.hardware import device_name
 from tests.tiny import digests
 
 SMALL = (
@@ -50,6 +52,12 @@ def test_metrics(finished):
     for key in ("expand", "evaluate_dense", "evaluate_expanded"):
         assert metrics["seconds"][key] > 0
     assert metrics["peak_memory_bytes"] > 10**8
+    assert metrics["devices"] == [device_name("cpu")]
+    assert metrics["device_peak_memory_bytes"] == 0
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["routers_reproducible"] is True
+    ended = datetime.fromisoformat(metrics["date"])
+    assert timedelta() < datetime.now(timezone.utc) - ended < timedelta(hours=1)
     weights = sum(f.stat().st_size for f in finished.glob("*.safetensors"))
     assert metrics["checkpoint_bytes"] == weights
     assert metrics["config"]["routing"]["num_clusters"] == 2

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
 from sparse_expansion.cli import main
 from sparse_expansion.config import RunConfig
@@ -12,9 +13,28 @@ from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.shapes import model_shape
+from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.report.tables import profile_table
 from sparse_expansion.units import Unit, UnitReport
 from tests.tiny import SMALL_RUN
+
+
+def test_devices_of_all_workers():
+    measured = Measurements()
+    units = {key: Unit(key=key, stage="x") for key in "abc"}
+    done = [("a", "H100", 5), ("b", "L40S", 7), ("c", "H100", 6)]
+    measured.add(
+        (
+            UnitReport(key, 1, 0, {}, device=device, device_peak_memory_bytes=peak * 10**9)
+            for key, device, peak in done
+        ),
+        units,
+    )
+    found = measured.machine()
+    assert found["devices"] == ["H100", "L40S"] and found["device_peak_memory_bytes"] == 7 * 10**9
+    text = describe_machine(found)
+    assert "on H100, L40S (peak 7.0 GB of its memory); " in text
+    assert f"torch {torch.__version__}" in text
 
 
 def test_shares_by_hand():
