@@ -11,8 +11,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# GPU kernels run in Triton's interpreter; it is chosen when they are imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ray reads these when it is imported. Token authentication is on, as on the shipped cluster; the
 # token is the tests' own, so that nothing is read from or written to the user's home.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -25,6 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # GPU kernels run in Triton's interpreter; it is chosen when they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests import tiny
 

@@ -73,7 +73,7 @@ class ExecutionOptions:
         None,
         "GPUs, or a share of one, of a Ray actor.",
         metavar="GPUS",
-        meanings={None: "1 where the cluster has GPUs"},
+        meanings={None: "1 where the cluster has GPUs; equal shares on one machine with too few"},
         group="execution",
     )
     cpus_per_worker: float | None = setting(

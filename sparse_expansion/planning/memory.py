@@ -34,6 +34,8 @@ from sparse_expansion.work.sums import CHUNK_TOKENS
 FLOAT64_BYTES = 8
 LIBRARY_BYTES = 640 << 20
 """Bytes of a worker that has loaded the libraries and nothing else."""
+CUDA_CONTEXT_BYTES = 750 << 20
+"""Bytes of a process's memory that CUDA takes, measured on an H100."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def worker_memory(
 ) -> dict[str, int]:
     """Bytes of one worker by stage, what it holds throughout, and the peak.
 
-    ``held`` are the libraries, the embedding and head, captured activations and (with one worker)
-    the values between units; a stage's bytes come on top. With a GPU, ``gpu_peak`` is the largest
-    stage's arrays on the card.
+    ``held`` are the libraries, CUDA's context, the embedding and head, captured activations and
+    (with one worker) the values between units; a stage's bytes come on top. With a GPU,
+    ``gpu_peak`` is the largest stage's arrays on the card.
 
     Args:
         config: of the run; the block with the most experts decides.
@@ -74,11 +76,13 @@ def worker_memory(
     stages = _StageMemory(config, shape, parameters, num_workers)
     of_stage = stages.all()
     held = _held_bytes(config, shape, parameters, num_workers, activation_bytes)
+    if has_gpu:
+        held["cuda_context"] = CUDA_CONTEXT_BYTES
     # Whatever is freed is kept for what comes next, which needs it in other sizes.
     used = max(of_stage.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
     held["freed"] = min(FREED_BYTES_KEPT, used)
     # Blocks are measured before anything is captured, and before there is much to have been freed.
-    before = held["libraries"] + held["embedding_and_head"]
+    before = held["libraries"] + held["embedding_and_head"] + held.get("cuda_context", 0)
     peak = max(
         before + of_stage.get("block_gaps", 0),
         sum(held.values()) + max(size for name, size in of_stage.items() if name != "block_gaps"),

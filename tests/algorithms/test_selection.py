@@ -5,9 +5,16 @@ import torch
 
 from sparse_expansion.algorithms import selection
 from sparse_expansion.algorithms.selection import kth_smallest, smallest_mask
+from tests.tiny import KERNEL_DEVICE
 
 triton_select = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_select")
-FINDERS = {"pytorch": kth_smallest, "triton": triton_select.kth_smallest}
+
+
+def by_triton(bits, count):
+    return triton_select.kth_smallest(bits.to(KERNEL_DEVICE), count).cpu()
+
+
+FINDERS = {"pytorch": kth_smallest, "triton": by_triton}
 
 
 def values(kind, shape):

@@ -13,6 +13,7 @@ from sparse_expansion.algorithms.block import Block, BlockGrid
 from sparse_expansion.algorithms.decide import decide_columns
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import SparsityPattern
+from tests.tiny import KERNEL_DEVICE
 
 triton_decide = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_decide")
 
@@ -54,14 +55,14 @@ print("compiled")
 def test_the_kernel_decides_as_pytorch_does(shape, sparsity, bits):
     experts, width, rows = shape
     pattern = SparsityPattern.parse(sparsity)
-    X = torch.randn(experts, 3 * width, width)
+    X = torch.randn(experts, 3 * width, width, device=KERNEL_DEVICE)
     H = X.transpose(1, 2) @ X
     V = torch.linalg.cholesky(H.flip(1, 2)).flip(1, 2)
-    W = torch.randn(experts, width, rows)
+    W = torch.randn(experts, width, rows, device=KERNEL_DEVICE)
     grid = None
     if bits is not None:
-        zero = torch.randint(0, 2**bits, (rows, -(-width // 8))).float()
-        grid = AffineGrid(torch.rand(zero.shape) * 0.3 + 0.1, zero, bits, 8)
+        zero = torch.randint(0, 2**bits, (rows, -(-width // 8)), device=KERNEL_DEVICE).float()
+        grid = AffineGrid(torch.rand_like(zero) * 0.3 + 0.1, zero, bits, 8)
     results = []
     for decide in (decide_columns, triton_decide.decide):
         weight = W.clone()
@@ -79,12 +80,12 @@ def test_the_kernel_decides_as_pytorch_does(shape, sparsity, bits):
 
 def test_rounding_is_half_to_even():
     """On ties a code goes to the even neighbour, as in ``torch.round``."""
-    rows = 8
-    W = torch.tensor([[[0.5, 1.5, 2.5, 3.5, -0.5, 0.4999, 6.5, 7.5]]])
-    codes = torch.zeros(1, 1, rows, dtype=torch.uint8)
-    grid = BlockGrid(torch.ones(1, 1, rows), torch.full((1, 1, rows), 2.0), codes, 15)
-    mask, errors = torch.zeros(1, 1, rows, dtype=torch.bool), torch.empty(1, 1, rows)
-    triton_decide.decide(Block(W, torch.ones(1, 1, 1), mask, errors, 0, 0, grid))
+    W = torch.tensor([[[0.5, 1.5, 2.5, 3.5, -0.5, 0.4999, 6.5, 7.5]]], device=KERNEL_DEVICE)
+    codes = torch.zeros_like(W, dtype=torch.uint8)
+    grid = BlockGrid(torch.ones_like(W), torch.full_like(W, 2.0), codes, 15)
+    mask, errors = torch.zeros_like(W, dtype=torch.bool), torch.empty_like(W)
+    factor = torch.ones(1, 1, 1, device=KERNEL_DEVICE)
+    triton_decide.decide(Block(W, factor, mask, errors, 0, 0, grid))
     assert codes.flatten().tolist() == [2, 4, 4, 6, 2, 2, 8, 10]
 
 

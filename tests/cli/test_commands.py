@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import sysconfig
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -317,7 +318,7 @@ def test_resuming_a_finished_run_does_nothing_new(finished, neox_folder, text_fo
 
 
 def test_console_script_and_module():
-    script = Path(sys.executable).parent / "sparse-expansion"
+    script = Path(sysconfig.get_path("scripts")) / "sparse-expansion"
     for command in ([str(script)], [sys.executable, "-m", "sparse_expansion.cli"]):
         done = subprocess.run([*command, "run"], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "--model" in done.stderr

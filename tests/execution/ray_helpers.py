@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,8 @@ from sparse_expansion.store import Store
 from sparse_expansion.work.spec import WorkerSpec
 from tests.tiny import digests
 
-BIN = Path(sys.executable).parent
+BIN = Path(sysconfig.get_path("scripts"))
+"""Where console scripts are installed."""
 STORE_BYTES = 80 * 1024 * 1024
 FAST_HEARTBEATS = {
     "health_check_initial_delay_ms": 500,

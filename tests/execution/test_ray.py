@@ -14,11 +14,13 @@ from ray.cluster_utils import Cluster
 
 from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.local import LocalExecutor
-from sparse_expansion.execution.ray.executor import RayExecutor
+from sparse_expansion.execution.ray.executor import RayExecutor, sized_pool
 from sparse_expansion.execution.ray.wire import from_wire, to_wire
 from sparse_expansion.jobs.evaluate import evaluate
 from sparse_expansion.jobs.prepare import evaluation_tokens
+from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.types import CompressionError, HessianSum
+from sparse_expansion.work.spec import WorkerSpec
 from tests.execution import ray_helpers
 from tests.execution.ray_helpers import Run, config
 from tests.tiny import SMALL_RUN, digests
@@ -98,6 +100,19 @@ def test_fractional_gpus_share_a_card(cluster, tmp_path, neox_folder, text_folde
     run.on_ray(num_workers=4, gpus_per_worker=0.5, cpus_per_worker=0.5)
     assert run.digests() == reference["compressed"]
     assert len({progress.worker for progress in run.seen}) == 4
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "shares", "each"),
+    [(2, 1, True, 0.5), (3, 1, True, 0.3333), (3, 2, True, 0.5), (2, 2, True, 1), (2, 1, False, 1)],
+)
+def test_gpus_are_shared_on_a_machine_of_our_own(workers, gpus, shares, each):
+    spec = WorkerSpec(store="o", source=resolve_name("m"))
+    options = ExecutionOptions(executor="ray", num_workers=workers)
+    pool = sized_pool(spec, options, {"GPU": gpus, "CPU": 8}, shares_gpus=shares)
+    assert pool.room.startswith(f"{each:g} GPU")
+    own = ExecutionOptions(executor="ray", num_workers=workers, gpus_per_worker=0.25)
+    assert sized_pool(spec, own, {"GPU": 1}, shares_gpus=shares).room.startswith("0.25 GPU")
 
 
 def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_folder):

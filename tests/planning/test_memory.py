@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import LlamaConfig
 
+from sparse_expansion.config import Cluster, RunConfig
+from sparse_expansion.jobs.forecast import forecast
 from tests import tiny
 
 
@@ -25,6 +28,17 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tokenizer, text_folder, clu
 
     plan = result("plan", *flags.split())
     output = ["--dataset", str(text_folder), "--output", str(tmp_path / "out"), "--threads", "2"]
+    output += ["--device", "cpu"]
     found = result("expand", *flags.split(), *output)
     assert plan["memory_bytes"]["peak"] > 1.8 * plan["memory_bytes"]["held: libraries"]
     assert found["peak_memory_bytes"] == pytest.approx(plan["memory_bytes"]["peak"], rel=0.2)
+
+
+def test_cudas_context_is_in_the_process():
+    plans = [
+        forecast(RunConfig(), LlamaConfig(num_hidden_layers=2), Cluster(gpu_bytes=size))[
+            "memory_bytes"
+        ]
+        for size in (None, 80 * 10**9)
+    ]
+    assert plans[1]["peak"] - plans[0]["peak"] == plans[1]["held: cuda_context"] == 750 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ class RayExecutor:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             self._connect()
-        self.pool = _sized_pool(spec, options, ray.cluster_resources())
+        # A cluster that others started may grow, and its workers wait for GPUs of their own.
+        shares_gpus = self._owns_ray and options.ray_address is None
+        self.pool = sized_pool(spec, options, ray.cluster_resources(), shares_gpus=shares_gpus)
         self._metrics = RunMetrics()
 
     @property
@@ -81,10 +84,20 @@ class RayExecutor:
             ray.shutdown()
 
 
-def _sized_pool(
-    spec: WorkerSpec, options: ExecutionOptions, resources: dict[str, float]
+def sized_pool(
+    spec: WorkerSpec,
+    options: ExecutionOptions,
+    resources: dict[str, float],
+    *,
+    shares_gpus: bool = False,
 ) -> WorkerPool:
     """A pool as large as the cluster has room for, unless the options say otherwise.
+
+    Args:
+        spec: what workers are set up with.
+        options: how many workers there are to be, and what each is to have.
+        resources: what the cluster has.
+        shares_gpus: whether more workers than GPUs get equal shares of them.
 
     Raises:
         ValueError: the cluster has no workers and no number is given.
@@ -98,6 +111,10 @@ def _sized_pool(
     gpus = options.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if spec.device != "cpu" and cluster_gpus >= 1 else 0.0
+        if shares_gpus and gpus and (options.num_workers or 1) > cluster_gpus:
+            # As many workers on every GPU; Ray counts shares in ten-thousandths.
+            on_each = math.ceil((options.num_workers or 1) / cluster_gpus)
+            gpus = math.floor(10_000 / on_each) / 10_000
     cpus = options.cpus_per_worker
     count = options.num_workers
     if count is None and gpus > 0:
