@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import baseline, published
+from benchmarks import baseline, full_size, published
 from benchmarks.quality import __main__ as table
 from benchmarks.quality import neox
 from sparse_expansion import cli
@@ -62,6 +62,21 @@ def test_the_benchmark_compares_equal_work(llama_folder, text_folder, capsys):
     assert result["expand_zeros"] == pytest.approx(result["baseline_zeros"], abs=1e-3)
     assert result["baseline_error"] > 0
     assert result["expand_error"] == pytest.approx(result["baseline_error"], rel=0.1)
+
+
+def test_a_model_of_full_size_is_expanded_in_pieces(tmp_path, text_folder, capsys):
+    """Ended at once, gone on, and done: the same command line, in processes of its own."""
+    flags = f"tiny --work {tmp_path} --windows 4 --seqlen 32 --eval-windows 2 --device cpu "
+    flags += f"--dataset {text_folder} --preset paper --num_clusters 2 --PCA_reduction_factor 4"
+    code = full_size.main([*flags.split(), "--seconds", "0"])
+    assert code == full_size.UNFINISHED
+    assert json.loads(capsys.readouterr().out)["finished"] is False
+    made = (tmp_path / "tiny-3-32" / "model.safetensors").stat().st_mtime_ns
+    assert full_size.main(flags.split()) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["finished"] and found["layers"] == 3 and found["tokens"] == 128
+    assert found["perplexity_expanded"] > 1 and found["unit_seconds"]["experts"] > 0
+    assert (tmp_path / "tiny-3-32" / "model.safetensors").stat().st_mtime_ns == made
 
 
 def test_the_sweeps_benchmark_finds_equal_masks():
