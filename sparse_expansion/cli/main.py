@@ -11,11 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
-from sparse_expansion.cli.signals import Terminated, end_cleanly_on_sigterm
+from sparse_expansion.cli.signals import end_cleanly, exit_code
 
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,24 +25,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     args.line = shlex.join(["sparse-expansion", *given])
     _quieten(args.verbose)
-    end_cleanly_on_sigterm()
+    end_cleanly()
     try:
         return COMMANDS[args.command].run(args)
-    except Terminated:
-        _complain("terminated: finished units are kept, continue with --resume")
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        _complain("interrupted: finished units are kept, continue with --resume")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except BaseException as error:
+        code = exit_code(error)
+        return _answer(error, args) if code is None else code
+
+
+def _answer(error: BaseException, args: argparse.Namespace) -> int:
+    """Exit code of an error, after it was told in a line; raised again where it is a defect."""
+    if isinstance(error, BrokenPipeError):
         # The reader of our output (a pager, `head`) has gone: not an error of ours.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the interpreter
         return EXIT_FAILED
-    except OSError as error:
+    if isinstance(error, OSError):
         _complain(_os_error_text(error))
         return EXIT_FAILED
-    except ValueError as error:
+    if isinstance(error, ValueError):
         return _answer_value_error(error, args)
+    raise error
 
 
 def _os_error_text(error: OSError) -> str:

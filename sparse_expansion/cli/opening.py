@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_expansion.cli.signals import end_cleanly_on_sigterm
+from sparse_expansion.cli.signals import catch_signals
 from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def open_executor(
 
     executor = RayExecutor(spec, options)
     # Joining Ray put its own handler in place, which dumps a stack and dies.
-    end_cleanly_on_sigterm()
+    catch_signals()
     return executor
 
 
