@@ -24,14 +24,14 @@ _MODULE_OF = {
     "ExpandedLinear": "sparse_expansion.model.expansion",
     "SparseExpansionConfig": "sparse_expansion.model.quantizer",
     "SparseExpansionQuantizer": "sparse_expansion.model.quantizer",
-    "verify": "sparse_expansion.model.manifest",
+    "verify": "sparse_expansion.model.verification",
 }
 """The modules that define the public names."""
 
 if TYPE_CHECKING:
     from sparse_expansion.model.expansion import ExpandedLinear
-    from sparse_expansion.model.manifest import verify
     from sparse_expansion.model.quantizer import SparseExpansionConfig, SparseExpansionQuantizer
+    from sparse_expansion.model.verification import verify
 else:
 
     def __getattr__(name: str) -> object:

@@ -24,7 +24,7 @@ from sparse_expansion.algorithms.kernels.vectors import (
 )
 from sparse_expansion.algorithms.packing.experts import bitmask
 from sparse_expansion.algorithms.packing.layout import PackedLayout
-from sparse_expansion.algorithms.packing.streams import unpack_codes
+from sparse_expansion.algorithms.packing.streams import check_streams, unpack_codes
 from sparse_expansion.algorithms.quantization import AffineGrid
 
 MIN_WEIGHTS = 1 << 21
@@ -75,6 +75,7 @@ class StoredMatrix:
         Raises:
             ValueError: a stream does not fit the layout.
         """
+        check_streams(tensors, layout, grid)
         if grid is not None:
             grid = AffineGrid(
                 grid.scale_OG.float().contiguous(),

@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _open_model(args: argparse.Namespace, source: ModelSource, line: ProgressLine) -> ModelShell:
     """The model without its blocks; an expanded one's tensors are checked against its manifest."""
-    from sparse_expansion.model.manifest import MANIFEST_NAME, verify
+    from sparse_expansion.model.manifest import MANIFEST_NAME
+    from sparse_expansion.model.verification import verify
 
     line.say(f"model {source.location}")
     shell = fetch_shell(args, source)

@@ -18,8 +18,8 @@ from sparse_expansion.jobs.export_formats import DENSE, FORMATS, PACK_QUANTIZED
 from sparse_expansion.model.checkpoint import INDEX_NAME, is_companion
 from sparse_expansion.model.expansion import ExpandedLinear, PackedExpert
 from sparse_expansion.model.families import LinearGroup
-from sparse_expansion.model.manifest import verify
 from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.model.verification import verify
 from sparse_expansion.store import Store
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 MANIFEST_NAME = "manifest.json"
 
@@ -46,31 +45,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError:
         raise ValueError(f"{path} is not valid JSON: finish the run again with --resume") from None
     return found
-
-
-def verify(folder: str | Path) -> int:
-    """Check every tensor of an expanded folder against its manifest; returns their number.
-
-    Raises:
-        ValueError: a file is missing, truncated, damaged or exchanged; the message names the file
-            and, where it can be told, the tensor.
-    """
-    folder = Path(folder)
-    tensors = read_manifest(folder)["tensors"]
-    by_file: dict[str, list[str]] = {}
-    for name, record in tensors.items():
-        by_file.setdefault(record["file"], []).append(name)
-    for file, names in sorted(by_file.items()):
-        remedy = "copy it again, or run again with --resume"
-        try:
-            with safe_open(str(folder / file), framework="pt") as handle:
-                for name in sorted(names):
-                    wanted = {key: tensors[name][key] for key in ("dtype", "shape", "sha256")}
-                    found = tensor_record(handle.get_tensor(name))
-                    if any(found[key] != value for key, value in wanted.items()):
-                        raise ValueError(f"{folder / file} is damaged in {name}: {remedy}")
-        except FileNotFoundError:
-            raise ValueError(f"{folder / file} is missing: {remedy}") from None
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file} is damaged ({error}): {remedy}") from None
-    return len(tensors)

@@ -244,3 +244,66 @@ def test_bits_after_the_last_weight_are_refused(packer):
     stored = {"bitmask": torch.tensor([0b10011], dtype=torch.uint8), "values": torch.ones(2)}
     with pytest.raises(ValueError, match="bits after the last weight"):
         unpack(stored, layout=wanted, grid=None, dtype=torch.float32)
+
+
+MUTATIONS = {
+    "int64": lambda stream: stream.long() + 300,
+    "int8": lambda stream: stream.view(torch.int8) if stream.dtype == torch.uint8 else None,
+    "float64": lambda stream: stream.double(),
+    "short": lambda stream: stream[:-1],
+    "long": lambda stream: torch.cat([stream, stream[:1]]),
+    "matrix": lambda stream: stream[None],
+    "empty": lambda stream: stream[:0],
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize("bits", [None, 4, 3])
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "3:8", "0"])
+def test_streams_of_another_form_are_refused(sparsity, bits, kind, packer):
+    """Compiled loops trust what they are given: a wrong type or length ends the process."""
+    wanted = layout((16, 32), sparsity, bits)
+    kept, codes = random_mask(wanted), torch.randint(0, 8, (16, 32)).to(torch.uint8)
+    grid = None if bits is None else AffineGrid(torch.rand(16, 1), torch.ones(16, 1), bits, 32)
+    pack, unpack = PACKERS[packer]
+    packed = pack(codes.float(), kept, codes, layout=wanted, dtype=torch.float32)
+    for name, stream in packed.items():
+        changed = MUTATIONS[kind](stream)
+        if changed is None:
+            continue
+        with pytest.raises(ValueError, match=name):
+            unpack({**packed, name: changed}, layout=wanted, grid=grid, dtype=torch.float32)
+        with pytest.raises(ValueError, match=f"has no {name}"):
+            rest = {other: packed[other] for other in packed if other != name}
+            unpack({"x": stream, **rest}, layout=wanted, grid=grid, dtype=torch.float32)
+    if grid is not None:
+        small = AffineGrid(grid.scale_OG[:3], grid.zero_point_OG[:3], bits, 32)
+        with pytest.raises(ValueError, match="a grid has shape"):
+            unpack(packed, layout=wanted, grid=small, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "3:8", "5:16", "0"])
+@pytest.mark.parametrize("bits", [None, 4, 3])
+def test_damaged_bytes_are_refused_or_harmless(sparsity, bits):
+    """Any bytes in streams of the right form: an error in a line, or a weight."""
+    wanted = layout((16, 32), sparsity, bits)
+    kept, codes = random_mask(wanted), torch.randint(0, 8, (16, 32)).to(torch.uint8)
+    grid = None if bits is None else AffineGrid(torch.rand(16, 1), torch.ones(16, 1), bits, 32)
+    packed = experts.pack_expert(codes.float(), kept, codes, layout=wanted, dtype=torch.float32)
+    refused = 0
+    for _ in range(60):
+        damaged = {name: stream.clone() for name, stream in packed.items()}
+        for stream in damaged.values():
+            data = stream.view(torch.uint8)
+            places = torch.randint(0, len(data), (3,))
+            data[places] = torch.randint(0, 256, (3,), dtype=torch.uint8)
+        found = []
+        for unpack in (experts.unpack_expert, device.unpack):
+            try:
+                found.append(unpack(damaged, layout=wanted, grid=grid, dtype=torch.float32))
+            except ValueError as error:
+                found.append(str(error))
+        assert type(found[0]) is type(found[1])
+        refused += isinstance(found[0], str)
+    assert refused or not wanted.is_sparse

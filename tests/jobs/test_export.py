@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import sparse_expansion
 from sparse_expansion.cli import main
+from sparse_expansion.model.manifest import MANIFEST_NAME
 from tests.model.test_expansion import expand
 
 
@@ -97,6 +98,28 @@ def test_bad_input(plain, finished, tmp_path, capsys, neox_folder):
     assert "nothing to export" in line(neox_folder, "--output", out)
     assert "4 experts per linear" in line(finished, "--output", out)
     assert "not empty" in line(plain["pruned"], "--output", neox_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.clear(), "lacks .* tensors that are loaded"),
+        (lambda tensors: tensors.pop(sorted(tensors)[0]), "lacks 1 tensors that are loaded"),
+        (
+            lambda tensors: tensors[sorted(tensors)[0]].update(file="../elsewhere.safetensors"),
+            "names a file elsewhere, '../elsewhere.safetensors'",
+        ),
+    ],
+)
+def test_a_manifest_that_is_not_the_models(change, message, plain, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(plain["pruned"], folder)
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    change(manifest["tensors"])
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        sparse_expansion.verify(folder)
 
 
 def test_verify_names_what_is_damaged(plain, tmp_path, capsys, text_folder):

@@ -37,6 +37,30 @@ def test_fingerprint_tells_models_apart(tmp_path, tokenizer, llama_folder):
     assert CheckpointFiles(copy).fingerprint() != same
 
 
+@pytest.mark.parametrize("what", ["middle of a file", "config", "tokenizer", "licence"])
+def test_fingerprint_covers_all_that_defines_a_model(what, tmp_path, llama_folder):
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    # Its middle is far from both ends.
+    save_file({"a": torch.ones(1 << 20)}, copy / "model.safetensors")
+    (copy / "LICENSE").write_text("free")
+    before = CheckpointFiles(copy).fingerprint()
+    if what == "middle of a file":
+        data = bytearray((copy / "model.safetensors").read_bytes())
+        data[len(data) // 2] ^= 128
+        (copy / "model.safetensors").write_bytes(data)
+    elif what == "config":
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    elif what == "tokenizer":
+        with (copy / "tokenizer.json").open("a") as stream:
+            stream.write(" ")
+    else:
+        (copy / "LICENSE").write_text("not free")
+    is_same = CheckpointFiles(copy).fingerprint() == before
+    assert is_same == (what == "licence")
+
+
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "tokenizer.model", "vocab.txt", "chat_template.jinja", "LICENSE.md"],

@@ -9,7 +9,7 @@ import torch
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.packing.patterns import group_patterns, pattern_index
-from sparse_expansion.algorithms.packing.streams import check_length
+from sparse_expansion.algorithms.packing.streams import check_length, check_streams
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.algorithms.quantization import dequantize as dequantize_tensor
 
@@ -61,6 +61,7 @@ def unpack(
     Raises:
         ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
+    check_streams(tensors, layout, grid)
     stored = next(iter(tensors.values()))
     if layout.is_sparse:
         kept_OD = unpack_kept(tensors, layout)
@@ -68,8 +69,6 @@ def unpack(
         kept_OD = torch.ones(layout.shape, dtype=torch.bool, device=stored.device)
     if grid is None:
         values = tensors["values"]
-        if values.numel() != layout.num_kept:
-            raise ValueError(f"{values.numel()} values, {layout.num_kept} expected")
         dense_OD = torch.zeros(layout.shape, dtype=dtype, device=stored.device)
         return dense_OD.masked_scatter_(kept_OD, values.to(dtype))
     codes = unpack_fields(tensors["codes"], layout.num_kept, grid.bits).to(torch.uint8)

@@ -25,6 +25,7 @@ from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_byte
 from sparse_expansion.algorithms.packing.patterns import pack_patterns, unpack_patterns
 from sparse_expansion.algorithms.packing.streams import (
     check_length,
+    check_streams,
     over_rows,
     pack_codes,
     pack_mask,
@@ -123,6 +124,7 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
     Raises:
         ValueError: a stream is too long, too short, or keeps another number of weights.
     """
+    check_streams(tensors, layout, None)
     stored = next(iter(tensors.values()))
     if not layout.is_sparse:
         return torch.ones(layout.shape, dtype=torch.bool, device=stored.device)
@@ -168,12 +170,11 @@ def unpack_expert(
     Raises:
         ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
+    check_streams(tensors, layout, grid)
     if next(iter(tensors.values())).is_cuda:
         return device.unpack(tensors, layout=layout, grid=grid, dtype=dtype)
     if grid is None:
         values = tensors["values"]
-        if values.numel() != layout.num_kept:
-            raise ValueError(f"{values.numel()} values, {layout.num_kept} expected")
         if not layout.is_sparse:
             return values.to(dtype).reshape(layout.shape).clone()
         return _scatter(values.to(dtype), bitmask(tensors, layout), layout)

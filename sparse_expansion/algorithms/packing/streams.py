@@ -11,6 +11,8 @@ import torch
 from sparse_expansion.algorithms.kernels.bits import pack_fields, unpack_fields
 from sparse_expansion.algorithms.kernels.threads import MIN_SLICE, split
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.types import MODEL_DTYPES
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -69,6 +71,33 @@ def unpack_codes(
     if bits:
         split(count, 8, work)
     return out
+
+
+def check_streams(
+    tensors: dict[str, torch.Tensor], layout: PackedLayout, grid: AffineGrid | None
+) -> None:
+    """Refuse streams that are not an expert's, before a compiled loop trusts them.
+
+    What a stream holds is checked where it is read: bits that are set, and indices of patterns.
+
+    Raises:
+        ValueError: a stream is missing, of another type or length, or the grid has another shape.
+    """
+    for name, (kind, count) in layout.streams().items():
+        stream = tensors.get(name)
+        if stream is None:
+            raise ValueError(f"an expert has no {name}")
+        allowed = (torch.uint8,) if kind == "uint8" else MODEL_DTYPES
+        if stream.dtype not in allowed:
+            raise ValueError(f"{name} of an expert: {stream.dtype}, {allowed[0]} expected")
+        if stream.dim() != 1 or stream.numel() != count:
+            what = "bytes" if kind == "uint8" else "values"
+            raise ValueError(f"{name} of an expert: {stream.numel()} {what}, {count} expected")
+    if grid is not None:
+        shape = (layout.rows, -(-layout.columns // grid.group_size))
+        for part in (grid.scale_OG, grid.zero_point_OG):
+            if tuple(part.shape) != shape:
+                raise ValueError(f"a grid has shape {tuple(part.shape)}, {shape} expected")
 
 
 def check_length(stream: torch.Tensor, expected: int) -> None:

@@ -1,0 +1,46 @@
+"""Whether an expanded folder holds what its manifest says, all of it and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from sparse_expansion.model.checkpoint import CheckpointFiles
+from sparse_expansion.model.manifest import MANIFEST_NAME, read_manifest, tensor_record
+
+
+def verify(folder: str | Path) -> int:
+    """Check every tensor of an expanded folder against its manifest; returns their number.
+
+    Raises:
+        ValueError: a file is missing, truncated, damaged or exchanged, or has tensors that the
+            manifest lacks; the message names the file and, where it can be told, the tensor.
+    """
+    folder = Path(folder)
+    tensors = read_manifest(folder)["tensors"]
+    remedy = "copy it again, or run again with --resume"
+    by_file: dict[str, list[str]] = {}
+    for name, record in tensors.items():
+        by_file.setdefault(record["file"], []).append(name)
+    for file, names in sorted(by_file.items()):
+        if Path(file).name != file:
+            raise ValueError(f"{folder / MANIFEST_NAME} names a file elsewhere, {file!r}: {remedy}")
+        try:
+            with safe_open(str(folder / file), framework="pt") as handle:
+                for name in sorted(names):
+                    wanted = {key: tensors[name][key] for key in ("dtype", "shape", "sha256")}
+                    found = tensor_record(handle.get_tensor(name))
+                    if any(found[key] != value for key, value in wanted.items()):
+                        raise ValueError(f"{folder / file} is damaged in {name}: {remedy}")
+        except FileNotFoundError:
+            raise ValueError(f"{folder / file} is missing: {remedy}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is damaged ({error}): {remedy}") from None
+    unlisted = sorted(set(CheckpointFiles(folder).names()) - set(tensors))
+    if unlisted:
+        raise ValueError(
+            f"{folder / MANIFEST_NAME} lacks {len(unlisted)} tensors that are loaded, "
+            f"{unlisted[0]} for one: {remedy}"
+        )
+    return len(tensors)
