@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,10 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.model.manifest import tensor_record
 from sparse_expansion.run_files import ALLOCATION_FILE, RUN_FILE, TIMELINE_FILE, UNITS, windows_file
+
+TEMPORARY = ".writing-"
+"""How files begin that are being written."""
+FIRST_TEMPORARY = f"{os.path.dirname(RUN_FILE)}/{TEMPORARY}"
 
 
 class Store:
@@ -87,13 +92,14 @@ class Store:
             return
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(prefix=".writing-", dir=folder)
+        scratch = f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
+        # With the mode that the user's umask asks for, which mkstemp would not.
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(scratch, 0o644)
             os.replace(scratch, path)
         except BaseException:
             if os.path.exists(scratch):
@@ -109,7 +115,7 @@ class Store:
         """
         try:
             return json.loads(self.read_bytes(name))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise ValueError(f"{self.path(name)} is not valid JSON: delete it") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -177,21 +183,27 @@ class Store:
         self.write_json(f"{UNITS}/{key}.json", record)
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """A finished unit's marker, None when it is not finished."""
+        """A finished unit's marker, None when it is not finished.
+
+        A unit whose marker is damaged is done again: nothing vouches for its files.
+        """
         name = f"{UNITS}/{key}.json"
         if not self.exists(name):
             return None
-        found: dict[str, Any] = self.read_json(name)
-        return found
+        try:
+            found = self.read_json(name)
+        except ValueError:
+            return None
+        return found if _is_marker(found) else None
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The markers of all finished units by key."""
         prefix = f"{UNITS}/"
-        return {
-            name[len(prefix) : -len(".json")]: self.read_json(name)
-            for name in self.list(UNITS)
-            if name.endswith(".json")
-        }
+        keys = [
+            name[len(prefix) : -len(".json")] for name in self.list(UNITS) if name.endswith(".json")
+        ]
+        found = {key: self.record(key) for key in keys}
+        return {key: record for key, record in found.items() if record is not None}
 
     def is_intact(self, record: dict[str, Any]) -> bool:
         """Whether all files of a marker are there, with the size and digest it states."""
@@ -209,7 +221,7 @@ class Store:
     def sweep_temporaries(self) -> None:
         """Remove what a killed process left half-written."""
         if self.is_local and os.path.isdir(self.base):
-            for path in Path(self.base).rglob(".writing-*"):
+            for path in Path(self.base).rglob(f"{TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
 
@@ -227,6 +239,20 @@ def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return copies
+
+
+def _is_marker(found: Any) -> bool:
+    """Whether JSON has the form of a marker, of files inside the run's folder."""
+    if not (isinstance(found, dict) and isinstance(found.get("stats"), dict)):
+        return False
+    files = found.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(file, dict)
+        and {"bytes", "sha256", "tensors"} <= file.keys()
+        and not name.startswith("/")
+        and ".." not in name.split("/")
+        for name, file in files.items()
+    )
 
 
 def _sync_folder(folder: str) -> None:
@@ -267,8 +293,13 @@ def read_timeline(store: Store) -> list[dict[str, Any]]:
     """Rows of the run's timeline so far, none before its first expansion has ended."""
     if not store.exists(TIMELINE_FILE):
         return []
-    rows: list[dict[str, Any]] = store.read_json(TIMELINE_FILE)
-    return rows
+    try:
+        rows = store.read_json(TIMELINE_FILE)
+    except ValueError:
+        # It is for people to look at: a run goes on without what was damaged.
+        return []
+    is_timeline = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return rows if is_timeline else []
 
 
 def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
@@ -278,7 +309,7 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
         ValueError: the folder holds something else, or the same run and ``resume`` is not set.
     """
     if store.exists(RUN_FILE):
-        found = store.read_json(RUN_FILE)
+        found = _read_identity(store)
         if found.get("digest") != identity["digest"]:
             different = [
                 key
@@ -296,8 +327,28 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
             )
         store.sweep_temporaries()
         return
-    if store.list(""):
+    # The first write of all may have been cut short.
+    if any(not name.startswith(FIRST_TEMPORARY) for name in store.list("")):
         raise ValueError(
             f"--output {store.root} is not empty and holds no run: choose another folder"
         )
+    store.sweep_temporaries()
     store.write_json(RUN_FILE, identity)
+
+
+def _read_identity(store: Store) -> dict[str, Any]:
+    """What the folder is claimed for.
+
+    Raises:
+        ValueError: the file is damaged, so that nobody knows.
+    """
+    try:
+        found = store.read_json(RUN_FILE)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{store.path(RUN_FILE)} is damaged, and with it what the run was: delete the folder "
+            f"--output {store.root} and start again"
+        )
+    return found

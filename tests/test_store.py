@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_expansion.report.parquet import write_table
-from sparse_expansion.store import Store, open_run, read_windows, write_windows
+from sparse_expansion.store import Store, open_run, read_timeline, read_windows, write_windows
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -89,6 +89,67 @@ def test_temporaries_of_a_killed_process_are_swept(tmp_path):
     (tmp_path / "run" / ".writing-abc").write_text("half")
     open_run(store, identity, resume=True)
     assert not (tmp_path / "run" / ".writing-abc").exists()
+
+
+def test_a_first_write_that_was_cut_short_is_no_dead_end(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writing-abc").write_text("{")
+    open_run(Store(tmp_path), {"digest": "1"}, resume=False)
+    assert os.listdir(tmp_path / "run") == ["run.json"]
+    other = tmp_path / "other"
+    (other / "run").mkdir(parents=True)
+    (other / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        open_run(Store(other), {"digest": "1"}, resume=True)
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize("content", [b"", b'{"digest": "1', b"[]", b"\xff\xfe", DEEP])
+def test_a_damaged_identity_says_what_to_do(store, content):
+    store.write_bytes("run/run.json", content)
+    with pytest.raises(ValueError, match="is damaged.*delete the folder --output"):
+        open_run(store, {"digest": "1"}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'{"files": {}}',
+        b'{"files": [], "stats": {}}',
+        b'{"files": {"a": {"bytes": 1}}, "stats": {}}',
+        b'{"files": {"../a": {"bytes": 1, "sha256": "", "tensors": {}}}, "stats": {}}',
+        b'{"files": {"/a": {"bytes": 1, "sha256": "", "tensors": {}}}, "stats": {}}',
+        DEEP,
+    ],
+)
+def test_a_unit_with_a_damaged_marker_is_not_finished(store, content):
+    commit(store)
+    assert list(store.records()) == ["layer-000/a"]
+    store.write_bytes("run/units/layer-000/a.json", content)
+    assert store.record("layer-000/a") is None and store.records() == {}
+
+
+@pytest.mark.parametrize("content", [b"[{", b"{}", b"[1]", DEEP])
+def test_a_damaged_timeline_is_none(store, content):
+    store.write_bytes("run/timeline.json", content)
+    assert read_timeline(store) == []
+    store.write_bytes("run/timeline.json", b'[{"unit": "a"}]')
+    assert read_timeline(store) == [{"unit": "a"}]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        Store(tmp_path).write_bytes("a", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):

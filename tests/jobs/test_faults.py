@@ -95,6 +95,18 @@ def test_a_damaged_shard_is_made_again(tmp_path, neox_folder, text_folder, finis
     assert digests(output) == before
 
 
+def test_damaged_markers_and_timeline_are_made_again(tmp_path, neox_folder, text_folder, finished):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    markers = sorted((output / "run" / "units").rglob("*.json"))
+    for marker in (markers[1], markers[-2]):
+        marker.write_text(marker.read_text()[:-20])
+    (output / "run" / "timeline.json").write_text("[{")
+    assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
+    assert digests(output) == digests(finished)
+    assert all("files" in json.loads(marker.read_text()) for marker in markers)
+
+
 def test_an_unfinished_folder_is_not_a_model(tmp_path, finished, text_folder, capsys):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
