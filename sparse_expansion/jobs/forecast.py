@@ -133,7 +133,7 @@ def _describe(config: RunConfig, model_config: Any) -> _Model:
     """The dense model on the meta device, and the stored bytes of its experts and routers."""
     family = family_of(model_config.model_type)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     blocks = block_list(model, family)
     block, num_layers = blocks[0], len(blocks)
     config.check_layers(num_layers)

@@ -140,7 +140,8 @@ def load_config(folder: Path) -> Any:
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        # Left to itself transformers asks at the terminal, and waits.
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         line = first_line(error)
         raise ValueError(f"{folder / 'config.json'} cannot be read: {line}") from None

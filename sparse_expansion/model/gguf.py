@@ -62,7 +62,11 @@ def _load(path: Path) -> tuple[Any, Any]:
     try:
         # The progress bars of transformers would overwrite ours; its errors are exceptions.
         with _by_itself(path) as folder, contextlib.redirect_stderr(io.StringIO()):
-            where = {"pretrained_model_name_or_path": str(folder), "gguf_file": path.name}
+            where: dict[str, Any] = {
+                "pretrained_model_name_or_path": str(folder),
+                "gguf_file": path.name,
+                "trust_remote_code": False,
+            }
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model = AutoModelForCausalLM.from_pretrained(**where)
     except (ValueError, KeyError, IndexError, OverflowError, OSError, struct.error) as error:

@@ -51,7 +51,9 @@ class ModelShell:
         self.files = CheckpointFiles(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.files)
         with init_empty_weights(include_buffers=False):
-            self._model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            self._model = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=False
+            )
         self._model.eval()
         self.expansion = self._expansion()
         self.expert_cache = ExpertCache()

@@ -26,6 +26,26 @@ def test_folders_that_are_no_models(tmp_path):
         CheckpointFiles(tmp_path)
 
 
+def test_nobody_is_asked_whether_to_run_a_models_code(tmp_path, llama_folder, monkeypatch):
+    """Transformers asks at the terminal where a folder brings code of its own."""
+
+    def asked(*args):
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "their_own", "auto_map": {"AutoConfig": "theirs.TheirConfig"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "theirs.py").write_text("raise SystemExit('code was run')")
+    with pytest.raises(ValueError, match="cannot be read: .*(custom code|trust_remote_code)"):
+        load_config(copy)
+    config |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "theirs.TheirModel"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert ModelShell(copy).num_blocks == 3
+
+
 def test_fingerprint_tells_models_apart(tmp_path, tokenizer, llama_folder):
     copy = tmp_path / "copy"
     shutil.copytree(llama_folder, copy)
