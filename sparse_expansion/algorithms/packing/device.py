@@ -9,7 +9,7 @@ import torch
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.packing.patterns import group_patterns, pattern_index
-from sparse_expansion.algorithms.packing.streams import check_length, check_streams
+from sparse_expansion.algorithms.packing.streams import check_kept, check_length, check_tail
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.algorithms.quantization import dequantize as dequantize_tensor
 
@@ -17,36 +17,16 @@ CHUNK_FIELDS = 1 << 22
 """Fields that are taken apart into bits at a time; a multiple of eight, which fill whole bytes."""
 
 
-def pack(
-    weight_OD: torch.Tensor,
-    kept_OD: torch.Tensor,
-    codes_OD: torch.Tensor | None,
-    *,
-    layout: PackedLayout,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """See ``experts.pack_expert``; the streams are on the weight's device.
+def pack_kept(kept_OD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """The stream of which weights are kept: a bitmask, or patterns.
 
     Raises:
         ValueError: the mask does not fit the layout.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    if layout.is_sparse:
-        found = int(kept_OD.sum())
-        if found != layout.num_kept:
-            raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
-        if layout.group is None:
-            tensors["bitmask"] = pack_fields(kept_OD, 1)
-        else:
-            tensors["patterns"] = pack_fields(_pattern_fields(kept_OD, layout), layout.pattern_bits)
-    source = weight_OD.to(dtype) if layout.bits is None else codes_OD
-    assert source is not None
-    kept = source[kept_OD] if layout.is_sparse else source.flatten()
-    if layout.bits is None:
-        tensors["values"] = kept
-    else:
-        tensors["codes"] = pack_fields(kept, layout.bits)
-    return tensors
+    check_kept(int(kept_OD.sum()), layout)
+    if layout.group is None:
+        return pack_fields(kept_OD, 1)
+    return pack_fields(_pattern_fields(kept_OD, layout), layout.pattern_bits)
 
 
 def unpack(
@@ -56,12 +36,11 @@ def unpack(
     grid: AffineGrid | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ``experts.unpack_expert``; the weight is on the streams' device.
+    """See ``experts.unpack_expert``, which has checked the streams' form.
 
     Raises:
-        ValueError: a stream's length does not fit the layout, or mask and values disagree.
+        ValueError: mask and values disagree.
     """
-    check_streams(tensors, layout, grid)
     stored = next(iter(tensors.values()))
     if layout.is_sparse:
         kept_OD = unpack_kept(tensors, layout)
@@ -71,7 +50,7 @@ def unpack(
         values = tensors["values"]
         dense_OD = torch.zeros(layout.shape, dtype=dtype, device=stored.device)
         return dense_OD.masked_scatter_(kept_OD, values.to(dtype))
-    codes = unpack_fields(tensors["codes"], layout.num_kept, grid.bits).to(torch.uint8)
+    codes = unpack_fields(tensors["codes"], layout.num_kept, grid.bits)
     codes_OD = torch.zeros(layout.shape, dtype=torch.uint8, device=stored.device)
     codes_OD.masked_scatter_(kept_OD, codes)
     places = torch.arange(layout.columns, device=grid.scale_OG.device)
@@ -89,13 +68,10 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
     if layout.group is None:
         stream, count = tensors["bitmask"], layout.rows * layout.columns
         kept_OD = unpack_fields(stream, count, 1).bool().view(layout.shape)
-        if count % 8 and int(stream[-1]) >> count % 8:
-            raise ValueError("bits after the last weight of the mask are set")
+        check_tail(stream, layout)
     else:
         kept_OD = _kept_of_patterns(tensors["patterns"], layout)
-    found = int(kept_OD.sum())
-    if found != layout.num_kept:
-        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
+    check_kept(int(kept_OD.sum()), layout)
     return kept_OD
 
 

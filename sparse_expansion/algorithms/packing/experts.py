@@ -24,8 +24,9 @@ from sparse_expansion.algorithms.packing import device
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.packing.patterns import pack_patterns, unpack_patterns
 from sparse_expansion.algorithms.packing.streams import (
-    check_length,
+    check_kept,
     check_streams,
+    check_tail,
     over_rows,
     pack_codes,
     pack_mask,
@@ -47,8 +48,9 @@ def pack_expert(
     *,
     layout: PackedLayout,
     dtype: torch.dtype,
+    compiled: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The named streams of one expert (``PackedLayout.streams``).
+    """The named streams of one expert (``PackedLayout.streams``), on the weight's device.
 
     Args:
         weight_OD: the compressed weight.
@@ -56,40 +58,41 @@ def pack_expert(
         codes_OD: uint8 codes where quantized.
         layout: the expert's layout.
         dtype: the dtype of stored values.
+        compiled: whether by compiled loops; by default on a CPU.
 
     Raises:
         ValueError: the mask does not fit the layout.
     """
-    if weight_OD.is_cuda:
-        return device.pack(weight_OD, kept_OD, codes_OD, layout=layout, dtype=dtype)
+    compiled = _takes_loops(weight_OD, compiled)
+    source = weight_OD.to(dtype) if layout.bits is None else codes_OD
+    assert source is not None
     tensors: dict[str, torch.Tensor] = {}
-    mask = pack_mask(kept_OD)
-    if layout.is_sparse:
-        _check_kept(mask, layout)
-        if layout.group is None:
-            tensors["bitmask"] = mask
-        else:
-            tensors["patterns"] = pack_patterns(mask, layout)
-    if layout.bits is None:
-        tensors["values"] = _compact(weight_OD.to(dtype).contiguous(), mask, layout)
+    if not layout.is_sparse:
+        kept = source.reshape(-1)
     else:
-        assert codes_OD is not None
-        codes = _compact(codes_OD.contiguous(), mask, layout)
-        tensors["codes"] = pack_codes(codes, layout.bits)
+        name = "bitmask" if layout.group is None else "patterns"
+        if compiled:
+            mask = pack_mask(kept_OD)
+            check_kept(count_ones(mask.numpy()), layout)
+            tensors[name] = mask if layout.group is None else pack_patterns(mask, layout)
+            kept = _compact(source.contiguous(), mask, layout)
+        else:
+            tensors[name] = device.pack_kept(kept_OD, layout)
+            kept = source[kept_OD]
+    if layout.bits is None:
+        tensors["values"] = kept
+    else:
+        tensors["codes"] = (pack_codes if compiled else device.pack_fields)(kept, layout.bits)
     return tensors
 
 
-def _check_kept(mask: torch.Tensor, layout: PackedLayout) -> None:
-    """Refuse a mask that keeps another number of weights than the layout's."""
-    found = count_ones(mask.numpy())
-    if found != layout.num_kept:
-        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
+def _takes_loops(tensor: torch.Tensor, compiled: bool | None) -> bool:
+    """Whether compiled loops do the work: by default on a CPU."""
+    return not tensor.is_cuda if compiled is None else compiled
 
 
 def _compact(tensor: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """The kept entries of a tensor, in order."""
-    if not layout.is_sparse:
-        return tensor.reshape(-1)
     unsigned = _UNSIGNED[tensor.element_size()]
     source = tensor.view(unsigned).numpy().reshape(-1)
     out = torch.empty(layout.num_kept, dtype=tensor.dtype)
@@ -118,8 +121,15 @@ class _KeptBefore:
         return int(count_ones(self.stream[: position // 8]))
 
 
-def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+def unpack_kept(
+    tensors: dict[str, torch.Tensor], layout: PackedLayout, *, compiled: bool | None = None
+) -> torch.Tensor:
     """Which weights are kept, ``[O, D]`` (bool), on the streams' device.
+
+    Args:
+        tensors: as ``pack_expert`` named them.
+        layout: the expert's layout.
+        compiled: whether by compiled loops; by default on a CPU.
 
     Raises:
         ValueError: a stream is too long, too short, or keeps another number of weights.
@@ -128,25 +138,23 @@ def unpack_kept(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch
     stored = next(iter(tensors.values()))
     if not layout.is_sparse:
         return torch.ones(layout.shape, dtype=torch.bool, device=stored.device)
-    if stored.is_cuda:
+    if not _takes_loops(stored, compiled):
         return device.unpack_kept(tensors, layout)
     return unpack_mask(bitmask(tensors, layout), layout.shape)
 
 
 def bitmask(tensors: dict[str, torch.Tensor], layout: PackedLayout) -> torch.Tensor:
-    """Which weights are kept, as a stream of bits.
+    """Which weights are kept, as a stream of bits, of streams on a CPU whose form was checked.
 
     Raises:
-        ValueError: a stream is too long, too short, or keeps another number of weights.
+        ValueError: the mask keeps another number of weights, or none of the layout's patterns.
     """
     if layout.group is None:
-        mask = tensors["bitmask"].cpu()
-        check_length(mask, packed_bytes(layout.rows * layout.columns, 1))
+        mask = tensors["bitmask"]
     else:
         mask = unpack_patterns(tensors["patterns"], layout)
-    if layout.rows * layout.columns % 8 and int(mask[-1]) >> layout.rows * layout.columns % 8:
-        raise ValueError("bits after the last weight of the mask are set")
-    _check_kept(mask, layout)
+    check_tail(mask, layout)
+    check_kept(count_ones(mask.numpy()), layout)
     return mask
 
 
@@ -156,6 +164,7 @@ def unpack_expert(
     layout: PackedLayout,
     grid: AffineGrid | None,
     dtype: torch.dtype,
+    compiled: bool | None = None,
 ) -> torch.Tensor:
     """The dense weight ``[O, D]`` of one expert in ``dtype``: the inverse of ``pack_expert``.
 
@@ -166,12 +175,13 @@ def unpack_expert(
         layout: the expert's layout.
         grid: the linear's grid when the expert is quantized.
         dtype: the dtype of the result.
+        compiled: whether by compiled loops; by default on a CPU.
 
     Raises:
         ValueError: a stream's length does not fit the layout, or mask and values disagree.
     """
     check_streams(tensors, layout, grid)
-    if next(iter(tensors.values())).is_cuda:
+    if not _takes_loops(next(iter(tensors.values())), compiled):
         return device.unpack(tensors, layout=layout, grid=grid, dtype=dtype)
     if grid is None:
         values = tensors["values"]

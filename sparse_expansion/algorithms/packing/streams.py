@@ -100,6 +100,27 @@ def check_streams(
                 raise ValueError(f"a grid has shape {tuple(part.shape)}, {shape} expected")
 
 
+def check_kept(found: int, layout: PackedLayout) -> None:
+    """Refuse a mask that keeps another number of weights than the layout's.
+
+    Raises:
+        ValueError: the number is another.
+    """
+    if found != layout.num_kept:
+        raise ValueError(f"mask keeps {found} weights, {layout.num_kept} expected")
+
+
+def check_tail(mask: torch.Tensor, layout: PackedLayout) -> None:
+    """Refuse a mask's stream that goes on after the last weight.
+
+    Raises:
+        ValueError: one of the bits that fill the last byte is set.
+    """
+    count = layout.rows * layout.columns
+    if count % 8 and int(mask[-1]) >> count % 8:
+        raise ValueError("bits after the last weight of the mask are set")
+
+
 def check_length(stream: torch.Tensor, expected: int) -> None:
     """Refuse a stream that has not so many bytes.
 
