@@ -65,7 +65,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     ),
 }
 """Published sizes (Llama 2 7B and 13B, Pythia 12B), and one to try the benchmark with."""
-DEFAULTS = "--preset paper --num_clusters 16 --sparsity 2:4 --bits 4".split()
+DEFAULTS = "--preset paper --num_clusters 16 --sparsity 2:4 --quantize --bits 4".split()
 SAMPLE_SECONDS = 1.0
 UNFINISHED = 75
 """Exit code of a call whose time was over before the run was: call again."""

@@ -118,6 +118,13 @@ class Store:
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise ValueError(f"{self.path(name)} is not valid JSON: delete it") from None
 
+    def read_intact_json(self, name: str) -> Any | None:
+        """A JSON file's content, None where it is not JSON."""
+        try:
+            return self.read_json(name)
+        except ValueError:
+            return None
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
@@ -190,10 +197,7 @@ class Store:
         name = f"{UNITS}/{key}.json"
         if not self.exists(name):
             return None
-        try:
-            found = self.read_json(name)
-        except ValueError:
-            return None
+        found = self.read_intact_json(name)
         return found if _is_marker(found) else None
 
     def records(self) -> dict[str, dict[str, Any]]:
@@ -232,10 +236,11 @@ def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     copies = {}
     for key, tensor in tensors.items():
-        copies[key] = tensor.contiguous()
         if tensor.is_cuda:
             copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             copies[key].copy_(tensor, non_blocking=True)
+        else:
+            copies[key] = tensor.contiguous()
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return copies
@@ -293,13 +298,11 @@ def read_timeline(store: Store) -> list[dict[str, Any]]:
     """Rows of the run's timeline so far, none before its first expansion has ended."""
     if not store.exists(TIMELINE_FILE):
         return []
-    try:
-        rows = store.read_json(TIMELINE_FILE)
-    except ValueError:
-        # It is for people to look at: a run goes on without what was damaged.
-        return []
-    is_timeline = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    return rows if is_timeline else []
+    # It is for people to look at: a run goes on without what was damaged.
+    rows = store.read_intact_json(TIMELINE_FILE)
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return rows
+    return []
 
 
 def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
@@ -309,7 +312,7 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
         ValueError: the folder holds something else, or the same run and ``resume`` is not set.
     """
     if store.exists(RUN_FILE):
-        found = _read_identity(store)
+        found = read_identity(store)
         if found.get("digest") != identity["digest"]:
             different = [
                 key
@@ -336,16 +339,13 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
     store.write_json(RUN_FILE, identity)
 
 
-def _read_identity(store: Store) -> dict[str, Any]:
-    """What the folder is claimed for.
+def read_identity(store: Store) -> dict[str, Any]:
+    """What a run's folder is claimed for.
 
     Raises:
         ValueError: the file is damaged, so that nobody knows.
     """
-    try:
-        found = store.read_json(RUN_FILE)
-    except ValueError:
-        found = None
+    found = store.read_intact_json(RUN_FILE)
     if not isinstance(found, dict):
         raise ValueError(
             f"{store.path(RUN_FILE)} is damaged, and with it what the run was: delete the folder "

@@ -67,7 +67,7 @@ def test_the_benchmark_compares_equal_work(llama_folder, text_folder, capsys):
 def test_a_model_of_full_size_is_expanded_in_pieces(tmp_path, text_folder, capsys):
     """Ended at once, gone on, and done: the same command line, in processes of its own."""
     flags = f"tiny --work {tmp_path} --windows 4 --seqlen 32 --eval-windows 2 --device cpu "
-    flags += f"--dataset {text_folder} --preset paper --num_clusters 2 --PCA_reduction_factor 4"
+    flags += f"--dataset {text_folder}"
     code = full_size.main([*flags.split(), "--seconds", "0"])
     assert code == full_size.UNFINISHED
     assert json.loads(capsys.readouterr().out)["finished"] is False

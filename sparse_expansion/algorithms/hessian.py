@@ -35,7 +35,8 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         CompressionError: an activation is NaN or infinite.
     """
     X = X_TD.float()
-    if takes_tensor_cores(X_TD):
+    is_exact = takes_tensor_cores(X_TD)
+    if is_exact:
         sum_DD = _exact_products(X_TD, X_TD)
     else:
         sum_DD = X.new_empty(X.shape[1], X.shape[1])
@@ -43,11 +44,9 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
     check_finite(X, sum_DD.diagonal())
     cross_DD = None
     if dense_residual_TD is not None:
-        if takes_tensor_cores(X_TD):
-            cross_DD = _exact_products(dense_residual_TD, X_TD)
-        else:
-            cross_DD = dense_residual_TD.float().T @ X
-        check_finite(dense_residual_TD)
+        residual_TD = dense_residual_TD
+        cross_DD = _exact_products(residual_TD, X_TD) if is_exact else residual_TD.float().T @ X
+        check_finite(residual_TD)
     norms_T = torch.linalg.vector_norm(X, dim=1).double()
     return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
 
@@ -61,7 +60,7 @@ def takes_tensor_cores(X_TD: torch.Tensor) -> bool:
 
 def _exact_products(A_TD: torch.Tensor, B_TE: torch.Tensor) -> torch.Tensor:
     """``A^T B`` in float32 of inputs of half precision, whose products have no rounding error."""
-    return torch.mm(A_TD.T, B_TE.to(A_TD.dtype), out_dtype=torch.float32)
+    return torch.mm(A_TD.T, B_TE, out_dtype=torch.float32)
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:

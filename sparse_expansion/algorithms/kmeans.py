@@ -59,7 +59,8 @@ def fit_kmeans(
         max_iterations: Lloyd iterations of a run at most.
         seed: of all starts.
         backend: ``torch``, ``sklearn``, ``cuml``, or ``auto``: PyTorch on a GPU, where
-            scikit-learn would work on the host, and scikit-learn on a CPU, where it is faster.
+            scikit-learn would work on the host, and scikit-learn on a CPU, where PyTorch's bytes
+            depend on the number of threads.
 
     Raises:
         CompressionError: fewer tokens than clusters, or tokens that are not finite.

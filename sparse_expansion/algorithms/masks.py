@@ -66,13 +66,14 @@ def n_m_mask(saliency_KMO: torch.Tensor, num_pruned: int) -> torch.Tensor:
         saliency_KMO: saliencies of one group of M columns (columns in dimension 1).
         num_pruned: N of N:M.
     """
+    # A sort of millions of groups of four takes ten times as long as comparing every pair.
+    is_small = saliency_KMO.shape[1] <= RANKED_COLUMNS
+    if is_small and saliency_KMO.is_cuda:
+        return ranks(saliency_KMO) < num_pruned
     mask = torch.zeros_like(saliency_KMO, dtype=torch.bool)
-    if saliency_KMO.shape[1] > RANKED_COLUMNS:
+    if not is_small:
         order = torch.argsort(saliency_KMO, dim=1, stable=True)
         return mask.scatter_(1, order[:, :num_pruned], True)
-    # A sort of millions of groups of four takes ten times as long as comparing every pair.
-    if saliency_KMO.is_cuda:
-        return torch.lt(ranks(saliency_KMO), num_pruned, out=mask)
     saliency, out = saliency_KMO.numpy(), mask.numpy().view(np.uint8)
     threads.split(
         len(saliency),

@@ -123,7 +123,7 @@ def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dic
     """The dense model, and the folders of those to compare it with, by role."""
     from sparse_expansion.model.sources import resolve_name
     from sparse_expansion.model.streaming import ModelShell
-    from sparse_expansion.run_files import RUN_FILE
+    from sparse_expansion.store import read_identity
     from sparse_expansion.studies.neuron_table import EXPANDED, ONE_CLUSTER
 
     source = resolve_name(args.folder)
@@ -134,7 +134,7 @@ def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dic
         models[EXPANDED] = shell.folder
         dense = args.dense
         if dense is None:
-            dense = open_run(str(shell.folder)).read_json(RUN_FILE)["model"]
+            dense = read_identity(open_run(str(shell.folder)))["model"]
         source = resolve_name(dense)
         shell = fetch_shell(args, source)
     if args.one_cluster is not None:

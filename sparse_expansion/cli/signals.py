@@ -19,19 +19,12 @@ _asked: tuple[int, float] | None = None
 """The first signal that came, and when; what it raises may arrive as something else."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is what ``ray job stop`` and a cluster that shrinks send first.
-
-    Ray's compiled code lets a KeyboardInterrupt through as it is, where it makes a SystemError of
-    any other exception that a signal raises while it waits.
-    """
-
-
 def end_cleanly() -> None:
-    """Raise ``Terminated`` in the main thread on SIGTERM, and ``KeyboardInterrupt`` on SIGINT.
+    """Raise ``KeyboardInterrupt`` in the main thread on SIGINT and SIGTERM.
 
-    Whatever becomes of the exception on its way out, of an import that it interrupts an
-    ImportError, ``exit_code`` remembers the signal.
+    SIGTERM is what ``ray job stop`` and a cluster that shrinks send first. Whatever becomes of the
+    exception on its way out, of an import that it interrupts an ImportError, ``exit_code``
+    remembers the signal.
     """
     global _asked
     _asked = None
@@ -65,7 +58,9 @@ def _end(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _asked is None:
         _asked = number, now
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        # Ray's compiled code lets a KeyboardInterrupt through as it is, where it makes a
+        # SystemError of any other exception that a signal raises while it waits.
+        raise KeyboardInterrupt
     # One signal often comes twice, to the process and to its group: the first is being obeyed.
     if now - _asked[1] > PATIENCE_SECONDS:
         _say(_asked[0])

@@ -53,6 +53,11 @@ class _Model:
         weights = self.parameters.total - self.shape.num_layers * self.shape.mlp_weights
         return weights * self.shape.item_bytes
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Stored bytes of the whole expanded model."""
+        return self.trunk_bytes + self.expert_bytes + self.router_bytes
+
 
 @dataclass(frozen=True)
 class _Graph:
@@ -107,7 +112,7 @@ def forecast(
         "units": dict(Counter(unit.stage for unit in graph.units)),
         "calibration_tokens": config.calibration.num_tokens,
         "flops": dict(flops),
-        "checkpoint_bytes": model.trunk_bytes + model.expert_bytes + model.router_bytes,
+        "checkpoint_bytes": model.checkpoint_bytes,
         "dense_checkpoint_bytes": shape.item_bytes * model.parameters.total,
         "disk_bytes": _disk_bytes(config, model),
         "expert_bytes": model.expert_bytes,
@@ -209,7 +214,7 @@ def _disk_bytes(config: RunConfig, model: _Model) -> int:
     scratch = config.calibration.num_tokens * shape.hidden_size * shape.item_bytes
     if config.refines:
         scratch += model.expert_bytes // shape.num_layers
-    return model.trunk_bytes + model.expert_bytes + model.router_bytes + 2 * scratch
+    return model.checkpoint_bytes + 2 * scratch
 
 
 def _value_bytes(units: Sequence[Unit]) -> int:

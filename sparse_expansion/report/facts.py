@@ -9,7 +9,7 @@ from typing import Any
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.report.experts import ExpertRow, LinearFacts, expert_rows, linear_facts
 from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE, RUN_FILE, parse_weight_file
-from sparse_expansion.store import Store, read_allocation, read_timeline
+from sparse_expansion.store import Store, read_allocation, read_identity, read_timeline
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_facts(store: Store) -> RunFacts:
     """
     if not store.exists(RUN_FILE):
         raise ValueError(f"{store.root} holds no run: give the --output folder of one")
-    identity = store.read_json(RUN_FILE)
+    identity = read_identity(store)
     records = store.records()
     experts = expert_rows(records)
     is_finished = store.exists(METRICS_FILE)

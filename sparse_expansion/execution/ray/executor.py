@@ -111,9 +111,9 @@ def sized_pool(
     gpus = options.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if spec.device != "cpu" and cluster_gpus >= 1 else 0.0
-        if shares_gpus and gpus and (options.num_workers or 1) > cluster_gpus:
+        if gpus and shares_gpus and options.num_workers is not None:
             # As many workers on every GPU; Ray counts shares in ten-thousandths.
-            on_each = math.ceil((options.num_workers or 1) / cluster_gpus)
+            on_each = math.ceil(options.num_workers / cluster_gpus)
             gpus = math.floor(10_000 / on_each) / 10_000
     cpus = options.cpus_per_worker
     count = options.num_workers
