@@ -92,7 +92,9 @@ def describe_starved(counts: ExpertCounts) -> str:
 
 
 def describe_machine(metrics: dict[str, Any]) -> str:
-    """What the run was done on, with which versions, and when."""
+    """What the run was done on, with which versions, and when; empty of runs that kept it not."""
+    if "versions" not in metrics:
+        return ""
     devices = ", ".join(metrics["devices"]) or "no work was left to do"
     peak = metrics["device_peak_memory_bytes"]
     if peak:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from sparse_expansion.report.describe import describe_asked, describe_starved
+from sparse_expansion.report.describe import describe_asked, describe_machine, describe_starved
 from sparse_expansion.report.experts import LinearFacts, count_experts
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.figures.allocation import allocation
@@ -52,6 +52,7 @@ def report_page(facts: RunFacts, *, price_per_hour: float | None = None) -> str:
         allocation_plot=svg(allocation(facts.allocation)) if facts.allocation else "",
         settings=sorted(_flat(facts.config)),
         command=facts.command,
+        machine="" if metrics is None else describe_machine(metrics),
     )
 
 

@@ -76,9 +76,8 @@ def _run_notes(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"{counts.raised} experts needed more than the asked damping")
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())
     lines.append(f"{seconds}  peak memory {format_bytes(metrics['peak_memory_bytes'])}")
-    if "versions" in metrics:
-        lines.append(describe_machine(metrics))
-    return lines
+    machine = describe_machine(metrics)
+    return [*lines, machine] if machine else lines
 
 
 def profile_table(profile: dict[str, Any]) -> str:

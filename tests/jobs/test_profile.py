@@ -35,6 +35,7 @@ def test_devices_of_all_workers():
     text = describe_machine(found)
     assert "on H100, L40S (peak 7.0 GB of its memory); " in text
     assert f"torch {torch.__version__}" in text
+    assert describe_machine({"seconds": {}}) == ""
 
 
 def test_shares_by_hand():

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from sparse_expansion.cli import main
+from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.report.facts import read_facts
 from sparse_expansion.report.page import report_page
 from sparse_expansion.run_files import RUN_FILE
@@ -57,6 +58,7 @@ def test_a_finished_run(folder, tmp_path, capsys):
         f"{metrics['perplexity_expanded']:.3f}",
         f"{metrics['perplexity_dense']:.3f}",
         metrics["command"],
+        describe_machine(metrics),
         f"{sum(metrics['unit_seconds'].values()):.2f}",
         "Where quality is lost",
         "Sparsity by block",
