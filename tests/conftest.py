@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests import tiny
+from tests.execution import preforked
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,26 @@ def short_home() -> Iterator[Path]:
     """A home with a short path: Ray's sockets lie in it, and Linux bounds the length of theirs."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as home:
         yield Path(home)
+
+
+@pytest.fixture(scope="session")
+def worker_program() -> Iterator[str]:
+    """What Ray starts workers with: a stand-in for Python that has them forked."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as folder,
+        preforked.interpreter(Path(folder)) as program,
+    ):
+        yield program
+
+
+@pytest.fixture(autouse=True)
+def _quick_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Ray that a test starts in its own process has its workers forked."""
+    if request.node.get_closest_marker("ray") is None:
+        yield
+        return
+    with preforked.starting_workers(request.getfixturevalue("worker_program")):
+        yield
 
 
 @pytest.fixture(scope="session")

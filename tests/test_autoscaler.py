@@ -24,7 +24,7 @@ HEAD_ID = "f" * 51 + "00000"
 
 
 @pytest.fixture
-def cluster(short_home):
+def cluster(short_home, worker_program):
     """Address of a head without workers, whose autoscaler starts processes in place of machines."""
     shipped = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     port = free_port()
@@ -72,7 +72,7 @@ def cluster(short_home):
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }
-    with ray_head(home, port, flags, is_up, **environment):
+    with ray_head(home, port, flags, is_up, worker_program, **environment):
         yield f"127.0.0.1:{port}"
 
 

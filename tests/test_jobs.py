@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def head(short_home):
+def head(short_home, worker_program):
     """Address of a job server; everything it started ends with the tests."""
     home = short_home
     dashboard = free_port()
@@ -45,7 +45,7 @@ def head(short_home):
             return False
         return True
 
-    with ray_head(home, free_port(), flags, is_up, RAY_JOB_STOP_WAIT_TIME_S="20"):
+    with ray_head(home, free_port(), flags, is_up, worker_program, RAY_JOB_STOP_WAIT_TIME_S="20"):
         yield address
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,15 +60,26 @@ def kill_all_with_home(home: Path) -> None:
             subprocess.run(["kill", "-KILL", environ.parent.name], check=False)
 
 
+START_RAY = (
+    "import sys; sys.executable = sys.argv.pop(1); import ray.scripts.scripts as r; r.main()"
+)
+"""The program `ray`, but that workers are started with the first argument."""
+
+
 @contextmanager
 def ray_head(
-    home: Path, port: int, flags: Sequence[str], is_up: Callable[[], bool], **environment: str
+    home: Path,
+    port: int,
+    flags: Sequence[str],
+    is_up: Callable[[], bool],
+    worker_program: str,
+    **environment: str,
 ) -> Iterator[None]:
     """`ray start --head` with a home of its own; all that it started ends with the block."""
     log = (home / "head.log").open("w")
     process = subprocess.Popen(
         [
-            str(BIN / "ray"),
+            *(sys.executable, "-c", START_RAY, worker_program),
             "start",
             "--head",
             "--block",

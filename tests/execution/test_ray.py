@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,9 +19,10 @@ from sparse_expansion.jobs.prepare import evaluation_tokens
 from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.types import CompressionError, HessianSum
 from sparse_expansion.work.spec import WorkerSpec
-from tests.execution import ray_helpers
+from tests.execution import preforked, ray_helpers
 from tests.execution.ray_helpers import Run, config
-from tests.tiny import SMALL_RUN, digests
+from tests.jobs import processes
+from tests.tiny import digests
 
 pytestmark = pytest.mark.ray
 
@@ -39,9 +38,9 @@ def reference(tmp_path_factory, neox_folder, text_folder):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(worker_program):
     """A head without GPU and two nodes with one logical GPU each."""
-    with small_cluster(nodes=2) as made:
+    with preforked.starting_workers(worker_program), small_cluster(nodes=2) as made:
         yield made
 
 
@@ -308,17 +307,7 @@ def test_wire_format():
 
 def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
     return [
-        sys.executable,
-        "-m",
-        "sparse_expansion.cli",
-        "expand",
-        "--model",
-        str(model),
-        "--dataset",
-        str(text),
-        "--output",
-        str(output),
-        *SMALL_RUN,
+        *processes.arguments(model, text, output),
         "--preset",
         "paper",
         "--executor",
@@ -328,40 +317,33 @@ def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:
 
 
 def test_driver_killed_and_resumed_with_another_number_of_workers(
-    tmp_path, neox_folder, text_folder, reference
+    tmp_path, neox_folder, text_folder, reference, worker_program
 ):
     """Through the command line, which starts (and ends) a Ray of its own."""
-    output = tmp_path / "o"
-    process = subprocess.Popen(
-        command(neox_folder, text_folder, output, "--num-workers", "1"),
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    output, log = tmp_path / "o", tmp_path / "log"
+    one = command(neox_folder, text_folder, output, "--num-workers", "1")
+    process = processes.start(one, log, worker_program)
     marker = output / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
     deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (output / "config.json").exists()
-    done = subprocess.run(
-        command(neox_folder, text_folder, output, "--num-workers", "2", "--resume"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "worker-001@" in done.stderr or "worker-000@" in done.stderr
+    two = command(neox_folder, text_folder, output, "--num-workers", "2", "--resume")
+    process = processes.start(two, log, worker_program)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert "worker-001@" in log.read_text() or "worker-000@" in log.read_text()
     assert digests(output) == reference["compressed"]
 
 
-def test_unreachable_cluster_is_bad_input(tmp_path, neox_folder, text_folder):
-    done = subprocess.run(
-        command(neox_folder, text_folder, tmp_path / "o", "--ray-address", "127.0.0.1:1"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_unreachable_cluster_is_bad_input(tmp_path, neox_folder, text_folder, worker_program):
+    log = tmp_path / "log"
+    flags = command(neox_folder, text_folder, tmp_path / "o", "--ray-address", "127.0.0.1:1")
+    process = processes.start(flags, log, worker_program)
+    process.join()
+    assert process.exitcode == 2
+    last = log.read_text().strip().splitlines()[-1]
     assert "Ray at 127.0.0.1:1 cannot be reached" in last and "--ray-address" in last

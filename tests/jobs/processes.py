@@ -27,18 +27,22 @@ def arguments(model, text, output):
     return ["expand", *where, *SMALL_RUN]
 
 
-def start(command, log):
-    """The process of a command line; its exit code and messages are those of the program."""
+def start(command, log, worker_program=None):
+    """The process of a command line; its exit code and messages are those of the program.
+
+    ``worker_program`` is what a Ray that it starts is to start workers with.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    process = context.Process(target=_run, args=(command, str(log)))
+    process = context.Process(target=_run, args=(command, str(log), worker_program))
     process.start()
     return process
 
 
-def _run(command, log):
+def _run(command, log, worker_program):
     from sparse_expansion.cli import main
 
+    sys.executable = worker_program or sys.executable
     # A shell lets what it starts in the background ignore SIGINT, and its children with it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)
