@@ -33,7 +33,7 @@ demo: $(VENV)/.smollm2
 
 # A process per core; see tests/conftest.py for how tests are dealt out.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 # The set-up commands of cluster.yaml, in a home and an environment of their own.
 cluster-setup: $(VENV)/.installed
