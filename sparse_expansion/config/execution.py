@@ -11,6 +11,8 @@ from sparse_expansion.config.sizes import format_size, parse_size
 EXECUTORS = ("local", "ray")
 _AT_LEAST_ONE = ("threads", "num_workers", "max_attempts", "eval_pipeline")
 _NOT_NEGATIVE = ("gpus_per_worker", "cpus_per_worker", "worker_timeout")
+SHORTEST_STALL = 10.0
+"""Seconds in which a worker is asked for a sign of life at least once."""
 _RAY_ONLY = (
     "ray_address",
     "num_workers",
@@ -95,6 +97,12 @@ class ExecutionOptions:
         metavar="SECONDS",
         group="execution",
     )
+    stall_timeout: float = setting(
+        60.0,
+        "Seconds without a sign of life from a busy Ray actor before its unit is given to another.",
+        metavar="SECONDS",
+        group="execution",
+    )
     object_store_bytes: int | None = setting(
         None,
         "Object store of a Ray that is started here.",
@@ -127,6 +135,10 @@ class ExecutionOptions:
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             require(value is None or value >= 0, f"{known[name].flag} {value} must not be negative")
+        require(
+            self.stall_timeout >= SHORTEST_STALL,
+            f"--stall-timeout {self.stall_timeout:g} must be at least {SHORTEST_STALL:g} seconds",
+        )
         for name in _RAY_ONLY:
             flag = known[name].flag
             require(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -165,6 +166,28 @@ def test_an_actor_killed_in_mid_run(cluster, tmp_path, neox_folder, text_folder,
     assert run.digests() == reference["compressed"]
 
 
+def test_a_worker_that_is_stopped_loses_its_unit(
+    cluster, tmp_path, neox_folder, text_folder, reference, caplog
+):
+    """It would answer never, and Ray would wait for it for ever."""
+    run = Run(neox_folder, text_folder, tmp_path / "o", config())
+    stopped = []
+
+    def stop(executor, progress):
+        if progress.unit.layer == 1 and progress.unit.stage == "gather" and not stopped:
+            handle = executor.pool.handles[progress.worker.split("@")[0]]
+            stopped.append(handle.process)
+            os.kill(handle.process, signal.SIGSTOP)
+
+    try:
+        executor = run.on_ray(num_workers=2, gpus_per_worker=1, stall_timeout=10, observe=stop)
+    finally:
+        os.kill(stopped[0], signal.SIGKILL)
+    assert executor.pool.num_lost == 1
+    assert run.digests() == reference["compressed"]
+    assert f"process {stopped[0]} on {os.uname().nodename} shows no sign of life" in caplog.text
+
+
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("schedule", ["compressed", "dense"])
 def test_a_node_removed_in_mid_run(
@@ -237,6 +260,10 @@ class SuicidalActor:
 
     def ready(self):
         return self.inner.ready()
+
+    @ray.method(concurrency_group="signs")
+    def alive(self):
+        pass
 
     def run(self, unit, *inputs):
         if "marker" in unit.params:
@@ -324,9 +351,7 @@ def test_driver_killed_and_resumed_with_another_number_of_workers(
     one = command(neox_folder, text_folder, output, "--num-workers", "1")
     process = processes.start(one, log, worker_program)
     marker = output / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
-    deadline = time.monotonic() + 120
-    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(marker.exists, process)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -337,6 +362,44 @@ def test_driver_killed_and_resumed_with_another_number_of_workers(
     assert process.exitcode == 0, log.read_text()
     assert "worker-001@" in log.read_text() or "worker-000@" in log.read_text()
     assert digests(output) == reference["compressed"]
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("raylet", "this machine's raylet"), ("gcs_server", "the head of the Ray cluster")],
+)
+def test_a_cluster_that_ends_ends_the_run(
+    program, name, tmp_path, neox_folder, text_folder, worker_program
+):
+    output, log = tmp_path / "o", tmp_path / "log"
+    # Long enough not to be over first.
+    long = ["--num-workers", "1", "--dataset-size", "8000"]
+    flags = command(neox_folder, text_folder, output, *long)
+    sooner = {"sparse_expansion.execution.ray.liveness.HEAD_SECONDS": 8}
+    process = processes.start(flags, log, worker_program, sooner)
+    wait_for((output / "run" / "units").exists, process)
+    (part,) = children(process.pid, program)
+    os.kill(part, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 1
+    message = log.read_text().strip().splitlines()[-1]
+    assert f"error: {name}" in message and "continue with --resume" in message
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def children(parent, program):
+    """Ids of the processes that a process has started with a program."""
+    found = subprocess.run(
+        ["ps", "--ppid", str(parent), "-o", "pid=,comm="], capture_output=True, text=True
+    )
+    rows = [line.split() for line in found.stdout.splitlines()]
+    return [int(number) for number, name in rows if name == program]
 
 
 def test_unreachable_cluster_is_bad_input(tmp_path, neox_folder, text_folder, worker_program):

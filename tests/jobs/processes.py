@@ -4,6 +4,7 @@ They are forked from a server that has imported what they need and done nothing 
 PyTorch takes longer than the whole run.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -27,22 +28,28 @@ def arguments(model, text, output):
     return ["expand", *where, *SMALL_RUN]
 
 
-def start(command, log, worker_program=None):
+def start(command, log, worker_program=None, constants=None):
     """The process of a command line; its exit code and messages are those of the program.
 
-    ``worker_program`` is what a Ray that it starts is to start workers with.
+    ``worker_program`` is what a Ray that it starts is to start workers with; ``constants`` are
+    values of module-level names in place of theirs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
-    process = context.Process(target=_run, args=(command, str(log), worker_program))
+    process = context.Process(
+        target=_run, args=(command, str(log), worker_program, constants or {})
+    )
     process.start()
     return process
 
 
-def _run(command, log, worker_program):
+def _run(command, log, worker_program, constants):
     from sparse_expansion.cli import main
 
     sys.executable = worker_program or sys.executable
+    for name, value in constants.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
     # A shell lets what it starts in the background ignore SIGINT, and its children with it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)

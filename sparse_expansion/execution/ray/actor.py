@@ -15,6 +15,9 @@ from sparse_expansion.units import Unit
 from sparse_expansion.work.spec import WorkerSpec
 from sparse_expansion.work.worker import Worker
 
+SIGNS = "signs"
+"""Ray's group of calls that are answered in a thread of their own."""
+
 
 class UnitActor:
     """A worker in a process of its own."""
@@ -28,9 +31,13 @@ class UnitActor:
         transformers_logging.disable_progress_bar()
         self.worker = Worker(spec)
 
-    def ready(self) -> tuple[str, str]:
-        """Node id and host name: the first call, answered once the actor is placed."""
-        return ray.get_runtime_context().get_node_id(), os.uname().nodename
+    def ready(self) -> tuple[str, str, int]:
+        """Node id, host name, process id: the first call, answered once the actor is placed."""
+        return ray.get_runtime_context().get_node_id(), os.uname().nodename, os.getpid()
+
+    @ray.method(concurrency_group=SIGNS)  # type: ignore[untyped-decorator]
+    def alive(self) -> None:
+        """Answer, also while a unit is done."""
 
     def run(self, unit: Unit, config: RunConfig, first_open_layer: int, *inputs: Any) -> Any:
         """Do a unit; the report and each output are objects of their own."""
@@ -54,8 +61,14 @@ class ActorHandle:
     """Id of the node that it runs on; None until it has come up."""
     host: str = ""
     """Name of that node's machine."""
+    process: int = 0
+    """Id of its process there."""
     busy: bool = False
     """Whether it does a unit."""
+    sign: Any = None
+    """Reference to the answer whether it is alive; None while it is not asked."""
+    asked: float = 0.0
+    """Monotonic second at which it was last asked, or given a unit."""
 
     @property
     def is_up(self) -> bool:

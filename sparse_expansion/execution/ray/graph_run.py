@@ -26,6 +26,7 @@ from sparse_expansion.config import ExecutionOptions, RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
+from sparse_expansion.execution.ray.liveness import ClusterWatch, stalled_workers
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
 from sparse_expansion.messages import first_line
@@ -111,6 +112,7 @@ class GraphRun:
         self.cost_done = 0.0
         self.last_alive = time.monotonic()
         self.last_warned: float | None = None
+        self.watch = ClusterWatch()
 
     def loop(self) -> dict[str, UnitReport]:
         """Do all units; returns their reports by key.
@@ -154,7 +156,7 @@ class GraphRun:
             method = handle.actor.run.options(num_returns=1 + len(unit.outputs), name=unit.key)
             refs = method.remote(unit, self.config, self.schedule.first_open_layer, *inputs)
             refs = tuple(refs) if isinstance(refs, list) else (refs,)
-            handle.busy = True
+            handle.busy, handle.asked = True, time.monotonic()
             self.calls[refs[0]] = Call(unit, handle, refs, time.time())
 
     def _wait(self) -> None:
@@ -173,7 +175,7 @@ class GraphRun:
 
     def _worker_up(self, handle: ActorHandle) -> None:
         try:
-            handle.node, handle.host = ray.get(handle.ping, timeout=30)
+            handle.node, handle.host, handle.process = ray.get(handle.ping, timeout=30)
         except (*_LOST_WORKER, RayTaskError, GetTimeoutError) as error:
             _log.warning("%s did not come up: %s", handle.name, first_line(error))
             self.pool.drop(handle)
@@ -186,7 +188,7 @@ class GraphRun:
         try:
             report: UnitReport = ray.get(call.refs[0])
         except _LOST_WORKER as error:
-            self._worker_lost(call, error)
+            self._worker_lost(call, first_line(error))
             return
         except _LOST_VALUE:
             self._inputs_lost(call)
@@ -225,10 +227,10 @@ class GraphRun:
         self.schedule.requeue(unit.key)
         self.dispatcher.returned(unit)
 
-    def _worker_lost(self, call: Call, error: BaseException) -> None:
+    def _worker_lost(self, call: Call, reason: str) -> None:
         self.pool.num_lost += 1
         self.metrics.lost.inc(1, {"stage": call.unit.stage})
-        _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, first_line(error))
+        _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, reason)
         self.pool.drop(call.handle)
         self.dispatcher.remove_worker(call.handle.name)
         self._put_back(call.unit)
@@ -236,8 +238,7 @@ class GraphRun:
         self._count_attempt(
             call.unit,
             f"{call.unit.key}: its worker was lost {self.options.max_attempts} times "
-            f"({first_line(error)}): out of memory? Use a smaller --experts-per-unit or more "
-            "memory",
+            f"({reason}): out of memory? Use a smaller --experts-per-unit or more memory",
             limit=2 * self.options.max_attempts,
         )
 
@@ -288,7 +289,9 @@ class GraphRun:
         return True
 
     def _watch(self) -> None:
-        """Say so when nobody is there to work, and give up in the end."""
+        """Notice what Ray would wait for without end or a word."""
+        self.watch.look()
+        self._replace_stalled()
         now = time.monotonic()
         if self.calls or self.pool.has_live_worker:
             self.last_alive, self.last_warned = now, None
@@ -309,6 +312,16 @@ class GraphRun:
                 self.pool.room,
                 describe_resources(ray.cluster_resources(), ray.available_resources()),
             )
+
+    def _replace_stalled(self) -> None:
+        """Give the units of workers that show no sign of life to others."""
+        patience = self.options.stall_timeout
+        stalled = stalled_workers(list(self.pool.handles.values()), patience)
+        for ref, call in list(self.calls.items()):
+            if call.handle in stalled:
+                del self.calls[ref]
+                where = f"process {call.handle.process} on {call.handle.host}"
+                self._worker_lost(call, f"{where} shows no sign of life for {patience:g} s")
 
 
 def describe_resources(total: dict[str, float], free: dict[str, float]) -> str:
