@@ -273,6 +273,19 @@ class ExpandedLinear(nn.Module):
         )
 
 
+def guard_tensors(linears: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Empty tensors under the names of the dense weights that a checkpoint does not have.
+
+    A reader that does not know the format finds them of another shape than the weights that it
+    looks for, and refuses the model. Without them transformers warns, and makes the weights up.
+
+    Args:
+        linears: module paths of the expanded linears.
+        dtype: of the model.
+    """
+    return {f"{name}.weight": torch.empty(0, dtype=dtype) for name in linears}
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Answer a dtype that experts cannot be unpacked to.
 

@@ -7,6 +7,7 @@ registers anything.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.config import CompressionConfig, RoutingConfig
-from sparse_expansion.model.expansion import FLOAT32_MODULES, check_dtype, expand_block
+from sparse_expansion.model.expansion import (
+    FLOAT32_MODULES,
+    ExpandedLinear,
+    check_dtype,
+    expand_block,
+    guard_tensors,
+)
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
 from sparse_expansion.model.families import block_list, family_of
 
@@ -101,6 +108,11 @@ def expand_model(
     return cache
 
 
+def _guards_of_a_block(config: SparseExpansionConfig) -> dict[str, torch.Tensor]:
+    linears = (f".{name}" for group in config.groups for name in group)
+    return guard_tensors(linears, torch.float32)
+
+
 @register_quantizer(QUANT_METHOD)
 class SparseExpansionQuantizer(HfQuantizer):
     """Puts the expanded linears into a model before transformers loads its tensors."""
@@ -115,8 +127,19 @@ class SparseExpansionQuantizer(HfQuantizer):
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
         model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_MODULES}
+        guards = {rf"{re.escape(name)}$" for name in _guards_of_a_block(self.quantization_config)}
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
         model.expert_cache = expand_model(model, self.quantization_config, dtype)
         return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: the model's state, and its guards (see there)."""
+        linears = (name for name, part in model.named_modules() if isinstance(part, ExpandedLinear))
+        state = model.state_dict()
+        return {**state, **guard_tensors(linears, model.dtype)}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The state is the packed tensors themselves, so it can be saved again."""

@@ -140,6 +140,13 @@ class ModelShell:
             if name.startswith(old)
         ]
 
+    def expanded_names(self) -> list[str]:
+        """Module paths of the linears that an expansion replaces, in order."""
+        linears = [name for group in self.family.groups for name in group.linears]
+        return [
+            self.block_prefix(layer) + name for layer in range(self.num_blocks) for name in linears
+        ]
+
     def trunk_names(self) -> list[str]:
         """The model's names of all tensors but dense MLP weights; tied tensors are named once."""
         names = [name for name in self._model.state_dict() if self.file_name(name)]

@@ -1,10 +1,15 @@
 """The expanded model in transformers: loading, generation, saving again."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import sparse_expansion
 from sparse_expansion.cli import main
@@ -50,10 +55,48 @@ def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
         assert torch.equal(again(tokens).logits, before)
 
 
+@pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
+def test_a_program_that_does_not_know_the_format_refuses_it(
+    model_type, tmp_path, tokenizer, text_folder, monkeypatch
+):
+    """In place of a model with made-up weights and a warning. Saved again it still is refused."""
+    folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer)
+    output = expand(folder, text_folder, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "again")
+    for known in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(known, "sparse_expansion")
+    for name in (output, tmp_path / "again"):
+        for loader in (AutoModelForCausalLM, AutoModel):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                loader.from_pretrained(name)
+
+
+def test_a_folder_of_before_loads_without_a_word(expanded, tmp_path, caplog):
+    """It has no empty tensors under the names of the dense weights."""
+    older = tmp_path / "older"
+    shutil.copytree(expanded, older)
+    index = json.loads((older / "model.safetensors.index.json").read_text())
+    dense = re.compile(r"mlp\.dense_\w+\.weight$")
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not dense.search(n)}
+    (older / "model.safetensors.index.json").write_text(json.dumps(index))
+    trunk = older / index["weight_map"]["gpt_neox.embed_in.weight"]
+    state = {n: tensor for n, tensor in load_file(trunk).items() if not dense.search(n)}
+    save_file(state, trunk, metadata={"format": "pt"})
+    tokens = torch.randint(1, 500, (3, 30))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(expanded)(tokens).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(older)(tokens).logits, wanted)
+        assert torch.equal(stream(ModelShell(older), tokens), stream(ModelShell(expanded), tokens))
+    assert not caplog.records
+
+
 def test_dense_weights_are_gone(expanded):
     index = json.loads((expanded / "model.safetensors.index.json").read_text())
     names = list(index["weight_map"])
-    assert not [name for name in names if name.endswith("dense_h_to_4h.weight")]
+    with safe_open(expanded / index["weight_map"]["gpt_neox.embed_in.weight"], "pt") as file:
+        guards = [name for name in names if name.endswith("dense_h_to_4h.weight")]
+        assert len(guards) == 3
+        assert all(file.get_slice(name).get_shape() == [0] for name in guards)
     assert "gpt_neox.layers.0.mlp.dense_h_to_4h.bias" in names
     assert all((expanded / file).is_file() for file in index["weight_map"].values())
     config = json.loads((expanded / "config.json").read_text())

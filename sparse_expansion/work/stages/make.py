@@ -14,6 +14,7 @@ from sparse_expansion.algorithms.hessian import merge_hessians, regularise_hessi
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.config import CompressionConfig
+from sparse_expansion.model.expansion import guard_tensors
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trainable_block
 from sparse_expansion.run_files import ExpertRange, experts_file, trunk_file
 from sparse_expansion.types import HessianSum
@@ -161,10 +162,17 @@ def held_windows(count: int) -> int:
 
 @stage(is_final=True)
 def trunk(context: WorkContext) -> Done:
-    """Copy everything but the dense MLP weights, in files of a few gigabytes."""
+    """Copy everything but the dense MLP weights, in files of a few gigabytes.
+
+    The first of them has the guards in place of those weights, see ``guard_tensors``.
+    """
     shell = context.shell()
     done = Done()
-    pending: dict[str, torch.Tensor] = {}
+    expanded = shell.expanded_names()
+    pending = {
+        shell.stored_name(name): guard
+        for name, guard in guard_tensors(expanded, shell.dtype).items()
+    }
     size = 0
     names = shell.trunk_names()
     for number, name in enumerate(names):
