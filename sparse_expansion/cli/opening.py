@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,43 @@ def check_output(output: str) -> None:
     """
     if "://" in output:
         return
-    parent = Path(output).expanduser().resolve()
-    if parent.exists() and not parent.is_dir():
+    path = Path(output).expanduser().resolve()
+    if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file: choose a folder")
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--output {output}: {parent} is not writable")
+
+
+def check_room(output: str, needed: int) -> None:
+    """Answer a disk that has no room for a run before it begins, and not after hours.
+
+    Args:
+        output: folder or URL of the run; what it holds already is counted.
+        needed: bytes of the finished folder, and of what is there besides until then.
+
+    Raises:
+        ValueError: there is no room.
+    """
+    if "://" in output:
+        return
+    from sparse_expansion.report.formatting import format_bytes
+
+    path = Path(output).expanduser().resolve()
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(_nearest_folder(path)).free
+    if needed > held + free:
+        raise ValueError(
+            f"--output {output} needs {format_bytes(needed - held)} more, its disk has "
+            f"{format_bytes(free)}: free some, or choose another folder"
+        )
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the one above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def check_table(path: str | None) -> None:

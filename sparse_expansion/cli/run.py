@@ -15,6 +15,7 @@ from sparse_expansion.cli.opening import (
     begin_work,
     check_eval_windows,
     check_output,
+    check_room,
     open_executor,
     print_result,
     window_length,
@@ -124,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
     check_dataset(args.dataset)
     source = resolve_name(args.model, args.model_size)
     begin_work(args)
+    from sparse_expansion.jobs.forecast import disk_bytes
     from sparse_expansion.jobs.measurements import Measurements
+    from sparse_expansion.jobs.metrics import mixed_threads
     from sparse_expansion.jobs.prepare import claim
     from sparse_expansion.report.tables import run_table
     from sparse_expansion.run_files import COMMAND_FILE
@@ -134,9 +137,12 @@ def run(args: argparse.Namespace) -> int:
         prepared, windows = _prepare(args, source, line)
         tokens = _evaluation_tokens(args, prepared) if args.command == "run" else None
         with _output_folder(args.output) as output:
+            check_room(output, disk_bytes(prepared.config, prepared.shell.config))
             store = Store(output)
             claim(store, prepared, windows, resume=args.resume)
             del windows
+            if advice := mixed_threads(prepared, store, options.threads):
+                line.say(advice)
             store.write_json(COMMAND_FILE, {"command": args.line})
             where = output if "://" in output else str(Path(output).expanduser().resolve())
             measured = Measurements()

@@ -205,6 +205,19 @@ def _memory(
     )
 
 
+def disk_bytes(config: RunConfig, model_config: Any) -> int:
+    """Largest size of a run's folder, in bytes.
+
+    Args:
+        config: of the run.
+        model_config: the dense model's transformers configuration.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    return _disk_bytes(config, _describe(config, model_config))
+
+
 def _disk_bytes(config: RunConfig, model: _Model) -> int:
     """Largest size of the run's folder: the checkpoint, and scratch files of two blocks.
 

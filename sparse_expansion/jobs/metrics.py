@@ -30,6 +30,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "model": prepared.identity["model"],
         "calibration_inputs": prepared.config.calibration.calibration_inputs,
         "executor": executor,
+        "unit_threads": unit_threads(prepared, store),
         "routers_reproducible": prepared.config.routing.is_reproducible,
         "num_experts": counts.experts,
         "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
@@ -39,6 +40,34 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "checkpoint_bytes": checkpoint_bytes(store),
         "dense_checkpoint_bytes": dense_bytes(prepared.shell),
     }
+
+
+def unit_threads(prepared: Prepared, store: Store) -> list[int]:
+    """Numbers of CPU threads that a run's finished units were done with, in order.
+
+    With more than one the bytes can be told from those of a run with one number. Markers of
+    earlier versions do not say.
+    """
+    records = (store.record(unit.key) for unit in prepared.units if unit.is_persistent)
+    return sorted({record["threads"] for record in records if record and "threads" in record})
+
+
+def mixed_threads(prepared: Prepared, store: Store, threads: int | None) -> str | None:
+    """A line of advice where a run is to go on with another number of threads, else None.
+
+    Args:
+        prepared: the run.
+        store: its folder.
+        threads: that workers are to have; None where only they know.
+    """
+    before = unit_threads(prepared, store)
+    if threads is None or set(before) <= {threads}:
+        return None
+    numbers = " and ".join(map(str, before))
+    return (
+        f"finished units were done with {numbers} threads, the others get {threads}: bytes may "
+        f"differ from those of one number (--threads {before[0]} keeps it)"
+    )
 
 
 def _records(prepared: Prepared, store: Store, stage: Stage) -> dict[str, dict[str, Any]]:

@@ -99,5 +99,8 @@ def describe_machine(metrics: dict[str, Any]) -> str:
     peak = metrics["device_peak_memory_bytes"]
     if peak:
         devices += f" (peak {format_bytes(peak)} of its memory)"
+    threads = metrics.get("unit_threads", ())
+    if len(threads) > 1:
+        devices += f" (with {' and '.join(map(str, threads))} threads: not one run's bytes)"
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return f"{metrics['date']} on {devices}; {versions}"

@@ -71,7 +71,12 @@ class Worker:
             if self._num_units % UNITS_PER_TRIM == 0:
                 return_excess_memory()
         if unit.is_persistent:
-            record = {"files": done.files, "stats": done.stats}
+            record = {
+                "files": done.files,
+                "stats": done.stats,
+                # Sums are shared out among threads: another number adds up in another order.
+                "threads": torch.get_num_threads(),
+            }
             self.context.store.commit(unit.key, record)
         seconds = time.perf_counter() - start
         report = UnitReport(

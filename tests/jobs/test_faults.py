@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from sparse_expansion.cli import main
+from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.store import Store
 from tests.jobs.processes import arguments, start
 from tests.tiny import digests
@@ -131,9 +134,11 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_exit_1_and_can_be_resumed(
-    small_disk, neox_folder, text_folder, capsys, finished
+    small_disk, neox_folder, text_folder, capsys, finished, monkeypatch
 ):
     output = small_disk / "out"
+    # The room that there was when the run began others have taken since.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
     assert main(arguments(neox_folder, text_folder, output)) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(error) == 1 and "no space left" in error[0] and "--resume" in error[0]
@@ -142,6 +147,30 @@ def test_a_full_disk_is_one_line_and_exit_1_and_can_be_resumed(
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
     assert digests(output) == digests(finished)
+
+
+def test_a_disk_without_room_is_answered_before_work(small_disk, neox_folder, text_folder, capsys):
+    output = small_disk / "out"
+    assert main(arguments(neox_folder, text_folder, output)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"--output {output} needs .* kB more, its disk has .* kB: free some", line)
+    assert not output.exists()
+
+
+def test_another_number_of_threads_is_told_and_kept(
+    tmp_path, neox_folder, text_folder, capsys, finished
+):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    (output / "config.json").unlink()
+    shutil.rmtree(output / "run" / "units" / "layer-002")
+    line = [*arguments(neox_folder, text_folder, output), "--resume", "--json", "--threads", "2"]
+    assert main(line) == 0
+    found = capsys.readouterr()
+    assert "were done with 1 threads, the others get 2" in found.err
+    assert json.loads(found.out)["unit_threads"] == [1, 2]
+    assert "1 and 2 threads" in describe_machine(json.loads(found.out))
+    assert json.loads((finished / "metrics.json").read_text())["unit_threads"] == [1]
 
 
 def test_a_full_scratch_disk_is_an_error_not_a_crash(

@@ -13,12 +13,13 @@ from sparse_expansion.jobs.forecast import forecast
 from tests import tiny
 
 
-@pytest.mark.parametrize(("clusters", "layers"), [(1, 2), (8, 1)])
+@pytest.mark.parametrize(("clusters", "layers", "width"), [(1, 2, 1024), (8, 1, 768)])
 def test_memory_is_foretold_within_a_fifth(
-    tmp_path, tokenizer, text_folder, clusters, layers, capsys
+    tmp_path, tokenizer, text_folder, clusters, layers, width, capsys
 ):
     """Wide enough that the arrays, not the libraries, decide."""
-    sizes = {"hidden_size": 768, "intermediate_size": 2176, "num_hidden_layers": layers}
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4}
+    sizes["num_hidden_layers"] = layers
     model = tiny.save_random("llama", tmp_path / "m", tokenizer, **sizes, num_attention_heads=8)
     flags = f"--model {model} --num_clusters {clusters} --experts-per-unit 8 --dataset-size 32 "
     # The solver's iterations take time and no memory.
