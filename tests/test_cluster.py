@@ -89,6 +89,12 @@ def test_rayjob():
     assert spec["enableInTreeAutoscaling"] and spec["authOptions"]["mode"] == "token"
     (group,) = spec["workerGroupSpecs"]
     assert group["minReplicas"] == 0 and group["template"]["spec"]["restartPolicy"] == "Never"
+    for pods in (spec["headGroupSpec"], group):
+        pod = pods["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["containers"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
     from sparse_expansion.cli.parser import parse_arguments
 
     parse_arguments(job["spec"]["entrypoint"].split()[1:])

@@ -6,11 +6,13 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
 from sparse_expansion.execution.base import Observer
@@ -60,7 +62,8 @@ class RayExecutor:
             _check_reachable(self.options.ray_address)
             options["address"] = self.options.ray_address
         try:
-            ray.init(**options)
+            with _on_loopback() if self.options.ray_address is None else nullcontext():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             line = first_line(error)
             raise ValueError(
@@ -131,6 +134,25 @@ def sized_pool(
         num_gpus=gpus,
         num_cpus=threads if cpus is None else cpus,
     )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that is started here listen on loopback, and not on all of a machine's addresses.
+
+    Ray does so where it is for one machine alone, as on other systems than Linux. A constant of its
+    import decides that, and for the processes that it starts their environment.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, set_before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if set_before is not None:
+            os.environ[name] = set_before
 
 
 def _check_reachable(address: str) -> None:

@@ -26,7 +26,7 @@ from sparse_expansion.config import ExecutionOptions, RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
-from sparse_expansion.execution.ray.liveness import ClusterWatch, stalled_workers
+from sparse_expansion.execution.ray.liveness import ClusterWatch, Vigil, stalled_workers
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
 from sparse_expansion.messages import first_line
@@ -41,13 +41,7 @@ _LOST_WORKER = (
     WorkerCrashedError,
     OutOfMemoryError,
 )
-KINDS = ("GPU", "CPU")
-"""Ray's names of what workers take."""
 _LOST_VALUE = (ObjectLostError, OwnerDiedError)
-FIRST_WORD_SECONDS = 4.0
-"""Seconds without a worker after which the run says what it waits for."""
-NEXT_WORD_SECONDS = 30.0
-"""Seconds after which it says so again."""
 _log = logging.getLogger(__name__)
 
 
@@ -110,9 +104,8 @@ class GraphRun:
         self.made_on: dict[tuple[str, str], str] = {}
         self.cost_total = sum(unit.cost for unit in units)
         self.cost_done = 0.0
-        self.last_alive = time.monotonic()
-        self.last_warned: float | None = None
         self.watch = ClusterWatch()
+        self.vigil = Vigil(options.worker_timeout)
 
     def loop(self) -> dict[str, UnitReport]:
         """Do all units; returns their reports by key.
@@ -180,7 +173,7 @@ class GraphRun:
             _log.warning("%s did not come up: %s", handle.name, first_line(error))
             self.pool.drop(handle)
             return
-        self.last_alive = time.monotonic()
+        self.vigil.somebody_is_there()
 
     def _ended(self, call: Call) -> None:
         unit, handle = call.unit, call.handle
@@ -209,7 +202,7 @@ class GraphRun:
             self.cost_done += unit.cost
         self.reports[unit.key] = report
         self.metrics.finished(unit, report, self.dispatcher.value_bytes)
-        self.last_alive = time.monotonic()
+        self.vigil.somebody_is_there()
         self.observer(
             Progress(
                 report,
@@ -292,26 +285,10 @@ class GraphRun:
         """Notice what Ray would wait for without end or a word."""
         self.watch.look()
         self._replace_stalled()
-        now = time.monotonic()
         if self.calls or self.pool.has_live_worker:
-            self.last_alive, self.last_warned = now, None
-            return
-        waited = now - self.last_alive
-        if waited > self.options.worker_timeout:
-            raise CompressionError(
-                f"no worker came up in {waited:.0f} s: the cluster has no room for "
-                f"{self.pool.room} (--gpus-per-worker, --threads), or raise --worker-timeout"
-            )
-        patience = FIRST_WORD_SECONDS if self.last_warned is None else NEXT_WORD_SECONDS
-        if now - (self.last_warned or self.last_alive) > patience:
-            self.last_warned = now
-            _log.warning(
-                "waiting for workers (%.0f s): %d asked for, each with %s; the cluster has %s",
-                waited,
-                len(self.pool.handles),
-                self.pool.room,
-                describe_resources(ray.cluster_resources(), ray.available_resources()),
-            )
+            self.vigil.somebody_is_there()
+        else:
+            self.vigil.wait_on(self.pool)
 
     def _replace_stalled(self) -> None:
         """Give the units of workers that show no sign of life to others."""
@@ -322,9 +299,3 @@ class GraphRun:
                 del self.calls[ref]
                 where = f"process {call.handle.process} on {call.handle.host}"
                 self._worker_lost(call, f"{where} shows no sign of life for {patience:g} s")
-
-
-def describe_resources(total: dict[str, float], free: dict[str, float]) -> str:
-    """A cluster's GPUs and CPUs, and how many of them are free, for people."""
-    parts = [f"{total.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in KINDS]
-    return " and ".join(parts)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import ray
 
 from sparse_expansion.execution.ray.actor import ActorHandle
+from sparse_expansion.execution.ray.pool import WorkerPool
 from sparse_expansion.types import CompressionError
 
 ASK_SECONDS = 5.0
@@ -19,7 +20,9 @@ LOOK_SECONDS = 2.0
 CONNECT_SECONDS = 2.0
 """Seconds that a part of the cluster has for taking a connection."""
 FIRST_WORD_SECONDS = 4.0
-"""Seconds without an answer of the cluster after which the run says so."""
+"""Seconds without a worker, or an answer of the cluster, after which the run says so."""
+NEXT_WORD_SECONDS = 30.0
+"""Seconds after which it says again what it waits for."""
 NODE_SECONDS = 8.0
 """Seconds without an answer of this machine's raylet, which never comes back, before the end."""
 HEAD_SECONDS = 40.0
@@ -27,6 +30,8 @@ HEAD_SECONDS = 40.0
 
 Ray ends the driver's process without a chance to say a word after 60.
 """
+KINDS = ("GPU", "CPU")
+"""Ray's names of what workers take."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,3 +110,51 @@ def takes_connections(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+class Vigil:
+    """Says so while nobody is there to work, and gives up in the end."""
+
+    def __init__(self, timeout: float) -> None:
+        """Begin to wait.
+
+        Args:
+            timeout: seconds without any worker after which the run is given up.
+        """
+        self._timeout = timeout
+        self._last_alive = time.monotonic()
+        self._last_warned: float | None = None
+
+    def somebody_is_there(self) -> None:
+        """Begin again."""
+        self._last_alive, self._last_warned = time.monotonic(), None
+
+    def wait_on(self, pool: WorkerPool) -> None:
+        """Say what is waited for, now and then.
+
+        Raises:
+            CompressionError: it has been waited for too long.
+        """
+        now = time.monotonic()
+        waited = now - self._last_alive
+        if waited > self._timeout:
+            raise CompressionError(
+                f"no worker came up in {waited:.0f} s: the cluster has no room for "
+                f"{pool.room} (--gpus-per-worker, --threads), or raise --worker-timeout"
+            )
+        patience = FIRST_WORD_SECONDS if self._last_warned is None else NEXT_WORD_SECONDS
+        if now - (self._last_warned or self._last_alive) > patience:
+            self._last_warned = now
+            _log.warning(
+                "waiting for workers (%.0f s): %d asked for, each with %s; the cluster has %s",
+                waited,
+                len(pool.handles),
+                pool.room,
+                describe_resources(ray.cluster_resources(), ray.available_resources()),
+            )
+
+
+def describe_resources(total: dict[str, float], free: dict[str, float]) -> str:
+    """A cluster's GPUs and CPUs, and how many of them are free, for people."""
+    parts = [f"{total.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in KINDS]
+    return " and ".join(parts)
