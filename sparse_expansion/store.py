@@ -9,13 +9,17 @@ object only when it is complete.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from sparse_expansion.model.manifest import tensor_record
 from sparse_expansion.run_files import ALLOCATION_FILE, RUN_FILE, TIMELINE_FILE, UNITS, windows_file
 
+_log = logging.getLogger(__name__)
 TEMPORARY = ".writing-"
 """How files begin that are being written."""
 FIRST_TEMPORARY = f"{os.path.dirname(RUN_FILE)}/{TEMPORARY}"
@@ -337,6 +342,38 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
         )
     store.sweep_temporaries()
     store.write_json(RUN_FILE, identity)
+
+
+@contextmanager
+def alone_in(store: Store) -> Iterator[None]:
+    """Keep other processes of this machine out of a run's folder while the block runs.
+
+    Two drivers of one run would sweep away each other's half-written files. The lock ends with the
+    process, however that ends. A URL has none.
+
+    Raises:
+        ValueError: another process holds the folder.
+    """
+    if not store.is_local:
+        yield
+        return
+    os.makedirs(store.base, exist_ok=True)
+    # The folder itself is locked: a file for it would be one more thing to find and to explain.
+    descriptor = os.open(store.base, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output {store.root} is in use by another run: wait for it, or choose another "
+                "folder"
+            ) from None
+        except OSError as error:
+            # A file system without locks: it goes as it went before there was one.
+            _log.info("%s cannot be locked (%s)", store.base, error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_identity(store: Store) -> dict[str, Any]:

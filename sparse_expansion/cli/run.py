@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.jobs.prepare import claim
     from sparse_expansion.report.tables import run_table
     from sparse_expansion.run_files import COMMAND_FILE
-    from sparse_expansion.store import Store
+    from sparse_expansion.store import Store, alone_in
 
     with closing(ProgressLine()) as line:
         prepared, windows = _prepare(args, source, line)
@@ -139,18 +139,19 @@ def run(args: argparse.Namespace) -> int:
         with _output_folder(args.output) as output:
             check_room(output, disk_bytes(prepared.config, prepared.shell.config))
             store = Store(output)
-            claim(store, prepared, windows, resume=args.resume)
-            del windows
-            if advice := mixed_threads(prepared, store, options.threads):
-                line.say(advice)
-            store.write_json(COMMAND_FILE, {"command": args.line})
-            where = output if "://" in output else str(Path(output).expanduser().resolve())
-            measured = Measurements()
-            with closing(open_executor(args, options, store=where, source=source)) as executor:
-                metrics = _expand(args, options, prepared, store, executor, line, measured)
-                if tokens is not None:
-                    _evaluate(options, prepared, tokens, executor, line, measured, metrics)
-                metrics = _finish(store, source, metrics, measured)
+            with alone_in(store):
+                claim(store, prepared, windows, resume=args.resume)
+                del windows
+                if advice := mixed_threads(prepared, store, options.threads):
+                    line.say(advice)
+                store.write_json(COMMAND_FILE, {"command": args.line})
+                where = output if "://" in output else str(Path(output).expanduser().resolve())
+                measured = Measurements()
+                with closing(open_executor(args, options, store=where, source=source)) as executor:
+                    metrics = _expand(args, options, prepared, store, executor, line, measured)
+                    if tokens is not None:
+                        _evaluate(options, prepared, tokens, executor, line, measured, metrics)
+                    metrics = _finish(store, source, metrics, measured)
     print_result(args, metrics, run_table(metrics, args.output), sort_keys=True)
     return 0
 

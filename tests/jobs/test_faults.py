@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_expansion.cli import main
 from sparse_expansion.report.describe import describe_machine
-from sparse_expansion.store import Store
+from sparse_expansion.store import Store, alone_in
 from tests.jobs.processes import arguments, start
 from tests.tiny import digests
 
@@ -153,7 +153,7 @@ def test_a_disk_without_room_is_answered_before_work(small_disk, neox_folder, te
     output = small_disk / "out"
     assert main(arguments(neox_folder, text_folder, output)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(rf"--output {output} needs .* kB more, its disk has .* kB: free some", line)
+    assert re.search(rf"--output {output} needs .* MB more, its disk has .* kB: free some", line)
     assert not output.exists()
 
 
@@ -188,6 +188,20 @@ def test_spilling_does_not_change_a_byte(tmp_path, neox_folder, text_folder, fin
     assert main([*arguments(neox_folder, text_folder, output), *flags]) == 0
     assert digests(output) == digests(finished)
     assert os.listdir(scratch) == []
+
+
+def test_two_runs_in_one_folder(tmp_path, neox_folder, text_folder, capsys, finished):
+    """The second is answered, and leaves what the first is writing alone."""
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    half_written = output / "run" / ".writing-0"
+    half_written.write_text("{")
+    with alone_in(Store(output)):
+        assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 2
+        assert f"--output {output} is in use by another run" in capsys.readouterr().err
+        assert half_written.exists()
+    assert main([*arguments(neox_folder, text_folder, output), "--resume"]) == 0
+    assert not half_written.exists()
 
 
 def test_interrupt(tmp_path, neox_folder, text_folder):
