@@ -132,7 +132,7 @@ class Store:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        self.write_bytes(name, json_bytes(value))
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write a safetensors file; returns its record for the unit's marker."""
@@ -232,6 +232,11 @@ class Store:
         if self.is_local and os.path.isdir(self.base):
             for path in Path(self.base).rglob(f"{TEMPORARY}*"):
                 path.unlink(missing_ok=True)
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file's content, as it is written."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -48,7 +48,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, RunConfig, names=("dtype",))
     group = parser.add_argument_group("tasks (lm-evaluation-harness, in place of perplexity)")
     group.add_argument("--tasks", metavar="NAMES", help="Comma-separated tasks of the harness.")
-    group.add_argument("--task-path", metavar="DIR", help="Folder of more task files (.yaml).")
+    group.add_argument(
+        "--task-path",
+        metavar="DIR",
+        help="Folder of more task files (.yaml), which are code: give only those that you trust.",
+    )
     group.add_argument(
         "--num-fewshot",
         type=int,
@@ -181,6 +185,10 @@ def _run_tasks(args: argparse.Namespace) -> int:
     manager = known_tasks(tasks, args.task_path)
     begin_work(args)
     with closing(ProgressLine()) as line:
+        if args.task_path is not None:
+            line.say(
+                f"task files of {args.task_path} can run any code: use only those that you trust"
+            )
         shell = _open_model(args, source, line)
         if args.threads is not None:
             import torch

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.jobs.prepare import Prepared
-from sparse_expansion.model.checkpoint import INDEX_NAME, is_companion
+from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, is_companion
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.resume import final_stages
 from sparse_expansion.run_files import DRAFTS, HIDDEN
-from sparse_expansion.store import Store
+from sparse_expansion.store import Store, json_bytes
 from sparse_expansion.work.stages.make import trunk
 
 
 def assemble(prepared: Prepared, store: Store) -> None:
     """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
     weights = _final_weights(prepared, store)
+    config = json_bytes(_model_config(prepared))
     index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": weights.files()}
-    store.write_json(INDEX_NAME, index)
+    files = {INDEX_NAME: json_bytes(index)}
     for path in sorted(prepared.shell.folder.iterdir()):
         if path.is_file() and is_companion(path.name):
-            store.write_bytes(path.name, path.read_bytes())
+            files[path.name] = path.read_bytes()
+    for name, data in files.items():
+        store.write_bytes(name, data)
     store.write_json(
         MANIFEST_NAME,
         {
@@ -33,9 +37,13 @@ def assemble(prepared: Prepared, store: Store) -> None:
             "bytes": weights.num_bytes,
             "information_bytes": weights.trunk_bytes + information_bytes(prepared),
             "tensors": weights.tensors,
+            "files": {
+                name: hashlib.sha256(data).hexdigest()
+                for name, data in {**files, CONFIG_NAME: config}.items()
+            },
         },
     )
-    store.write_json("config.json", _model_config(prepared))
+    store.write_bytes(CONFIG_NAME, config)
     store.delete_folder(HIDDEN.rstrip("/"))
     store.delete_folder(DRAFTS.rstrip("/"))
 

@@ -18,6 +18,7 @@ from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.types import MODEL_DTYPES
 
 WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _READ_BYTES = 1 << 24
 _DEFINING_STARTS = ("config.json", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens")

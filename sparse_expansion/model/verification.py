@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,15 +12,25 @@ from sparse_expansion.model.manifest import MANIFEST_NAME, read_manifest, tensor
 
 
 def verify(folder: str | Path) -> int:
-    """Check every tensor of an expanded folder against its manifest; returns their number.
+    """Check an expanded folder against its manifest; returns the number of its tensors.
+
+    Checked are all tensors, the config, the index and the tokenizer's files. Manifests of earlier
+    versions have tensors alone.
 
     Raises:
         ValueError: a file is missing, truncated, damaged or exchanged, or has tensors that the
             manifest lacks; the message names the file and, where it can be told, the tensor.
     """
     folder = Path(folder)
-    tensors = read_manifest(folder)["tensors"]
+    manifest = read_manifest(folder)
+    tensors = manifest["tensors"]
     remedy = "copy it again, or run again with --resume"
+    for name, digest in sorted(manifest.get("files", {}).items()):
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {remedy}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path} is damaged, or was changed by hand: {remedy}")
     by_file: dict[str, list[str]] = {}
     for name, record in tensors.items():
         by_file.setdefault(record["file"], []).append(name)

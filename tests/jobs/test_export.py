@@ -147,6 +147,24 @@ def test_verify_names_what_is_damaged(plain, tmp_path, capsys, text_folder):
         sparse_expansion.verify(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_changed_bit_in_any_file_that_is_loaded_is_noticed(
+    name, finished, tmp_path, text_folder, capsys
+):
+    folder = tmp_path / "m"
+    shutil.copytree(finished, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[data.index(b"1")] ^= 2
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} is damaged, or was changed by hand"):
+        sparse_expansion.verify(folder)
+    where = ["--model", str(folder), "--dataset", str(text_folder), "--seqlen", "48"]
+    assert main(["evaluate", *where]) == 2
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        sparse_expansion.verify(folder)
+
+
 def test_manifest_states_sizes_near_those_of_the_information(plain):
     for folder in plain.values():
         manifest = json.loads((folder / "manifest.json").read_text())

@@ -85,6 +85,7 @@ def test_accuracy_is_that_of_the_likelier_choice(finished, task_folder, capsys):
     out, progress = capsys.readouterr()
     result = json.loads(out)
     assert result["is_expanded"] and "agree with their digests" in progress
+    assert f"task files of {task_folder} can run any code" in progress
     model = AutoModelForCausalLM.from_pretrained(finished).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished)
     right = 0
