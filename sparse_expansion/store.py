@@ -9,17 +9,13 @@ object only when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +25,14 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 
+from sparse_expansion.config.checks import parse_json
 from sparse_expansion.model.manifest import tensor_record
-from sparse_expansion.run_files import ALLOCATION_FILE, RUN_FILE, TIMELINE_FILE, UNITS, windows_file
+from sparse_expansion.run_files import UNITS
 
-_log = logging.getLogger(__name__)
+_FILE_FORM = {"bytes": int, "sha256": str, "tensors": {...: dict}}
+_MARKER_FORM = {"files": {...: _FILE_FORM}, "stats": dict}
 TEMPORARY = ".writing-"
 """How files begin that are being written."""
-FIRST_TEMPORARY = f"{os.path.dirname(RUN_FILE)}/{TEMPORARY}"
 
 
 class Store:
@@ -112,21 +109,24 @@ class Store:
             raise
         _sync_folder(folder)
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, form: Any = object, *, remedy: str = "delete it") -> Any:
         """A JSON file's content.
 
-        Raises:
-            ValueError: it is not JSON.
-        """
-        try:
-            return json.loads(self.read_bytes(name))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise ValueError(f"{self.path(name)} is not valid JSON: delete it") from None
+        Args:
+            name: of the file.
+            form: what it has to be, see ``has_form``.
+            remedy: for the error.
 
-    def read_intact_json(self, name: str) -> Any | None:
-        """A JSON file's content, None where it is not JSON."""
+        Raises:
+            ValueError: it is not JSON, or of another form.
+        """
+        data = self.read_bytes(name)
+        return parse_json(data, form, name=self.path(name), remedy=remedy)
+
+    def read_intact_json(self, name: str, form: Any = object) -> Any | None:
+        """A JSON file's content, None where it is not JSON, or of another form."""
         try:
-            return self.read_json(name)
+            return self.read_json(name, form)
         except ValueError:
             return None
 
@@ -202,8 +202,8 @@ class Store:
         name = f"{UNITS}/{key}.json"
         if not self.exists(name):
             return None
-        found = self.read_intact_json(name)
-        return found if _is_marker(found) else None
+        found: dict[str, Any] | None = self.read_intact_json(name, _MARKER_FORM)
+        return found if found is not None and _names_inside(found["files"]) else None
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The markers of all finished units by key."""
@@ -256,18 +256,9 @@ def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copies
 
 
-def _is_marker(found: Any) -> bool:
-    """Whether JSON has the form of a marker, of files inside the run's folder."""
-    if not (isinstance(found, dict) and isinstance(found.get("stats"), dict)):
-        return False
-    files = found.get("files")
-    return isinstance(files, dict) and all(
-        isinstance(file, dict)
-        and {"bytes", "sha256", "tensors"} <= file.keys()
-        and not name.startswith("/")
-        and ".." not in name.split("/")
-        for name, file in files.items()
-    )
+def _names_inside(files: dict[str, Any]) -> bool:
+    """Whether all files that a marker names are in the run's folder."""
+    return not any(name.startswith("/") or ".." in name.split("/") for name in files)
 
 
 def _sync_folder(folder: str) -> None:
@@ -283,114 +274,3 @@ def write_file(path: str | Path, data: bytes) -> None:
     """Write a file beside a run, a table or a figure, whole or not at all; makes its folder."""
     where = Path(path)
     Store(where.parent).write_bytes(where.name, data)
-
-
-def read_allocation(store: Store) -> list[dict[str, Any]]:
-    """Rows of what was measured to share out a run's zeros, one for every block; maybe none."""
-    if not store.exists(ALLOCATION_FILE):
-        return []
-    found: list[dict[str, Any]] = store.read_json(ALLOCATION_FILE)["rows"]
-    return found
-
-
-def write_windows(store: Store, windows: torch.Tensor, num_shards: int) -> None:
-    """Put calibration windows ``[N, L]`` into a run's folder, a file per shard, as int32."""
-    for shard, part in enumerate(windows.tensor_split(num_shards)):
-        store.write_tensors(windows_file(shard), {"tokens": part.to(torch.int32)})
-
-
-def read_windows(store: Store, shard: int) -> torch.Tensor:
-    """A shard's calibration windows ``[N, L]``, int64."""
-    return store.read_tensors(windows_file(shard))["tokens"].long()
-
-
-def read_timeline(store: Store) -> list[dict[str, Any]]:
-    """Rows of the run's timeline so far, none before its first expansion has ended."""
-    if not store.exists(TIMELINE_FILE):
-        return []
-    # It is for people to look at: a run goes on without what was damaged.
-    rows = store.read_intact_json(TIMELINE_FILE)
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        return rows
-    return []
-
-
-def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
-    """Claim the output folder for a run with this identity, or continue that very run.
-
-    Raises:
-        ValueError: the folder holds something else, or the same run and ``resume`` is not set.
-    """
-    if store.exists(RUN_FILE):
-        found = read_identity(store)
-        if found.get("digest") != identity["digest"]:
-            different = [
-                key
-                for key in sorted(identity)
-                if key != "digest" and found.get(key) != identity[key]
-            ]
-            raise ValueError(
-                f"--output {store.root} holds another run (different {', '.join(different)}): "
-                "choose another folder, or delete it"
-            )
-        if not resume:
-            raise ValueError(
-                f"--output {store.root} already holds this run: add --resume to continue it, or "
-                "choose another folder"
-            )
-        store.sweep_temporaries()
-        return
-    # The first write of all may have been cut short.
-    if any(not name.startswith(FIRST_TEMPORARY) for name in store.list("")):
-        raise ValueError(
-            f"--output {store.root} is not empty and holds no run: choose another folder"
-        )
-    store.sweep_temporaries()
-    store.write_json(RUN_FILE, identity)
-
-
-@contextmanager
-def alone_in(store: Store) -> Iterator[None]:
-    """Keep other processes of this machine out of a run's folder while the block runs.
-
-    Two drivers of one run would sweep away each other's half-written files. The lock ends with the
-    process, however that ends. A URL has none.
-
-    Raises:
-        ValueError: another process holds the folder.
-    """
-    if not store.is_local:
-        yield
-        return
-    os.makedirs(store.base, exist_ok=True)
-    # The folder itself is locked: a file for it would be one more thing to find and to explain.
-    descriptor = os.open(store.base, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output {store.root} is in use by another run: wait for it, or choose another "
-                "folder"
-            ) from None
-        except OSError as error:
-            # A file system without locks: it goes as it went before there was one.
-            _log.info("%s cannot be locked (%s)", store.base, error)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def read_identity(store: Store) -> dict[str, Any]:
-    """What a run's folder is claimed for.
-
-    Raises:
-        ValueError: the file is damaged, so that nobody knows.
-    """
-    found = store.read_intact_json(RUN_FILE)
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{store.path(RUN_FILE)} is damaged, and with it what the run was: delete the folder "
-            f"--output {store.root} and start again"
-        )
-    return found

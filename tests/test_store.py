@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparse_expansion.report.parquet import write_table
-from sparse_expansion.store import Store, open_run, read_timeline, read_windows, write_windows
+from sparse_expansion.run_folder import open_run, read_timeline, read_windows, write_windows
+from sparse_expansion.store import Store
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -16,6 +17,9 @@ def store(request, tmp_path):
     yield Store(root)
     if request.param == "memory":
         Store(root).delete_folder("")
+
+
+ROW = {"unit": "a", "stage": "b", "worker": "c", "started": 1.5, "seconds": 2}
 
 
 def commit(store, key="layer-000/a", name="a.safetensors"):
@@ -138,8 +142,8 @@ def test_a_unit_with_a_damaged_marker_is_not_finished(store, content):
 def test_a_damaged_timeline_is_none(store, content):
     store.write_bytes("run/timeline.json", content)
     assert read_timeline(store) == []
-    store.write_bytes("run/timeline.json", b'[{"unit": "a"}]')
-    assert read_timeline(store) == [{"unit": "a"}]
+    store.write_bytes("run/timeline.json", json.dumps([ROW]).encode())
+    assert read_timeline(store) == [ROW]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

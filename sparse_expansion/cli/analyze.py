@@ -123,7 +123,7 @@ def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dic
     """The dense model, and the folders of those to compare it with, by role."""
     from sparse_expansion.model.sources import resolve_name
     from sparse_expansion.model.streaming import ModelShell
-    from sparse_expansion.store import read_identity
+    from sparse_expansion.run_folder import read_identity
     from sparse_expansion.studies.neuron_table import EXPANDED, ONE_CLUSTER
 
     source = resolve_name(args.folder)

@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.jobs.prepare import claim
     from sparse_expansion.report.tables import run_table
     from sparse_expansion.run_files import COMMAND_FILE
-    from sparse_expansion.store import Store, alone_in
+    from sparse_expansion.run_folder import alone_in
+    from sparse_expansion.store import Store
 
     with closing(ProgressLine()) as line:
         prepared, windows = _prepare(args, source, line)

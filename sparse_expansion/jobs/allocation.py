@@ -17,7 +17,8 @@ from sparse_expansion.planning.evaluation import block_gap_units
 from sparse_expansion.planning.shapes import ModelShape
 from sparse_expansion.planning.studies import cluster_units
 from sparse_expansion.run_files import ALLOCATION_FILE, HIDDEN, clusters_file
-from sparse_expansion.store import Store, read_windows, write_windows
+from sparse_expansion.run_folder import read_shares, read_windows, write_windows
+from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError
 
 
@@ -182,4 +183,4 @@ def shares_of(
         store.write_json(
             ALLOCATION_FILE, {"layer_sparsity": found.layer_sparsity, "rows": found.rows()}
         )
-    return tuple(store.read_json(ALLOCATION_FILE)["layer_sparsity"])
+    return tuple(read_shares(store)["layer_sparsity"])

@@ -16,7 +16,8 @@ from sparse_expansion.jobs.prepare import Prepared
 from sparse_expansion.planning.resume import needed_units
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.run_files import DRAFTS, HIDDEN, TIMELINE_FILE, block_scratch_files
-from sparse_expansion.store import Store, read_timeline
+from sparse_expansion.run_folder import read_timeline
+from sparse_expansion.store import Store
 from sparse_expansion.units import Unit
 
 

@@ -22,7 +22,8 @@ from sparse_expansion.model.families import check_seqlen
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.shapes import model_shape
-from sparse_expansion.store import Store, open_run, write_windows
+from sparse_expansion.run_folder import open_run, write_windows
+from sparse_expansion.store import Store
 from sparse_expansion.units import Unit
 
 

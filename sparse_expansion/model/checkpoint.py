@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from sparse_expansion.config.checks import parse_json
 from sparse_expansion.messages import first_line
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.types import MODEL_DTYPES
@@ -109,10 +109,13 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is not a safetensors index: download it again") from None
+        found = parse_json(
+            index.read_bytes(),
+            {"weight_map": {...: str}},
+            name=f"{index} is not a safetensors index: it",
+            remedy="download it again",
+        )
+        names = sorted(set(found["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{index} names files outside its folder: refusing to read them")
         if names:
@@ -140,12 +143,13 @@ def load_config(folder: Path) -> Any:
             f"{folder} has no config.json: it is not a model folder"
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
+    path = folder / CONFIG_NAME
+    parse_json(path.read_bytes(), dict, name=str(path), remedy="download the model again")
     try:
         # Left to itself transformers asks at the terminal, and waits.
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        line = first_line(error)
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {line}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype:

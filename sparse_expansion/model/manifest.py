@@ -7,13 +7,17 @@ exchanged file is found and named without the run folder.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_expansion.config.checks import parse_json
+
 MANIFEST_NAME = "manifest.json"
+_TENSOR_FORM = {"file": str, "dtype": str, "shape": [int], "bytes": int, "sha256": str}
+MANIFEST_FORM = {"tensors": {...: _TENSOR_FORM}}
+"""What its readers rely on."""
 
 
 def tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
@@ -35,13 +39,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an expanded folder.
 
     Raises:
-        ValueError: the folder has none, or it is not JSON.
+        ValueError: the folder has none, or it is not JSON, or not a manifest.
     """
     path = folder / MANIFEST_NAME
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a finished run") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is not valid JSON: finish the run again with --resume") from None
+    remedy = "finish the run again with --resume"
+    found: dict[str, Any] = parse_json(data, MANIFEST_FORM, name=str(path), remedy=remedy)
     return found

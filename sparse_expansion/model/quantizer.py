@@ -8,7 +8,7 @@ registers anything.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from sparse_expansion.model.expansion import (
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
 from sparse_expansion.model.families import block_list, family_of
 
+Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
 QUANT_METHOD = "sparse_expansion"
 FORMAT_VERSION = 2
 
@@ -78,11 +79,20 @@ class SparseExpansionConfig(QuantizationConfigMixin):
 
     def compression_config(self) -> CompressionConfig:
         """The checked settings of pruning and quantization."""
-        return CompressionConfig.from_dict(self.compression)
+        return self._checked(CompressionConfig, self.compression)
 
     def routing_config(self) -> RoutingConfig:
         """The checked settings of the routers."""
-        return RoutingConfig.from_dict(self.routing)
+        return self._checked(RoutingConfig, self.routing)
+
+    def _checked(self, kind: type[Settings], data: dict[str, Any]) -> Settings:
+        try:
+            return kind.from_dict(data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"quantization_config is not one that this version knows ({error}): load it with "
+                "the release of sparse-expansion that wrote it"
+            ) from None
 
 
 def expand_model(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from sparse_expansion.messages import first_line
 from sparse_expansion.model.block_calls import (
     BlockCall,
     BlockRecorder,
@@ -50,11 +52,7 @@ class ModelShell:
         self.family: Family = family_of(self.config.model_type)
         self.files = CheckpointFiles(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.files)
-        with init_empty_weights(include_buffers=False):
-            self._model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, trust_remote_code=False
-            )
-        self._model.eval()
+        self._model = self._without_weights()
         self.expansion = self._expansion()
         self.expert_cache = ExpertCache()
         if self.expansion is not None:
@@ -70,6 +68,20 @@ class ModelShell:
         self._is_loaded = False
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+
+    def _without_weights(self) -> Any:
+        """The model that the config describes, on the meta device."""
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=self.dtype, trust_remote_code=False
+                )
+        except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            # Sizes that are no numbers, or fit nothing, end in whatever a module makes of them.
+            raise ValueError(
+                f"{self.folder / 'config.json'} describes no model: {first_line(error)}"
+            ) from None
+        return model.eval()
 
     def _expansion(self) -> SparseExpansionConfig | None:
         """The settings of the folder's expansion; ``None`` for a dense model."""

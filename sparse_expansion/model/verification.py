@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from sparse_expansion.config.checks import has_form
 from sparse_expansion.model.checkpoint import CheckpointFiles
 from sparse_expansion.model.manifest import MANIFEST_NAME, read_manifest, tensor_record
 
@@ -25,7 +26,10 @@ def verify(folder: str | Path) -> int:
     manifest = read_manifest(folder)
     tensors = manifest["tensors"]
     remedy = "copy it again, or run again with --resume"
-    for name, digest in sorted(manifest.get("files", {}).items()):
+    others = manifest.get("files", {})
+    if not has_form(others, {...: str}):
+        raise ValueError(f"{folder / MANIFEST_NAME} lists no files by digest: {remedy}")
+    for name, digest in sorted(others.items()):
         path = folder / Path(name).name
         if not path.is_file():
             raise ValueError(f"{path} is missing: {remedy}")

@@ -10,6 +10,7 @@ from sparse_expansion.report.describe import describe_settings
 from sparse_expansion.report.facts import model_name
 from sparse_expansion.report.formatting import table
 from sparse_expansion.run_files import METRICS_FILE
+from sparse_expansion.run_folder import read_metrics
 from sparse_expansion.store import Store
 
 
@@ -39,7 +40,7 @@ def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
     for store in stores:
         if not store.exists(METRICS_FILE):
             raise ValueError(f"{store.root} holds no finished run: finish it with --resume")
-        metrics = store.read_json(METRICS_FILE)
+        metrics = read_metrics(store)
         if "perplexity_dense" not in metrics:
             raise ValueError(f"{store.root} was not evaluated: compare the folders of `run`")
         rows.append(

@@ -6,10 +6,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.model.manifest import MANIFEST_FORM, MANIFEST_NAME
 from sparse_expansion.report.experts import ExpertRow, LinearFacts, expert_rows, linear_facts
 from sparse_expansion.run_files import COMMAND_FILE, METRICS_FILE, RUN_FILE, parse_weight_file
-from sparse_expansion.store import Store, read_allocation, read_identity, read_timeline
+from sparse_expansion.run_folder import (
+    read_allocation,
+    read_identity,
+    read_metrics,
+    read_timeline,
+)
+from sparse_expansion.store import Store
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ def read_facts(store: Store) -> RunFacts:
         config=identity["config"],
         is_finished=is_finished,
         finished_units=len(records),
-        command=store.read_json(COMMAND_FILE)["command"] if has_command else None,
-        metrics=store.read_json(METRICS_FILE) if is_finished else None,
+        command=store.read_json(COMMAND_FILE, {"command": str})["command"] if has_command else None,
+        metrics=read_metrics(store) if is_finished else None,
         experts=experts,
         linears=linear_facts(experts),
         timeline=tuple(read_timeline(store)),
@@ -101,7 +107,7 @@ def _part_bytes(store: Store) -> dict[str, int]:
     if not store.exists(MANIFEST_NAME):
         return {}
     found: dict[str, int] = defaultdict(int)
-    for tensor in store.read_json(MANIFEST_NAME)["tensors"].values():
+    for tensor in store.read_json(MANIFEST_NAME, MANIFEST_FORM)["tensors"].values():
         part = parse_weight_file(tensor["file"])
         if part is not None:
             found[part] += tensor["bytes"]

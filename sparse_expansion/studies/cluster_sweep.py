@@ -19,7 +19,8 @@ from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.planning.studies import cluster_units
 from sparse_expansion.run_files import HIDDEN, clusters_file
-from sparse_expansion.store import Store, write_windows
+from sparse_expansion.run_folder import write_windows
+from sparse_expansion.store import Store
 
 
 def mlp_linears(shell: ModelShell, layer: int, asked: str | None, neuron: int | None) -> list[str]:

@@ -17,7 +17,8 @@ from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.planning.studies import analysis_units
 from sparse_expansion.run_files import HIDDEN, neurons_file
-from sparse_expansion.store import Store, write_windows
+from sparse_expansion.run_folder import write_windows
+from sparse_expansion.store import Store
 
 EXPANDED, ONE_CLUSTER = "expanded", "one_cluster"
 _PLACE = ("layer", "linear", "neuron")

@@ -14,7 +14,8 @@ from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.sources import fetch_model
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.run_files import hidden_file
-from sparse_expansion.store import Store, read_windows
+from sparse_expansion.run_folder import read_windows
+from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError
 from sparse_expansion.work.captures import Captures
 from sparse_expansion.work.spec import WorkerSpec

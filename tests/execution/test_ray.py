@@ -97,7 +97,17 @@ def test_any_number_of_workers_gives_the_local_bytes(
 
 def test_fractional_gpus_share_a_card(cluster, tmp_path, neox_folder, text_folder, reference):
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
-    run.on_ray(num_workers=4, gpus_per_worker=0.5, cpus_per_worker=0.5)
+
+    def wait_for_all(executor, progress):
+        """The little work could be over before the last of them has come up."""
+        deadline = time.monotonic() + 30
+        handles = executor.pool.handles.values()
+        while time.monotonic() < deadline and not all(
+            ray.wait([handle.ping], timeout=0)[0] for handle in handles
+        ):
+            time.sleep(0.1)
+
+    run.on_ray(num_workers=4, gpus_per_worker=0.5, cpus_per_worker=0.5, observe=wait_for_all)
     assert run.digests() == reference["compressed"]
     assert len({progress.worker for progress in run.seen}) == 4
 

@@ -12,7 +12,8 @@ from sparse_expansion.data.corpora import calibration_windows, load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.jobs.allocation import split_windows
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.store import Store, write_windows
+from sparse_expansion.run_folder import write_windows
+from sparse_expansion.store import Store
 from tests.studies.helpers import block_inputs
 from tests.tiny import SMALL_RUN, digests
 

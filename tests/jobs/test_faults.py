@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sparse_expansion.cli import main
 from sparse_expansion.report.describe import describe_machine
-from sparse_expansion.store import Store, alone_in
+from sparse_expansion.run_folder import alone_in
+from sparse_expansion.store import Store
 from tests.jobs.processes import arguments, start
 from tests.tiny import digests
 
