@@ -65,7 +65,7 @@ class ExecutionOptions:
         None,
         "Ray cluster to join: auto, host:port or ray://host:port.",
         metavar="ADDRESS",
-        meanings={None: "Ray is started on this machine"},
+        meanings={None: "the job's or this machine's where one runs; else Ray is started here"},
         group="execution",
     )
     num_workers: int | None = setting(

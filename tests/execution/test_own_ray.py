@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import ray
+from ray._private import ray_constants, services
 
 from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.ray.executor import RayExecutor
@@ -11,6 +12,37 @@ from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.work.spec import WorkerSpec
 
 pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize(
+    ("named", "running", "joins"),
+    [
+        ("10.0.0.1:6379", None, True),
+        ("auto", None, True),
+        ("local", "10.0.0.1:6379", False),
+        ("", "10.0.0.1:6379", True),
+        (None, None, False),
+    ],
+)
+def test_a_ray_that_runs_is_joined_as_it_is(named, running, joins, monkeypatch, tmp_path):
+    """A job's driver has to be found under its machine's own address, and shares no GPUs."""
+    if named is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", named)
+    seen = {}
+
+    def init(**options):
+        seen["is for one machine"] = not ray_constants.ENABLE_RAY_CLUSTER
+
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: running)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0, "CPU": 8.0})
+    spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"))
+    executor = RayExecutor(spec, ExecutionOptions(executor="ray", num_workers=2))
+    assert seen == {"is for one machine": not joins}
+    assert executor.pool.room.startswith("1 GPU" if joins else "0.5 GPU")
 
 
 def test_it_listens_on_loopback_alone(tmp_path):

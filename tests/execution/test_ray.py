@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 
 from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.local import LocalExecutor
+from sparse_expansion.execution.ray.actor import SIGNS
 from sparse_expansion.execution.ray.executor import RayExecutor, sized_pool
 from sparse_expansion.execution.ray.wire import from_wire, to_wire
 from sparse_expansion.jobs.evaluate import evaluate
@@ -271,7 +272,7 @@ class SuicidalActor:
     def ready(self):
         return self.inner.ready()
 
-    @ray.method(concurrency_group="signs")
+    @ray.method(concurrency_group=SIGNS)
     def alive(self):
         pass
 
@@ -361,7 +362,7 @@ def test_driver_killed_and_resumed_with_another_number_of_workers(
     one = command(neox_folder, text_folder, output, "--num-workers", "1")
     process = processes.start(one, log, worker_program)
     marker = output / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
-    wait_for(marker.exists, process)
+    processes.wait_for(marker.exists, process)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -387,20 +388,13 @@ def test_a_cluster_that_ends_ends_the_run(
     flags = command(neox_folder, text_folder, output, *long)
     sooner = {"sparse_expansion.execution.ray.liveness.HEAD_SECONDS": 8}
     process = processes.start(flags, log, worker_program, sooner)
-    wait_for((output / "run" / "units").exists, process)
+    processes.wait_for((output / "run" / "units").exists, process)
     (part,) = children(process.pid, program)
     os.kill(part, signal.SIGKILL)
     process.join(60)
     assert process.exitcode == 1
     message = log.read_text().strip().splitlines()[-1]
     assert f"error: {name}" in message and "continue with --resume" in message
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def children(parent, program):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 
 from tests.tiny import SMALL_RUN
 
@@ -43,10 +44,21 @@ def start(command, log, worker_program=None, constants=None):
     return process
 
 
+def wait_for(condition, process):
+    """Until the process has come so far."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def _run(command, log, worker_program, constants):
     from sparse_expansion.cli import main
 
-    sys.executable = worker_program or sys.executable
+    if worker_program is not None:
+        sys.executable = worker_program
+        # Without it a run joins a Ray that other tests have started on this machine.
+        os.environ["RAY_ADDRESS"] = "local"
     for name, value in constants.items():
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)

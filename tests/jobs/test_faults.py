@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from sparse_expansion.cli import main
 from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.run_folder import alone_in
 from sparse_expansion.store import Store
-from tests.jobs.processes import arguments, start
+from tests.jobs.processes import arguments, start, wait_for
 from tests.tiny import digests
 
 
@@ -34,9 +33,7 @@ def test_sigkill_and_resume_give_the_same_bytes(
     process = start(command, tmp_path / "log.txt")
     # In the middle of the second block.
     marker = cut / "run" / "units" / "layer-001" / "mlp.dense_h_to_4h" / "router.json"
-    deadline = time.monotonic() + 120
-    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(marker.exists, process)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
@@ -210,8 +207,7 @@ def test_interrupt(tmp_path, neox_folder, text_folder):
     # Long enough not to be over first on a machine with much else to do.
     flags = ["--dataset-size", "2000"]
     process = start([*arguments(neox_folder, text_folder, output), *flags], log)
-    while not (output / "run" / "units").exists() and process.is_alive():
-        time.sleep(0.01)
+    wait_for((output / "run" / "units").exists, process)
     os.kill(process.pid, signal.SIGINT)
     process.join(timeout=60)
     error = log.read_text()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
 from sparse_expansion.execution.base import Observer
 from sparse_expansion.execution.ray.graph_run import GraphRun
+from sparse_expansion.execution.ray.liveness import try_connection
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
 from sparse_expansion.messages import first_line
@@ -40,11 +40,11 @@ class RayExecutor:
         # Without this an actor that asks for no GPU sees all of them.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         self._owns_ray = not ray.is_initialized()
+        starts_ray = self._owns_ray and options.ray_address is None and not _is_in_cluster()
         if self._owns_ray:
-            self._connect()
+            self._connect(starts_ray)
         # A cluster that others started may grow, and its workers wait for GPUs of their own.
-        shares_gpus = self._owns_ray and options.ray_address is None
-        self.pool = sized_pool(spec, options, ray.cluster_resources(), shares_gpus=shares_gpus)
+        self.pool = sized_pool(spec, options, ray.cluster_resources(), shares_gpus=starts_ray)
         self._metrics = RunMetrics()
 
     @property
@@ -52,7 +52,7 @@ class RayExecutor:
         """Workers that do units at the same time, once all have come up."""
         return self.pool.num_workers
 
-    def _connect(self) -> None:
+    def _connect(self, starts_ray: bool) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.options.ray_address is None:
             options["include_dashboard"] = False
@@ -62,7 +62,7 @@ class RayExecutor:
             _check_reachable(self.options.ray_address)
             options["address"] = self.options.ray_address
         try:
-            with _on_loopback() if self.options.ray_address is None else nullcontext():
+            with _on_loopback() if starts_ray else nullcontext():
                 ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             line = first_line(error)
@@ -136,6 +136,14 @@ def sized_pool(
     )
 
 
+def _is_in_cluster() -> bool:
+    """Whether Ray, given no address, joins one that runs: a job's, or this machine's latest."""
+    named = os.environ.get(ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE)
+    if named:
+        return named != "local"
+    return services.find_bootstrap_address(None) is not None
+
+
 @contextmanager
 def _on_loopback() -> Iterator[None]:
     """Have a Ray that is started here listen on loopback, and not on all of a machine's addresses.
@@ -162,12 +170,10 @@ def _check_reachable(address: str) -> None:
         ValueError: nobody listens at host:port.
     """
     place = address.removeprefix("ray://")
-    host, colon, port = place.rpartition(":")
-    if not colon:
+    if ":" not in place:
         return
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
-            return
+        try_connection(place, CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Ray at {address} cannot be reached ({error}): check --ray-address"

@@ -17,7 +17,7 @@ ASK_SECONDS = 5.0
 """Seconds between two questions to a busy worker whether it is alive."""
 LOOK_SECONDS = 2.0
 """Seconds between two looks at the cluster."""
-CONNECT_SECONDS = 2.0
+LOOK_PATIENCE = 2.0
 """Seconds that a part of the cluster has for taking a connection."""
 FIRST_WORD_SECONDS = 4.0
 """Seconds without a worker, or an answer of the cluster, after which the run says so."""
@@ -87,7 +87,7 @@ class ClusterWatch:
             return
         self._looked = now
         for name, (address, patience) in self._places.items():
-            if takes_connections(address):
+            if _takes_connections(address):
                 self._silent_since.pop(name, None)
                 self._warned.discard(name)
                 continue
@@ -102,11 +102,20 @@ class ClusterWatch:
                 _log.warning("%s (%s) does not answer", name, address)
 
 
-def takes_connections(address: str) -> bool:
-    """Whether somebody listens at ``host:port``."""
+def try_connection(address: str, seconds: float) -> None:
+    """Connect to ``host:port``, and leave again.
+
+    Raises:
+        OSError: nobody takes the connection in time.
+        ValueError: the port is no number.
+    """
     host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+
+
+def _takes_connections(address: str) -> bool:
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        try_connection(address, LOOK_PATIENCE)
     except OSError:
         return False
     return True
