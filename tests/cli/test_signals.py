@@ -14,6 +14,8 @@ from sparse_expansion.cli.main import COMMANDS
 def command(monkeypatch):
     """Sets what `report` does, and puts the handlers back that it leaves behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell lets what it starts in the background ignore SIGINT, and the program leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def does(run):
         monkeypatch.setitem(COMMANDS, "report", replace(COMMANDS["report"], run=run))
