@@ -182,13 +182,14 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
     source = resolve_name(args.model, args.model_size)
     tasks = _task_names(args)
-    manager = known_tasks(tasks, args.task_path)
-    begin_work(args)
     with closing(ProgressLine()) as line:
         if args.task_path is not None:
+            # Before they are read.
             line.say(
                 f"task files of {args.task_path} can run any code: use only those that you trust"
             )
+        manager = known_tasks(tasks, args.task_path)
+        begin_work(args)
         shell = _open_model(args, source, line)
         if args.threads is not None:
             import torch

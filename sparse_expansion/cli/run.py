@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             with alone_in(store):
                 claim(store, prepared, windows, resume=args.resume)
                 del windows
-                if advice := mixed_threads(prepared, store, options.threads):
+                if advice := mixed_threads(store, options.threads):
                     line.say(advice)
                 store.write_json(COMMAND_FILE, {"command": args.line})
                 where = output if "://" in output else str(Path(output).expanduser().resolve())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from sparse_expansion.config.checks import parse_json
 
 
 def read_by_block(path: str, name: str, kind: Any, example: str) -> list[Any]:
@@ -21,9 +22,11 @@ def read_by_block(path: str, name: str, kind: Any, example: str) -> list[Any]:
     """
     flag = "--" + name.replace("_", "-")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from None
+    remedy = f"give a list of numbers, such as {example}"
+    found = parse_json(data, object, name=f"{flag} {path}", remedy=remedy)
     if isinstance(found, dict):
         found = found.get(name)
     numbers_alone = isinstance(found, list) and all(

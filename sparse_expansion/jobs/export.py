@@ -15,7 +15,7 @@ from sparse_expansion.algorithms.packing.experts import unpack_kept
 from sparse_expansion.algorithms.packing.streams import unpack_codes
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.jobs.export_formats import DENSE, FORMATS, PACK_QUANTIZED
-from sparse_expansion.model.checkpoint import INDEX_NAME, is_companion
+from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, is_companion
 from sparse_expansion.model.expansion import ExpandedLinear, PackedExpert
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.streaming import ModelShell
@@ -58,7 +58,7 @@ def export(folder: Path, output: str, form: str) -> dict[str, Any]:
     config.pop("quantization_config", None)
     if form == PACK_QUANTIZED:
         config["quantization_config"] = _quantization_config(compression, shell.family.groups)
-    store.write_json("config.json", config)
+    store.write_json(CONFIG_NAME, config)
     return {
         "format": form,
         "output": output,

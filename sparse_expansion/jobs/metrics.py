@@ -24,44 +24,48 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         store: its folder.
         executor: name of the executor that did its units.
     """
-    counts = count_experts(expert_rows(_records(prepared, store, experts)))
+    records = store.records()
+    counts = count_experts(expert_rows(_of_stage(prepared, records, experts)))
     return {
         "config": prepared.config.to_dict(),
         "model": prepared.identity["model"],
         "calibration_inputs": prepared.config.calibration.calibration_inputs,
         "executor": executor,
-        "unit_threads": unit_threads(prepared, store),
+        "unit_threads": unit_threads(records),
         "routers_reproducible": prepared.config.routing.is_reproducible,
         "num_experts": counts.experts,
         "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
         "starved_experts": counts.starved,
-        **refinement_metrics(prepared, store),
+        **_refinement(_of_stage(prepared, records, refine_block)),
         "raised_damping": counts.raised,
         "checkpoint_bytes": checkpoint_bytes(store),
         "dense_checkpoint_bytes": dense_bytes(prepared.shell),
     }
 
 
-def unit_threads(prepared: Prepared, store: Store) -> list[int]:
-    """Numbers of CPU threads that a run's finished units were done with, in order.
+def unit_threads(records: dict[str, dict[str, Any]]) -> list[int]:
+    """Numbers of CPU threads that units were done with, in order.
 
     With more than one the bytes can be told from those of a run with one number. Markers of
     earlier versions do not say.
+
+    Args:
+        records: the markers of finished units by key.
     """
-    records = (store.record(unit.key) for unit in prepared.units if unit.is_persistent)
-    return sorted({record["threads"] for record in records if record and "threads" in record})
+    return sorted({record["threads"] for record in records.values() if "threads" in record})
 
 
-def mixed_threads(prepared: Prepared, store: Store, threads: int | None) -> str | None:
+def mixed_threads(store: Store, threads: int | None) -> str | None:
     """A line of advice where a run is to go on with another number of threads, else None.
 
     Args:
-        prepared: the run.
-        store: its folder.
+        store: the run's folder.
         threads: that workers are to have; None where only they know.
     """
-    before = unit_threads(prepared, store)
-    if threads is None or set(before) <= {threads}:
+    if threads is None:
+        return None
+    before = unit_threads(store.records())
+    if set(before) <= {threads}:
         return None
     numbers = " and ".join(map(str, before))
     return (
@@ -70,21 +74,22 @@ def mixed_threads(prepared: Prepared, store: Store, threads: int | None) -> str 
     )
 
 
-def _records(prepared: Prepared, store: Store, stage: Stage) -> dict[str, dict[str, Any]]:
+def _of_stage(
+    prepared: Prepared, records: dict[str, dict[str, Any]], stage: Stage
+) -> dict[str, dict[str, Any]]:
     """The markers of a stage's units by key, all of which are finished."""
     found = {}
     for unit in prepared.units:
         if unit.stage == stage.name:
-            record = store.record(unit.key)
-            if record is None:
+            if unit.key not in records:
                 raise AssertionError(f"unit {unit.key} is not finished")
-            found[unit.key] = record
+            found[unit.key] = records[unit.key]
     return found
 
 
-def refinement_metrics(prepared: Prepared, store: Store) -> dict[str, Any]:
+def _refinement(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What training came to, where there was any: losses on held-out windows, over all blocks."""
-    stats = [record["stats"] for record in _records(prepared, store, refine_block).values()]
+    stats = [record["stats"] for record in records.values()]
     if not stats:
         return {}
     found = {"trained_blocks": sum(each["epoch"] > 0 for each in stats)}

@@ -21,7 +21,7 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _READ_BYTES = 1 << 24
-_DEFINING_STARTS = ("config.json", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
+_DEFINING_STARTS = (CONFIG_NAME, "tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
 """How files begin that say, beside the weights, what a model computes."""
 
 
@@ -138,12 +138,12 @@ def load_config(folder: Path) -> Any:
     """
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist: check --model")
-    if not (folder / "config.json").is_file():
+    path = folder / CONFIG_NAME
+    if not path.is_file():
         raise ValueError(
-            f"{folder} has no config.json: it is not a model folder"
+            f"{folder} has no {CONFIG_NAME}: it is not a model folder"
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
-    path = folder / CONFIG_NAME
     parse_json(path.read_bytes(), dict, name=str(path), remedy="download the model again")
     try:
         # Left to itself transformers asks at the terminal, and waits.
@@ -183,7 +183,7 @@ def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype
 
 def is_companion(name: str) -> bool:
     """Whether a file travels with a model unchanged: tokenizer, generation and licence files."""
-    if name in ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md"):
+    if name in (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, "README.md"):
         return False
     if name.endswith((".model", ".jinja")) or name.upper().startswith(("LICENSE", "NOTICE")):
         return True

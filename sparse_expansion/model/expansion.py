@@ -283,7 +283,12 @@ def guard_tensors(linears: Iterable[str], dtype: torch.dtype) -> dict[str, torch
         linears: module paths of the expanded linears.
         dtype: of the model.
     """
-    return {f"{name}.weight": torch.empty(0, dtype=dtype) for name in linears}
+    return {guard_name(name): torch.empty(0, dtype=dtype) for name in linears}
+
+
+def guard_name(linear: str) -> str:
+    """The name of an expanded linear's guard: that of the dense weight."""
+    return f"{linear}.weight"
 
 
 def check_dtype(dtype: torch.dtype) -> None:

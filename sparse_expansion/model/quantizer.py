@@ -22,6 +22,7 @@ from sparse_expansion.model.expansion import (
     ExpandedLinear,
     check_dtype,
     expand_block,
+    guard_name,
     guard_tensors,
 )
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
@@ -118,11 +119,6 @@ def expand_model(
     return cache
 
 
-def _guards_of_a_block(config: SparseExpansionConfig) -> dict[str, torch.Tensor]:
-    linears = (f".{name}" for group in config.groups for name in group)
-    return guard_tensors(linears, torch.float32)
-
-
 @register_quantizer(QUANT_METHOD)
 class SparseExpansionQuantizer(HfQuantizer):
     """Puts the expanded linears into a model before transformers loads its tensors."""
@@ -137,7 +133,8 @@ class SparseExpansionQuantizer(HfQuantizer):
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
         model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_MODULES}
-        guards = {rf"{re.escape(name)}$" for name in _guards_of_a_block(self.quantization_config)}
+        linears = [name for group in self.quantization_config.groups for name in group]
+        guards = {rf"{re.escape(guard_name('.' + name))}$" for name in linears}
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
         model.expert_cache = expand_model(model, self.quantization_config, dtype)
@@ -146,7 +143,7 @@ class SparseExpansionQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What ``save_pretrained`` writes: the model's state, and its guards (see there)."""
+        """What ``save_pretrained`` writes: the model's state and guards, see ``guard_tensors``."""
         linears = (name for name, part in model.named_modules() if isinstance(part, ExpandedLinear))
         state = model.state_dict()
         return {**state, **guard_tensors(linears, model.dtype)}, {}

@@ -23,7 +23,12 @@ from sparse_expansion.model.block_calls import (
     BlockStandIn,
     record_calls,
 )
-from sparse_expansion.model.checkpoint import CheckpointFiles, load_config, resolve_dtype
+from sparse_expansion.model.checkpoint import (
+    CONFIG_NAME,
+    CheckpointFiles,
+    load_config,
+    resolve_dtype,
+)
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import Family, block_list, family_of
@@ -79,7 +84,7 @@ class ModelShell:
         except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
             # Sizes that are no numbers, or fit nothing, end in whatever a module makes of them.
             raise ValueError(
-                f"{self.folder / 'config.json'} describes no model: {first_line(error)}"
+                f"{self.folder / CONFIG_NAME} describes no model: {first_line(error)}"
             ) from None
         return model.eval()
 

@@ -212,6 +212,7 @@ def test_a_run_with_experts_by_block(neox_folder, text_folder, tmp_path, capsys)
         ("[4, 0, 4]", "not all within 1 to 4096"),
         ("[4, 2.5, 4]", "holds no list of numbers, such as [8, 24]"),
         ("{", "--layer-clusters"),
+        ("[" * 100_000, "is not valid JSON: give a list of numbers, such as [8, 24]"),
     ],
 )
 def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, text_folder, capsys):
