@@ -19,8 +19,17 @@ _asked: tuple[int, float] | None = None
 """The first signal that came, and when; what it raises may arrive as something else."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    Of a class of its own: Python notes a plain ``KeyboardInterrupt`` that leaves code which was
+    given to ``exec`` as a string (dataclasses are made so), and a process that was started by
+    ``python -m`` then ends itself by SIGINT, though the exception was caught and answered.
+    """
+
+
 def end_cleanly() -> None:
-    """Raise ``KeyboardInterrupt`` in the main thread on SIGINT and SIGTERM.
+    """Raise ``Stopped``, a ``KeyboardInterrupt``, in the main thread on SIGINT and SIGTERM.
 
     SIGTERM is what ``ray job stop`` and a cluster that shrinks send first. Whatever becomes of the
     exception on its way out, of an import that it interrupts an ImportError, ``exit_code``
@@ -60,7 +69,7 @@ def _end(number: int, frame: FrameType | None) -> None:
         _asked = number, now
         # Ray's compiled code lets a KeyboardInterrupt through as it is, where it makes a
         # SystemError of any other exception that a signal raises while it waits.
-        raise KeyboardInterrupt
+        raise Stopped
     # One signal often comes twice, to the process and to its group: the first is being obeyed.
     if now - _asked[1] > PATIENCE_SECONDS:
         _say(_asked[0])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -47,6 +49,23 @@ def test_an_exception_that_becomes_another_is_still_the_signal(
     assert capsys.readouterr().err == (
         f"sparse-expansion: error: {word}: finished units are kept, continue with --resume\n"
     )
+
+
+def test_a_signal_within_generated_code_ends_with_its_own_code():
+    """As while a dataclass is made, whose methods are strings that Python runs."""
+    program = (
+        "import os, signal\n"
+        "from dataclasses import replace\n"
+        "from sparse_expansion.cli import main\n"
+        "from sparse_expansion.cli.main import COMMANDS\n"
+        "def run(args): exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
+        "COMMANDS['report'] = replace(COMMANDS['report'], run=run)\n"
+        "code = main(['report', 'x'])\n"
+        "assert code == 143, code\n"
+    )
+    # Python's own ending by SIGINT is tested for after `-c` and `-m`, not after a script's file.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "terminated" in done.stderr, (done.returncode, done.stderr)
 
 
 def test_a_signal_that_comes_twice_is_obeyed_once(command, capsys):
