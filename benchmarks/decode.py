@@ -36,7 +36,7 @@ def expanded_linear(config: CompressionConfig, dtype: torch.dtype) -> ExpandedLi
         bias=False,
         compression=config,
         routing=RoutingConfig(num_clusters=EXPERTS),
-        router=None,
+        first=None,
         cache=ExpertCache(),
         dtype=dtype,
     )

@@ -17,6 +17,7 @@ from sparse_expansion import cli
 from sparse_expansion.algorithms.compress import compress_experts
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.config import CompressionConfig
+from tests.model.running import expand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,6 +78,27 @@ def test_a_model_of_full_size_is_expanded_in_pieces(tmp_path, text_folder, capsy
     assert found["finished"] and found["layers"] == 3 and found["tokens"] == 128
     assert found["perplexity_expanded"] > 1 and found["unit_seconds"]["experts"] > 0
     assert (tmp_path / "tiny-3-32" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_serving_is_measured_for_every_model(tmp_path, llama_folder, text_folder):
+    output = expand(llama_folder, text_folder, tmp_path / "m")
+    flags = "--device cpu --batches 1 2 --prefill 8 40 --window 20 --new-tokens 2 --repeat 1"
+    line = [sys.executable, "-m", "benchmarks.serve", f"dense={llama_folder}", f"ours={output}"]
+    done = subprocess.run(
+        [*line, *flags.split()], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| | dense | ours |"
+    first, second = (json.loads(line) for line in lines[-2:])
+    assert (first["name"], second["name"]) == ("dense", "ours")
+    wanted = {"load_seconds", "tokens_per_second_1", "tokens_per_second_2", "prefill_seconds_8"}
+    wanted |= {"prefill_seconds_40", "first_token_seconds", "memory_bytes"}
+    for row in (first, second):
+        assert row.keys() - {"name", "device"} == wanted
+        assert all(row[key] > 0 for key in wanted)
+    # Every figure is in the table, beside its ratio to the first model's.
+    assert sum(row.startswith("| ") and "(1.00)" in row for row in lines) == len(wanted)
 
 
 def test_the_sweeps_benchmark_finds_equal_masks():

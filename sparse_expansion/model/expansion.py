@@ -2,107 +2,35 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.algorithms.matvec import StoredMatrix, takes_stored_form
 from sparse_expansion.algorithms.packing.experts import unpack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.algorithms.stored_experts import StoredExperts, StoredLinear, have_kernels
 from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.model.expert_cache import ExpertCache
+from sparse_expansion.model.expert_group import ExpertGroup
 from sparse_expansion.model.families import linear_shape
-from sparse_expansion.types import MODEL_DTYPES, Router
+from sparse_expansion.model.operators import handle_of, multiply_experts, route_tokens
+from sparse_expansion.model.routing import (
+    Float32Module,
+    GroupRouter,
+    Routing,
+    frozen,
+    tensor_state,
+)
+from sparse_expansion.types import MODEL_DTYPES
 
 FLOAT32_MODULES = ("router", "grid")
 """Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
-
-
-class Routing:
-    """The order that sorts the tokens of one input by expert, and every expert's count.
-
-    ``order_T`` holds token indices, ``[T]`` int64; ``counts`` has one entry per expert.
-    """
-
-    def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
-        """Sort ``experts_T``, the index of every token's expert; ties keep their order."""
-        if experts_T.shape[0] == 1:
-            # One token is sorted already; decoding is bound by the number of calls.
-            self.order_T = torch.zeros_like(experts_T)
-            self.counts = [0] * num_clusters
-            self.counts[int(experts_T)] = 1
-            return
-        self.order_T = torch.argsort(experts_T, stable=True)
-        self.counts = torch.bincount(experts_T, minlength=num_clusters).tolist()
-
-
-class Float32Module(nn.Module):
-    """Parameters that may be moved, and stay float32 where the model is cast.
-
-    A rounded centroid would send tokens to other experts than those that were made for them.
-    """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
-        kept = {name: one.detach() for name, one in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, one in self.named_parameters(recurse=False):
-            if one.dtype != kept[name].dtype and not one.is_meta:
-                self.register_parameter(name, _frozen(kept[name].to(one.device)))
-        return self
-
-
-class GroupRouter(Float32Module):
-    """The router of a linear group."""
-
-    def __init__(self, width: int, config: RoutingConfig) -> None:
-        """Make empty parameters for inputs of ``width`` features."""
-        super().__init__()
-        components = config.num_components(width)
-        self.mean = _frozen(torch.empty(width, dtype=torch.float32))
-        self.register_parameter(
-            "components",
-            None
-            if config.pca_reduction_factor is None
-            else _frozen(torch.empty(components, width, dtype=torch.float32)),
-        )
-        self.centroids = _frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
-        # The last input, its version, and its routing.
-        self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
-        # The state that the plain tensors were made from, and these.
-        self._plain: tuple[tuple[Any, ...], Router] | None = None
-
-    def router(self) -> Router:
-        """The router as plain tensors, made again when the model was moved or loaded again."""
-        components = self._parameters["components"]
-        parts = [part for part in (self.mean, components, self.centroids) if part is not None]
-        state = tensor_state(parts)
-        if self._plain is None or self._plain[0] != state:
-            self._plain = state, Router(self.mean, components, self.centroids)
-        return self._plain[1]
-
-    def forward(self, X: torch.Tensor) -> Routing:
-        """Route ``X [..., D]``; linears of the group that get the same tensor share one routing."""
-        # An inference tensor has no version counter, so that a change in place would go unseen.
-        version = None if X.is_inference() else X._version
-        if self._last_routing is not None and version is not None:
-            seen, seen_version, routing = self._last_routing
-            if seen() is X and seen_version == version:
-                return routing
-        X_TD = X.reshape(-1, X.shape[-1])
-        # A choice has no gradient, and in less than float32 it would be another one.
-        with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
-            routing = Routing(route(X_TD, self.router()), self.centroids.shape[0])
-        self._last_routing = None if version is None else (weakref.ref(X), version, routing)
-        return routing
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What was seen last can be made again, and a weak reference cannot be pickled.
-        return {**self.__dict__, "_last_routing": None, "_plain": None}
+STORED_TOKENS = 8
+"""Most tokens that a CPU multiplies with the stored streams, one after another."""
 
 
 class Grid(Float32Module):
@@ -115,8 +43,8 @@ class Grid(Float32Module):
         self.bits = config.bits
         self.group_size = width if config.group_size is None else min(config.group_size, width)
         groups = -(-width // self.group_size)
-        self.scale = _frozen(torch.empty(rows, groups, dtype=torch.float32))
-        self.zero_point = _frozen(torch.empty(rows, groups, dtype=torch.float32))
+        self.scale = frozen(torch.empty(rows, groups, dtype=torch.float32))
+        self.zero_point = frozen(torch.empty(rows, groups, dtype=torch.float32))
 
     def grid(self) -> AffineGrid:
         """The grid as plain tensors."""
@@ -136,7 +64,7 @@ class PackedExpert(nn.Module):
         super().__init__()
         for name, (kind, count) in layout.streams().items():
             stream_dtype = torch.uint8 if kind == "uint8" else dtype
-            self.register_parameter(name, _frozen(torch.empty(count, dtype=stream_dtype)))
+            self.register_parameter(name, frozen(torch.empty(count, dtype=stream_dtype)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The streams by name, as ``packing.pack_expert`` made them."""
@@ -159,7 +87,7 @@ class ExpandedLinear(nn.Module):
         bias: bool,
         compression: CompressionConfig,
         routing: RoutingConfig,
-        router: GroupRouter | None,
+        first: ExpandedLinear | None,
         cache: ExpertCache,
         dtype: torch.dtype,
     ) -> None:
@@ -171,7 +99,7 @@ class ExpandedLinear(nn.Module):
             bias: whether the dense linear has a bias, which all experts share.
             compression: the settings of pruning and quantization.
             routing: the settings of the router.
-            router: the group's router; ``None`` for its first linear, which makes and owns it.
+            first: the group's first linear, which owns its router; ``None`` for that one itself.
             cache: holds unpacked experts.
             dtype: the dtype of kept values and of the bias.
         """
@@ -185,12 +113,14 @@ class ExpandedLinear(nn.Module):
         self.grid = (
             None if compression.bits is None else Grid(out_features, in_features, compression)
         )
-        if router is None:
+        if first is None:
             self.router = GroupRouter(in_features, routing)
-            router = self.router
+        self.group: ExpertGroup = ExpertGroup() if first is None else first.group
+        self.group.linears.append(self)
         # It is in a list so that a shared router is not registered, and saved, more than once.
-        self._shared = [router]
-        self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+        self._shared = [self.router if first is None else first.group_router]
+        self.handle = handle_of(self)
+        self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self.cache = cache
 
     @property
@@ -219,12 +149,12 @@ class ExpandedLinear(nn.Module):
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight, ``[O, D]``."""
-        return unpack_expert(
-            self.tensors(expert),
-            layout=self.layout,
-            grid=None if self.grid is None else self.grid.grid(),
-            dtype=dtype,
-        )
+        grid = None if self.grid is None else self.grid.grid()
+        streams = self.tensors(expert)
+        if have_kernels(next(iter(streams.values())).device):
+            stored = StoredExperts(self.layout, [StoredLinear([streams], grid, None)])
+            return stored.unpack(0, 1, dtype)[0]
+        return unpack_expert(streams, layout=self.layout, grid=grid, dtype=dtype)
 
     def stored(self, expert: int) -> StoredMatrix:
         """One expert's streams, made ready for products with single tokens."""
@@ -236,34 +166,83 @@ class ExpandedLinear(nn.Module):
         stored = self.experts[0].get_parameter("codes" if grid is not None else "values")
         return takes_stored_form(self.layout, grid, stored.dtype, stored.device)
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
-        """Map ``X [..., D]`` to ``[..., O]`` with one product per expert that has tokens.
+    def streams(self) -> StoredLinear:
+        """All experts as they are stored."""
+        grid = None if self.grid is None else self.grid.grid()
+        return StoredLinear(
+            [self.tensors(expert) for expert in range(len(self.experts))],
+            grid,
+            None if self.bias is None else self.bias.detach(),
+        )
 
-        On a CPU a single token is multiplied by the stored streams: they are fewer bytes than the
-        dense weight, and nothing has to be unpacked.
-        """
+    def streams_state(self) -> tuple[Any, ...]:
+        """What changes when any expert's tensors are moved, loaded again, or written to."""
+        modules = [*self.experts, self] if self.grid is None else [*self.experts, self.grid, self]
+        return tensor_state(
+            part for module in modules for part in module._parameters.values() if part is not None
+        )
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """Map ``X [..., D]`` to ``[..., O]``: every token's product with its own expert."""
         check_dtype(X.dtype)
-        routing = self.group_router(X)
-        X_TD = X.reshape(-1, X.shape[-1])
+        has_gradient = torch.is_grad_enabled() and X.requires_grad
+        if torch.compiler.is_compiling() and not has_gradient:
+            X_TD = X.reshape(-1, self.in_features)
+            experts_T = route_tokens(X_TD, self.group_router.handle)
+            out_TO = multiply_experts(X_TD.to(_product_dtype(X)), experts_T, self.handle)
+        else:
+            routing = self.group_router(X)
+            if not has_gradient and self.group.has_kernels(self, X):
+                out_TO = self.group.multiply(self, X, routing, _product_dtype(X))
+            else:
+                out_TO = self._multiply_by_expert(X.reshape(-1, self.in_features), routing)
+        return out_TO.reshape(*X.shape[:-1], self.out_features)
+
+    def multiply(self, X_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
+        """Output ``[T, O]`` of tokens whose experts are known, in the tokens' dtype."""
+        routing = Routing(experts_T, len(self.experts))
+        with torch.no_grad(), torch.autocast(X_TD.device.type, enabled=False):
+            if self.group.has_kernels(self, X_TD):
+                return self.group.multiply(self, X_TD, routing, X_TD.dtype)
+            return self._multiply_by_expert(X_TD, routing)
+
+    def _multiply_by_expert(self, X_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """One product per expert that has tokens, each a call: for CPUs, and for gradients.
+
+        On a CPU a few tokens are multiplied with the stored streams: they are fewer bytes than the
+        dense weight, and unpacking takes as long as some eight products with them.
+        """
         # The stored streams' product has no gradient, and no other dtype than its input's.
-        is_plain = not (torch.is_grad_enabled() and X.requires_grad)
-        is_plain = is_plain and not torch.is_autocast_enabled(X.device.type)
-        if X_TD.shape[0] == 1 and is_plain and self._takes_stored_form():
-            matrix = self.cache.stored(self, routing.counts.index(1))
-            out = matrix.matvec(X_TD[0])
-            out = out if self.bias is None else out + self.bias
-            return out.reshape(*X.shape[:-1], self.out_features)
+        is_plain = not (torch.is_grad_enabled() and X_TD.requires_grad)
+        is_plain = is_plain and not torch.is_autocast_enabled(X_TD.device.type)
+        # Where all experts are to stay unpacked, several tokens are faster with what is there.
+        most = 1 if self.cache.max_bytes is None else STORED_TOKENS
+        if 0 < X_TD.shape[0] <= most and is_plain and self._takes_stored_form():
+            matrices = [self.cache.stored(self, expert) for expert in routing.experts_T.tolist()]
+            pairs = zip(matrices, X_TD, strict=True)
+            out_TO = torch.stack([matrix.matvec(x_D) for matrix, x_D in pairs])
+            return out_TO if self.bias is None else out_TO + self.bias
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
-            nn.functional.linear(tokens, self.cache.dense(self, expert, X.dtype), self.bias)
+            nn.functional.linear(tokens, self.cache.dense(self, expert, X_TD.dtype), self.bias)
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
         # Under autocast the products have another dtype than their factors.
         product_TO = torch.cat(products) if products else X_TD.new_empty(0, self.out_features)
-        out = torch.empty_like(product_TO)
-        out[routing.order_T] = product_TO
-        return out.reshape(*X.shape[:-1], self.out_features)
+        out_TO = torch.empty_like(product_TO)
+        out_TO[routing.order_T] = product_TO
+        return out_TO
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpandedLinear:
+        # Tables of tensors that are left behind would be in the way where memory is short.
+        self.group.forget()
+        super()._apply(fn, recurse)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = handle_of(self)
 
     def extra_repr(self) -> str:
         """The text that ``print(model)`` shows."""
@@ -291,6 +270,12 @@ def guard_name(linear: str) -> str:
     return f"{linear}.weight"
 
 
+def _product_dtype(X: torch.Tensor) -> torch.dtype:
+    """Of a product with ``X``: autocast's where that is on."""
+    kind = X.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else X.dtype
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Answer a dtype that experts cannot be unpacked to.
 
@@ -302,18 +287,6 @@ def check_dtype(dtype: torch.dtype) -> None:
             f"expanded models compute in float32, bfloat16 or float16, and not in {dtype}: load or "
             "cast them to one of these"
         )
-
-
-def tensor_state(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
-    """What changes when tensors are moved, loaded again, or written to."""
-    return tuple(
-        (one.data_ptr(), one.device, None if one.is_inference() else one._version)
-        for one in tensors
-    )
-
-
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def expand_block(
@@ -336,7 +309,7 @@ def expand_block(
         dtype: the dtype of kept values and biases.
     """
     for linears in groups:
-        router: GroupRouter | None = None
+        first: ExpandedLinear | None = None
         for name in linears:
             rows, width = linear_shape(block, name)
             old = block.get_submodule(name)
@@ -346,10 +319,10 @@ def expand_block(
                 bias=getattr(old, "bias", None) is not None,
                 compression=compression,
                 routing=routing,
-                router=router,
+                first=first,
                 cache=cache,
                 dtype=dtype,
             )
-            router = new.group_router
+            first = first or new
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent) if parent else block, leaf, new)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from sparse_expansion.algorithms.matvec import StoredMatrix
-from sparse_expansion.algorithms.packing.layout import PackedLayout
-from sparse_expansion.algorithms.semi_structured import for_matmul
 
 DEFAULT_CACHE_BYTES = 1 << 30
+ALL_EXPERTS = -1
+"""Stands for an expert's number where all of them are one entry."""
+
+
+class StatefulExperts(Protocol):
+    """Experts whose tensors may change."""
+
+    def streams_state(self) -> tuple[Any, ...]:
+        """What changes when any expert's tensors are moved, loaded again, or written to."""
 
 
 class PackedExperts(Protocol):
     """The packed experts of one linear, as the cache reads them."""
 
-    @property
-    def layout(self) -> PackedLayout:
-        """Shape and sparsity of every expert."""
-
     def state(self, expert: int) -> tuple[Any, ...]:
         """What changes when an expert's tensors are moved, loaded again, or written to."""
-
-    def tensors(self, expert: int) -> dict[str, torch.Tensor]:
-        """One expert's streams by name."""
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight, ``[O, D]``."""
@@ -38,9 +39,9 @@ class PackedExperts(Protocol):
 class ExpertCache:
     """Recently used experts; the least recent ones are evicted beyond ``max_bytes``.
 
-    An expert is cached in up to two forms: its dense weight, which multiplies any number of tokens
-    (semi-structured on a GPU where that is faster), and what its stored streams need beside them
-    to multiply a single token.
+    An expert is cached in up to two forms: its dense weight, which multiplies any number of tokens,
+    and what its stored streams need beside them to multiply a single token. Where a GPU multiplies
+    by all experts at once, a cache without a bound has them in one piece.
     """
 
     def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
@@ -61,9 +62,23 @@ class ExpertCache:
             return found[1]
         # A weight that is made for inference alone could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            weight = for_matmul(linear.unpack(expert, dtype), linear.layout)
+            weight = linear.unpack(expert, dtype)
         self._insert(key, (state, weight), weight.numel() * weight.element_size())
         return weight
+
+    def all_dense(
+        self, linear: StatefulExperts, dtype: torch.dtype, unpack: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """All experts' dense weights ``[K, O, D]``, made by ``unpack`` if they are not cached."""
+        key = (id(linear), ALL_EXPERTS, torch.Tensor)
+        state = linear.streams_state()
+        found: tuple[Any, torch.Tensor] | None = self._find(key)
+        if found is not None and found[0] == state and found[1].dtype == dtype:
+            return found[1]
+        with torch.inference_mode(False), torch.no_grad():
+            weights = unpack()
+        self._insert(key, (state, weights), weights.numel() * weights.element_size())
+        return weights
 
     def stored(self, linear: PackedExperts, expert: int) -> StoredMatrix:
         """One expert's streams, ready to multiply one token."""

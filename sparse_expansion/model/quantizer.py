@@ -156,3 +156,8 @@ class SparseExpansionQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether adapters can be trained on top: gradients pass through the frozen experts."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model: experts are operators in one graph."""
+        return True

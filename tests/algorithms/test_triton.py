@@ -1,4 +1,4 @@
-"""The GPU's kernel: its results in Triton's interpreter, and that it compiles for GPUs."""
+"""The GPU's kernels: results in Triton's interpreter, and that they compile for GPUs."""
 
 import os
 import subprocess
@@ -18,19 +18,38 @@ from tests.tiny import KERNEL_DEVICE
 triton_decide = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_decide")
 
 COMPILE = """
+import re
+import subprocess
+import tempfile
+
+import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sparse_expansion.algorithms.kernels.triton_decide import decide_block
+from sparse_expansion.algorithms.kernels.triton_decide import TILE_VALUES, decide_block
+from sparse_expansion.algorithms.kernels.triton_grouped import multiply_grouped
+from sparse_expansion.algorithms.kernels.triton_matvec import LANES, ROWS, multiply_stored
 from sparse_expansion.algorithms.kernels.triton_select import count_digits
+from sparse_expansion.algorithms.kernels.triton_unpack import count_kept, unpack_rows
 
 
-def check(kernel, signature, constants):
+def check(kernel, signature, constants, aligned=()):
     signature = signature | dict.fromkeys(constants, "constexpr")
     order = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=order, constexprs=constants)
+    # Tensors of their own begin at multiples of 16 bytes, as Triton finds out when it is called.
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=order, constexprs=constants, attrs=attributes)
     for capability in (80, 90):
         compiled = compile(source, target=GPUTarget("cuda", capability, 32))
-        assert len(compiled.asm["cubin"]) > 1000
+        cubin = compiled.asm["cubin"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            line = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            told = subprocess.run(line, capture_output=True, text=True, check=True)
+        usage = re.search(r"STACK:([0-9]+).*?LOCAL:([0-9]+)", told.stdout + told.stderr)
+        stack, local = map(int, usage.groups())
+        assert (stack, local) == (0, 0), (capability, usage[0])
 
 
 pointers = {"W": "*fp32", "U": "*fp32", "mask": "*i8", "scale": "*fp32", "zero_point": "*fp32"}
@@ -38,13 +57,46 @@ numbers = ["W_expert", "U_expert", "U_row", "mask_expert", "grid_expert", "codes
 numbers += ["errors_expert", "rows", "columns"]
 for group, pruned, quantized in ((0, 0, False), (0, 0, True), (4, 2, False), (16, 8, True)):
     constants = {"GROUP": group, "PRUNED": pruned, "IS_QUANTIZED": quantized}
-    constants |= {"BLOCK": 128, "ROWS": 32}
+    constants |= {"BLOCK": 128, "ROWS": TILE_VALUES // 128}
     signature = pointers | {"codes": "*u8" if quantized else "*fp32", "errors": "*fp32"}
     signature |= dict.fromkeys(numbers, "i32") | {"max_code": "fp32"}
     check(decide_block, signature, constants)
 signature = {"numbers": "*i32", "prefix": "*i32", "counts": "*i32"}
 signature |= dict.fromkeys(["width", "shift", "row_stride"], "i32")
 check(count_digits, signature, {"BINS": 256, "TILE": 4096})
+experts = {"X": "*bf16", "experts": "*i64", "out": "*bf16", "masks": "*i64", "values": "*i64"}
+experts |= {"starts": "*i32", "scales": "*i64", "zero_points": "*i64", "biases": "*i64"}
+experts |= {"table": "*i32", "rest_table": "*i32"}
+experts |= dict.fromkeys(["tokens", "num_experts", "mask_bytes"], "i32")
+rows = {"sizes": "*i64", "scale_of": "*fp32", "zero_of": "*fp32"} | experts
+# Kinds of masks, columns of a pattern and kept ones of them, bits of a field and of a code.
+for kind, group, kept, field, bits, size, tokens in (
+    (1, 1, 0, 0, 0, 0, 1),
+    (1, 1, 0, 0, 0, 0, 4),
+    (1, 1, 0, 0, 4, 5120, 1),
+    (2, 4, 2, 3, 0, 0, 1),
+    (2, 4, 2, 3, 4, 128, 4),
+    (2, 8, 4, 7, 3, 100, 1),
+    (0, 1, 0, 0, 8, 5120, 1),
+):
+    unit = group * max(1, 8 // group)
+    mask = {"O": 13824, "D": 5120, "KIND": kind, "UNIT": unit, "GROUP": group, "FIELD_BITS": field}
+    value = {"VALUE": tl.uint8 if bits else tl.bfloat16, "ROW_KEPT": 5120 // group * kept}
+    value |= {"CODE_BITS": bits, "GRID_SIZE": size}
+    tile = {"BIAS": tl.bfloat16, "GROUP_KEPT": kept, "PADDED": 16, "TOKENS": tokens}
+    check(multiply_stored, experts, mask | value | tile | {"ROWS": ROWS, "LANES": LANES})
+    names = set(unpack_rows.arg_names)
+    signature = {name: kind for name, kind in rows.items() if name in names}
+    tile = {"SKIPS": True, "ROWS": 4, "COLUMNS": 256}
+    check(unpack_rows, signature, mask | value | tile)
+    if kind:
+        signature = {"masks": "*i64", "counts": "*i32", "table": "*i32", "rest_table": "*i32"}
+        check(count_kept, signature | {"mask_bytes": "i32"}, mask | {"ROWS": 16, "LANES": 32})
+signature = {"X": "*bf16", "W": "*bf16", "out": "*bf16", "bias": "*bf16", "order": "*i64"}
+signature |= {"ends": "*i64", "first": "i32", "count": "i32"}
+tile = {"TILE_TOKENS": 64, "TILE_ROWS": 128, "TILE_COLUMNS": 64}
+constants = {"O": 13824, "D": 5120, "HAS_BIAS": True, "EXPERTS": 16} | tile
+check(multiply_grouped, signature, constants, aligned=("X", "W", "out"))
 print("compiled")
 """
 
@@ -94,7 +146,7 @@ def test_a_gpu_with_triton_takes_the_kernel():
 
 
 def test_it_compiles_for_gpus():
-    """Ptxas comes with Triton; the interpreter of the other tests has to be off for this."""
+    """Registers suffice. Ptxas comes with Triton; its interpreter has to be off for this."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM
 
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.config import RoutingConfig
-from sparse_expansion.model import expansion
-from sparse_expansion.model.expansion import GroupRouter
+from sparse_expansion.model import routing
+from sparse_expansion.model.routing import GroupRouter
 from sparse_expansion.types import Router
 from tests.model.running import expand
 
@@ -30,7 +30,7 @@ def test_a_group_is_routed_once(tmp_path, llama_folder, text_folder, monkeypatch
     output = expand(llama_folder, text_folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(output)
     calls = []
-    monkeypatch.setattr(expansion, "route", lambda X, r: calls.append(1) or route(X, r))
+    monkeypatch.setattr(routing, "route", lambda X, r: calls.append(1) or route(X, r))
     tokens = torch.randint(1, 500, (1, 12))
     with torch.no_grad():
         model(tokens)

@@ -47,6 +47,27 @@ def test_a_single_token_is_multiplied_with_the_stored_streams(expanded, monkeypa
         assert not torch.equal(model(token).logits, stored)
 
 
+@pytest.mark.skipif(not can_spread(), reason="this CPU has neither AVX-512 VBMI2 nor AVX2")
+@pytest.mark.parametrize(("count", "is_stored"), [(2, True), (8, True), (9, False)])
+def test_a_few_tokens_are_multiplied_with_the_stored_streams(
+    count, is_stored, expanded, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    tokens = torch.randint(1, 500, (1, count))
+    with torch.no_grad():
+        dense = model(tokens).logits
+        model.expert_cache.clear()
+        monkeypatch.setattr(matvec, "MIN_WEIGHTS", 1)
+        found = model(tokens).logits
+        assert (model.expert_cache.num_bytes < 64 * 256 * 4) == is_stored
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+        # Experts that stay unpacked are used as they are.
+        model.expert_cache.clear()
+        model.expert_cache.max_bytes = None
+        assert torch.equal(model(tokens).logits, dense)
+        assert model.expert_cache.num_bytes >= 64 * 256 * 4
+
+
 def test_the_least_recent_expert_is_evicted_first(expanded):
     model = AutoModelForCausalLM.from_pretrained(expanded)
     cache = model.expert_cache

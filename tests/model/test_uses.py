@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sparse_expansion.algorithms import matvec
-from sparse_expansion.model.expansion import ExpandedLinear, GroupRouter
+from sparse_expansion.model.expansion import ExpandedLinear
+from sparse_expansion.model.routing import GroupRouter
 from tests.model.running import expand
 
 

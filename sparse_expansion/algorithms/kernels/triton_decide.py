@@ -12,8 +12,9 @@ import triton.language as tl
 
 from sparse_expansion.algorithms.block import Block
 
-TILE_VALUES = 4096
-"""Weights of a tile: three such arrays are in the registers of 128 threads."""
+TILE_VALUES = 2048
+"""Weights of a tile: four such arrays are in the registers of 128 threads. Twice as many are not:
+some 350 bytes a thread went through memory for every column."""
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def decide(block: Block) -> None:
     """Decide a block's columns in place."""
     experts, columns, rows = block.W_KBO.shape
     padded = max(16, triton.next_power_of_2(columns))
-    tile = max(16, TILE_VALUES // padded)
+    tile = max(4, TILE_VALUES // padded)
     W, U = block.W_KBO, block.U_KBB.contiguous()
     grid = block.grid
     # What is not used still needs a pointer.

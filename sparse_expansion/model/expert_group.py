@@ -1,0 +1,143 @@
+"""The expanded linears that share an input, as a GPU multiplies by them: the host never waits."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from sparse_expansion.algorithms.packing.layout import PackedLayout
+from sparse_expansion.algorithms.stored_experts import (
+    MAX_TOKENS,
+    StoredExperts,
+    StoredLinear,
+    have_kernels,
+    multiply_dense,
+)
+from sparse_expansion.model.expert_cache import ExpertCache
+from sparse_expansion.model.routing import Routing
+
+
+class Linear(Protocol):
+    """An expanded linear, as its group sees it."""
+
+    layout: PackedLayout
+    cache: ExpertCache
+    bias: torch.nn.Parameter | None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the experts."""
+
+    def streams(self) -> StoredLinear:
+        """All experts as they are stored."""
+
+    def streams_state(self) -> tuple[Any, ...]:
+        """What changes when any expert's tensors are moved, loaded again, or written to."""
+
+
+class ExpertGroup:
+    """Linears of one group in their order, and the tables that kernels find their experts by.
+
+    Linears of one shape (gate and up) are multiplied by in one launch: the first that is called
+    with an input leaves the others' outputs for them.
+    """
+
+    def __init__(self) -> None:
+        """Start without a linear; see ``linears``."""
+        self.linears: list[Linear] = []
+        self._tables: dict[int, tuple[tuple[Any, ...], StoredExperts]] = {}
+        # An input, its version, and outputs of linears that were not yet asked for them.
+        self._waiting: tuple[weakref.ref[torch.Tensor], int, dict[int, torch.Tensor]] | None = None
+
+    @property
+    def num_tables(self) -> int:
+        """Launches that tables are held for."""
+        return len(self._tables)
+
+    def has_kernels(self, linear: Linear, X: torch.Tensor) -> bool:
+        """Whether kernels multiply such an input with the linear's experts where they are."""
+        return have_kernels(X.device) and linear.device == X.device
+
+    def multiply(
+        self, linear: Linear, X: torch.Tensor, routing: Routing, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """One linear's output ``[T, O]`` for ``X [..., D]``, in ``dtype``."""
+        X_TD = X.reshape(-1, X.shape[-1]).to(dtype)
+        if len(X_TD) <= MAX_TOKENS:
+            return self._multiply_stored(linear, X, X_TD, routing)
+        return self._multiply_unpacked(linear, X_TD, routing)
+
+    def _multiply_stored(
+        self, linear: Linear, X: torch.Tensor, X_TD: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        # An inference tensor has no version counter, so that a change in place would go unseen.
+        version = None if X.is_inference() else X._version
+        if self._waiting is not None and version is not None:
+            seen, seen_version, outputs = self._waiting
+            if seen() is X and seen_version == version and id(linear) in outputs:
+                found = outputs.pop(id(linear))
+                if found.dtype == X_TD.dtype:
+                    return found
+        mates = [linear] if version is None else self._mates(linear)
+        out = self._stored(mates).multiply(X_TD, routing.experts_T)
+        others = {id(mate): part for mate, part in zip(mates, out, strict=True)}
+        found = others.pop(id(linear))
+        self._waiting = None if version is None else (weakref.ref(X), version, others)
+        return found
+
+    def _multiply_unpacked(
+        self, linear: Linear, X_TD: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        mates = self._mates(linear)
+        stored, index = self._stored(mates), mates.index(linear)
+        rows, columns = linear.layout.shape
+        out_TO = X_TD.new_empty(len(X_TD), rows)
+        where = routing.order_T, routing.ends_K, out_TO
+        if linear.cache.max_bytes is None:
+            weights = linear.cache.all_dense(
+                linear,
+                X_TD.dtype,
+                lambda: stored.unpack(0, stored.num_experts, X_TD.dtype, linear=index),
+            )
+            multiply_dense(X_TD, weights, linear.bias, *where)
+            return out_TO
+        # Experts that have tokens, into memory that the next ones take over.
+        step = max(1, linear.cache.max_bytes // (rows * columns * X_TD.element_size()))
+        for first in range(0, stored.num_experts, step):
+            count = min(step, stored.num_experts - first)
+            weights = stored.unpack(first, count, X_TD.dtype, routing.sizes_K, linear=index)
+            multiply_dense(X_TD, weights, linear.bias, *where, first=first)
+        return out_TO
+
+    def forget(self) -> None:
+        """Drop tables and outputs: the linears' tensors are about to be moved."""
+        self._tables, self._waiting = {}, None
+
+    def _mates(self, linear: Linear) -> list[Linear]:
+        """The linears that are multiplied by in one launch with this one, itself among them."""
+
+        def form(one: Linear) -> tuple[Any, ...]:
+            dtype = None if one.bias is None else one.bias.dtype
+            return one.layout, one.device, dtype
+
+        wanted = form(linear)
+        return [one for one in self.linears if form(one) == wanted]
+
+    def _stored(self, mates: Sequence[Linear]) -> StoredExperts:
+        """Tables of linears, made again when one was moved, loaded again or written to."""
+        key = id(mates[0]) if len(mates) > 1 else -id(mates[0])
+        state = tuple(one.streams_state() for one in mates)
+        found = self._tables.get(key)
+        if found is None or found[0] != state:
+            # What a compiled model or one in training is run with may be used in any mode later.
+            with torch.inference_mode(False), torch.no_grad():
+                stored = StoredExperts(mates[0].layout, [one.streams() for one in mates])
+            found = self._tables[key] = state, stored
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are of addresses in this process.
+        return {"linears": self.linears, "_tables": {}, "_waiting": None}

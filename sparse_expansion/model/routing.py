@@ -1,0 +1,137 @@
+"""The router of a linear group: which expert every token goes to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_expansion.algorithms.clustering import route
+from sparse_expansion.config import RoutingConfig
+from sparse_expansion.model.operators import handle_of
+from sparse_expansion.types import Router
+
+
+class Routing:
+    """Every token's expert, and the order that sorts the tokens of one input by expert.
+
+    All but ``counts`` is worked out where the tokens are, without a stop at the host.
+    """
+
+    def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
+        """Take ``experts_T``, the index of every token's expert (int64)."""
+        self.experts_T = experts_T
+        self.num_clusters = num_clusters
+
+    @cached_property
+    def order_T(self) -> torch.Tensor:
+        """Indices of tokens (int64), by expert; those of one expert keep their order."""
+        # One token is sorted already; decoding is bound by the number of calls.
+        if self.experts_T.shape[0] == 1:
+            return torch.zeros_like(self.experts_T)
+        return torch.argsort(self.experts_T, stable=True)
+
+    @cached_property
+    def ends_K(self) -> torch.Tensor:
+        """Where each expert's tokens end in that order (int64)."""
+        each_K = torch.arange(self.num_clusters, device=self.experts_T.device)
+        return torch.searchsorted(self.experts_T[self.order_T], each_K, right=True)
+
+    @cached_property
+    def sizes_K(self) -> torch.Tensor:
+        """Tokens of every expert (int64)."""
+        return self.ends_K.diff(prepend=self.ends_K.new_zeros(1))
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of every expert, which the host waits for."""
+        return torch.bincount(self.experts_T, minlength=self.num_clusters).tolist()
+
+
+class Float32Module(nn.Module):
+    """Parameters that may be moved, and stay float32 where the model is cast.
+
+    A rounded centroid would send tokens to other experts than those that were made for them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
+        kept = {name: one.detach() for name, one in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, one in self.named_parameters(recurse=False):
+            if one.dtype != kept[name].dtype and not one.is_meta:
+                self.register_parameter(name, frozen(kept[name].to(one.device)))
+        return self
+
+
+class GroupRouter(Float32Module):
+    """The router of a linear group."""
+
+    def __init__(self, width: int, config: RoutingConfig) -> None:
+        """Make empty parameters for inputs of ``width`` features."""
+        super().__init__()
+        components = config.num_components(width)
+        self.mean = frozen(torch.empty(width, dtype=torch.float32))
+        self.register_parameter(
+            "components",
+            None
+            if config.pca_reduction_factor is None
+            else frozen(torch.empty(components, width, dtype=torch.float32)),
+        )
+        self.centroids = frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
+        self.handle = handle_of(self)
+        # The last input, its version, and its routing.
+        self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
+        # The state that the plain tensors were made from, and these.
+        self._plain: tuple[tuple[Any, ...], Router] | None = None
+
+    def router(self) -> Router:
+        """The router as plain tensors, made again when the model was moved or loaded again."""
+        components = self._parameters["components"]
+        parts = [part for part in (self.mean, components, self.centroids) if part is not None]
+        state = tensor_state(parts)
+        if self._plain is None or self._plain[0] != state:
+            self._plain = state, Router(self.mean, components, self.centroids)
+        return self._plain[1]
+
+    def forward(self, X: torch.Tensor) -> Routing:
+        """Route ``X [..., D]``; linears of the group that get the same tensor share one routing."""
+        # An inference tensor has no version counter, so that a change in place would go unseen.
+        version = None if X.is_inference() else X._version
+        if self._last_routing is not None and version is not None:
+            seen, seen_version, routing = self._last_routing
+            if seen() is X and seen_version == version:
+                return routing
+        routing = Routing(self.experts(X.reshape(-1, X.shape[-1])), self.centroids.shape[0])
+        self._last_routing = None if version is None else (weakref.ref(X), version, routing)
+        return routing
+
+    def experts(self, X_TD: torch.Tensor) -> torch.Tensor:
+        """Index of every token's expert (int64)."""
+        # A choice has no gradient, and in less than float32 it would be another one.
+        with torch.no_grad(), torch.autocast(X_TD.device.type, enabled=False):
+            return route(X_TD, self.router())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was seen last can be made again, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_last_routing": None, "_plain": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = handle_of(self)
+
+
+def tensor_state(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
+    """What changes when tensors are moved, loaded again, or written to."""
+    return tuple(
+        (one.data_ptr(), one.device, None if one.is_inference() else one._version)
+        for one in tensors
+    )
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter that is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)

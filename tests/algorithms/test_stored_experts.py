@@ -1,0 +1,226 @@
+"""Kernels on stored streams against the unpacked product in float64; see conftest.py for where."""
+
+import pytest
+import torch
+
+from sparse_expansion.algorithms import stored_experts
+from sparse_expansion.algorithms.packing.experts import pack_expert, unpack_expert
+from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.algorithms.stored_experts import (
+    StoredExperts,
+    StoredLinear,
+    multiply_dense,
+)
+from tests.algorithms.test_packing import layout, random_mask
+from tests.tiny import KERNEL_DEVICE
+
+pytest.importorskip("triton")
+
+EXPERTS = 3
+MODES = [
+    # Rows and columns, sparsity, bits, columns of a group of the grid, dtype.
+    ((17, 72), "0.5", None, None, torch.bfloat16),
+    ((9, 37), "0.7", None, None, torch.float32),
+    ((5, 300), "0.3", None, None, torch.float16),
+    ((3, 11), "1.0", None, None, torch.float32),
+    ((6, 24), "0", None, None, torch.bfloat16),
+    ((17, 72), "2:4", None, None, torch.bfloat16),
+    ((9, 37), "2:4", None, None, torch.float32),
+    ((5, 40), "4:8", None, None, torch.float16),
+    ((9, 37), "1:2", None, None, torch.float32),
+    ((4, 53), "9:16", None, None, torch.float32),
+    ((4, 21), "4:4", None, None, torch.float32),
+    ((7, 64), "16:32", None, None, torch.float32),
+    ((17, 72), "2:4", 4, None, torch.bfloat16),
+    ((9, 72), "0.5", 4, 16, torch.float32),
+    ((9, 37), "0.5", 3, 10, torch.float32),
+    ((5, 40), "2:4", 2, 8, torch.float32),
+    ((5, 40), "1:4", 8, None, torch.float32),
+    ((9, 37), "4:8", 5, 16, torch.float32),
+    ((4, 33), "0.5", 6, None, torch.float32),
+    ((4, 33), "0", 7, 16, torch.float32),
+    ((6, 24), "0", 4, None, torch.float32),
+]
+
+
+def linear(wanted, group_size, dtype, *, bias=True):
+    """Random experts of a layout on the kernels' device."""
+    rows, columns = wanted.shape
+    grid = None
+    if wanted.bits is not None:
+        size = group_size or columns
+        groups = -(-columns // size)
+        zero = torch.randint(0, 2**wanted.bits, (rows, groups), device=KERNEL_DEVICE).float()
+        scale = torch.rand(rows, groups, device=KERNEL_DEVICE) + 0.1
+        grid = AffineGrid(scale, zero, wanted.bits, size)
+    experts = []
+    for _ in range(EXPERTS):
+        kept = random_mask(wanted)
+        codes = torch.randint(0, 2 ** (wanted.bits or 1), wanted.shape).to(torch.uint8)
+        weight = (torch.randn(wanted.shape) * kept).to(dtype)
+        packed = pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
+        experts.append({name: part.to(KERNEL_DEVICE) for name, part in packed.items()})
+    bias_O = torch.randn(rows, device=KERNEL_DEVICE).to(dtype) if bias else None
+    return StoredLinear(experts, grid, bias_O)
+
+
+def unpacked(one, wanted, dtype):
+    """Every expert's weight by the compiled loops of a CPU, ``[K, O, D]``."""
+    grid = one.grid
+    if grid is not None:
+        parts = (grid.scale_OG.cpu(), grid.zero_point_OG.cpu())
+        grid = AffineGrid(*parts, grid.bits, grid.group_size)
+    return torch.stack(
+        [
+            unpack_expert(
+                {name: part.cpu() for name, part in streams.items()},
+                layout=wanted,
+                grid=grid,
+                dtype=dtype,
+            )
+            for streams in one.experts
+        ]
+    )
+
+
+def check_products(found, one, wanted, X, experts):
+    """``found [T, O]`` is within rounding of the product in float64, token by token."""
+    weights = unpacked(one, wanted, torch.float32).double()
+    bias = 0 if one.bias_O is None else one.bias_O.cpu().double()
+    # The interpreter cuts float32 off where a GPU rounds it to bfloat16.
+    unit = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[found.dtype]
+    for token, expert in enumerate(experts.tolist()):
+        x = X[token].cpu().double()
+        scale = weights[expert].abs() @ x.abs() + abs(bias)
+        error = (found[token].cpu().double() - weights[expert] @ x - bias).abs()
+        assert bool((error <= unit * scale + 1e-30).all())
+
+
+@pytest.mark.parametrize(("shape", "sparsity", "bits", "group_size", "dtype"), MODES)
+def test_every_mode_is_multiplied_and_unpacked(shape, sparsity, bits, group_size, dtype):
+    wanted = layout(shape, sparsity, bits, block_size=32 if sparsity == "16:32" else 16)
+    one = linear(wanted, group_size, dtype)
+    stored = StoredExperts(wanted, [one])
+    exact = torch.float32 if bits else dtype
+    assert torch.equal(stored.unpack(0, EXPERTS, exact).cpu(), unpacked(one, wanted, exact))
+    for tokens in (1, 5):
+        X = torch.randn(tokens, shape[1], device=KERNEL_DEVICE).to(dtype)
+        experts = torch.randint(0, EXPERTS, (tokens,), device=KERNEL_DEVICE)
+        check_products(stored.multiply(X, experts)[0], one, wanted, X, experts)
+
+
+@pytest.mark.parametrize(
+    "experts", [[0], [2, 2], [1, 1, 1, 1], [1] * 9, [0, 2, 0, 2, 0, 2, 2], [2] * 7 + [0] * 9]
+)
+def test_tokens_of_one_expert_are_multiplied_together(experts):
+    """By fours, whatever their order, and none that no expert has."""
+    wanted = layout((21, 40), "0.5")
+    one = linear(wanted, None, torch.float32)
+    X = torch.randn(len(experts), 40, device=KERNEL_DEVICE)
+    chosen = torch.tensor(experts, device=KERNEL_DEVICE)
+    found = StoredExperts(wanted, [one]).multiply(X, chosen)[0]
+    check_products(found, one, wanted, X, chosen)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_linears_of_one_shape_are_multiplied_in_one_launch(bits, bias):
+    wanted = layout((18, 40), "2:4", bits)
+    both = [linear(wanted, 8, torch.float32, bias=bias) for _ in range(2)]
+    stored = StoredExperts(wanted, both)
+    X = torch.randn(6, 40, device=KERNEL_DEVICE)
+    experts = torch.randint(0, EXPERTS, (6,), device=KERNEL_DEVICE)
+    out = stored.multiply(X, experts)
+    assert out.shape == (2, 6, 18)
+    for found, one in zip(out, both, strict=True):
+        check_products(found, one, wanted, X, experts)
+    second = stored.unpack(1, 2, torch.float32, linear=1).cpu()
+    assert torch.equal(second, unpacked(both[1], wanted, torch.float32)[1:])
+    assert stored.multiply(X[:0], experts[:0]).shape == (2, 0, 18)
+
+
+def test_experts_without_a_token_are_not_unpacked():
+    wanted = layout((4, 16), "0.5")
+    one = linear(wanted, None, torch.float32)
+    stored, sizes = StoredExperts(wanted, [one]), torch.tensor([2, 0, 1], device=KERNEL_DEVICE)
+    empty = torch.empty
+
+    def marked(*shape, **settings):
+        return empty(*shape, **settings).fill_(7.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_experts.torch, "empty", marked)
+        found = stored.unpack(0, EXPERTS, torch.float32, sizes)
+    wanted_weights = unpacked(one, wanted, torch.float32)
+    assert torch.equal(found[[0, 2]].cpu(), wanted_weights[[0, 2]])
+    assert bool((found[1] == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "grouped"),
+    [
+        (EXPERTS, torch.float32, False),
+        (2, torch.float32, False),
+        (2, torch.float16, False),
+        # By PyTorch's own product; the interpreter multiplies no bfloat16.
+        (EXPERTS, torch.bfloat16, True),
+    ],
+)
+def test_unpacked_experts_are_multiplied_in_one_product(step, dtype, grouped, monkeypatch):
+    """More tokens than a tile has, experts without any, and pieces that do not hold all experts."""
+    monkeypatch.setattr(stored_experts, "takes_grouped_product", lambda weights: grouped)
+    wanted = layout((24, 72), "0.5")
+    one = linear(wanted, None, dtype)
+    stored = StoredExperts(wanted, [one])
+    for sizes in ([70, 0, 3], [0, 5, 0], [0, 0, 67]):
+        experts = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
+        experts = experts[torch.randperm(len(experts))].to(KERNEL_DEVICE)
+        X = torch.randn(len(experts), 72, device=KERNEL_DEVICE).to(dtype)
+        ends = torch.tensor(sizes, device=KERNEL_DEVICE).cumsum(0)
+        out = torch.full((len(experts), 24), 7.0, device=KERNEL_DEVICE, dtype=dtype)
+        for first in range(0, EXPERTS, step):
+            weights = stored.unpack(first, min(step, EXPERTS - first), dtype)
+            order = torch.argsort(experts, stable=True)
+            multiply_dense(X, weights, one.bias_O, order, ends, out, first=first)
+        check_products(out, one, wanted, X, experts)
+
+
+def damage_bitmask(streams):
+    streams["bitmask"][1] ^= 4
+
+
+def damage_tail(streams):
+    streams["bitmask"][-1] |= 128
+
+
+def damage_pattern(streams):
+    streams["patterns"][0] |= 7
+
+
+def shorten(streams):
+    streams["values"] = streams["values"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "damage", "message"),
+    [
+        ("0.5", damage_bitmask, "masks of experts keep other weights"),
+        ("0.5", damage_tail, "masks of experts keep other weights"),
+        ("2:4", damage_pattern, "masks of experts keep other weights"),
+        ("0.5", shorten, "values of an expert"),
+    ],
+)
+def test_damaged_streams_are_refused_before_a_kernel_trusts_them(sparsity, damage, message):
+    wanted = layout((5, 20), sparsity)
+    one = linear(wanted, None, torch.float32)
+    StoredExperts(wanted, [one])
+    damage(one.experts[1])
+    with pytest.raises(ValueError, match=message):
+        StoredExperts(wanted, [one])
+
+
+def test_what_kernels_take_beside_the_streams_is_as_small_as_said():
+    wanted = layout((40, 80), "0.5")
+    stored = StoredExperts(wanted, [linear(wanted, None, torch.float32)])
+    assert stored.starts.numel() * stored.starts.element_size() == 4 * 40 * EXPERTS
+    assert (stored.masks.numel() + stored.values.numel()) * 8 == 16 * EXPERTS
