@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from sparse_expansion.types import CompressionError, MomentSum, Router
 
@@ -48,6 +47,7 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
         # Loaded when needed: who only routes tokens need not wait for it. It has to be there before
         # its threads are limited.
         import scipy.linalg
+        from threadpoolctl import threadpool_limits
 
         # SciPy's LAPACK has threads of its own; as many as PyTorch has, so that a worker that was
         # given one thread computes the same bytes wherever it runs.

@@ -13,15 +13,8 @@ import numpy as np
 import torch
 
 from sparse_expansion.algorithms.kernels.bits import ONES
-from sparse_expansion.algorithms.kernels.jit import Array
-from sparse_expansion.algorithms.kernels.llvm import LANES
+from sparse_expansion.algorithms.kernels.jit import HAVE_NUMBA, LANES, Array
 from sparse_expansion.algorithms.kernels.threads import MIN_SLICE, split
-from sparse_expansion.algorithms.kernels.vectors import (
-    can_spread,
-    kept_code_matvec,
-    kept_matvec,
-    nibble_matvec,
-)
 from sparse_expansion.algorithms.packing.experts import bitmask
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.packing.streams import check_streams, unpack_codes
@@ -37,8 +30,10 @@ def takes_stored_form(
     layout: PackedLayout, grid: AffineGrid | None, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether ``StoredMatrix`` can multiply by such an expert, and is the faster way."""
-    if device.type != "cpu" or layout.rows * layout.columns < MIN_WEIGHTS:
+    if device.type != "cpu" or layout.rows * layout.columns < MIN_WEIGHTS or not HAVE_NUMBA:
         return False
+    from sparse_expansion.algorithms.kernels.vectors import can_spread
+
     if not layout.is_sparse:
         if grid is None or grid.bits != 4:
             return False
@@ -101,6 +96,13 @@ class StoredMatrix:
 
     def matvec(self, x_D: torch.Tensor) -> torch.Tensor:
         """``W x`` (float32 sums) in the dtype of ``x_D``."""
+        # Not before there is work: a model is loaded and used without Numba too.
+        from sparse_expansion.algorithms.kernels.vectors import (
+            kept_code_matvec,
+            kept_matvec,
+            nibble_matvec,
+        )
+
         x = x_D.detach().float().contiguous().numpy()
         out = torch.empty(self.layout.rows)
         target = out.numpy()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -84,6 +83,9 @@ class CheckpointFiles:
         Those are the XXH3 digests of its weight files, configuration and tokenizer. XXH3 is as fast
         as memory: reading the disk is what takes time.
         """
+        # Loading a model, which this module is imported for, does without.
+        import xxhash
+
         digest = hashlib.sha256()
         defining = {
             path for path in self.folder.iterdir() if path.name.startswith(_DEFINING_STARTS)

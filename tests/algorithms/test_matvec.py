@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sparse_expansion.algorithms import matvec
+from sparse_expansion.algorithms.kernels import vectors
 from sparse_expansion.algorithms.kernels.vectors import can_spread
 from sparse_expansion.algorithms.packing import experts
 from sparse_expansion.algorithms.quantization import AffineGrid
@@ -79,7 +80,7 @@ def test_what_has_no_stored_product(monkeypatch):
         packed, wanted, grid, _ = expert(shape, sparsity, bits, group_size, dtype)
         return matvec.takes_stored_form(wanted, grid, packed[max(packed)].dtype, device)
 
-    monkeypatch.setattr(matvec, "can_spread", lambda: True)
+    monkeypatch.setattr(vectors, "can_spread", lambda: True)
     assert takes((4, 32), "0.5", None)
     assert not takes((4, 32), "0.5", None, device=torch.device("meta"))
     assert not takes((4, 32), "0.5", None, dtype=torch.float16)
@@ -88,7 +89,7 @@ def test_what_has_no_stored_product(monkeypatch):
     assert not takes((4, 32), "0", None)
     assert not takes((4, 32), "0", 8)
     assert not takes((4, 48), "0", 4)
-    monkeypatch.setattr(matvec, "can_spread", lambda: False)
+    monkeypatch.setattr(vectors, "can_spread", lambda: False)
     assert not takes((4, 32), "0.5", None)
     assert takes((4, 32), "0", 4)
     monkeypatch.setattr(matvec, "MIN_WEIGHTS", 1 << 20)

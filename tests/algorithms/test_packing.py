@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_expansion.algorithms.kernels import vectors
 from sparse_expansion.algorithms.packing import device, experts, patterns, streams
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.quantization import AffineGrid, dequantize
@@ -160,7 +161,7 @@ def test_cpus_without_wide_vectors_give_the_same(monkeypatch):
         packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
         found = []
         for answer in (False, experts.can_spread()):
-            monkeypatch.setattr(experts, "can_spread", lambda answer=answer: answer)
+            monkeypatch.setattr(vectors, "can_spread", lambda answer=answer: answer)
             found.append(
                 experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)
             )

@@ -9,11 +9,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from sparse_expansion.algorithms.kernels.jit import Array, jit, tile_jit
+from sparse_expansion.algorithms.kernels.jit import LANES, Array, jit, tile_jit
 from sparse_expansion.algorithms.kernels.llvm import (
     F32,
     I64,
-    LANES,
     data_pointer,
     in_all_lanes,
     load_at,

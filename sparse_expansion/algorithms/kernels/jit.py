@@ -6,9 +6,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
+try:
+    import numba
+except ImportError:
+    numba = None
+
+HAVE_NUMBA = numba is not None
+"""Whether kernels are compiled. Without Numba a model can be loaded and used: PyTorch's own
+operations unpack its experts, and nothing calls a kernel."""
+LANES = 16
+"""Values that the vector kernels take at a time."""
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -20,6 +29,8 @@ def _compiler(**options: Any) -> Callable[[Any], Any]:
     """
 
     def compiled(function: Any) -> Any:
+        if not HAVE_NUMBA:
+            return function
         compile_ = functools.partial(numba.njit, nogil=True, error_model="numpy", **options)
         try:
             return compile_(cache=True)(function)

@@ -7,8 +7,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-LANES = 16
-"""Values that the vector kernels take at a time."""
+from sparse_expansion.algorithms.kernels.jit import LANES
+
 # Types of single lanes.
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
 

@@ -18,14 +18,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from sparse_expansion.algorithms.kernels.bits import BEFORE
-from sparse_expansion.algorithms.kernels.jit import Array, jit
+from sparse_expansion.algorithms.kernels.jit import LANES, Array, jit
 from sparse_expansion.algorithms.kernels.llvm import (
     F32,
     I8,
     I16,
     I32,
     I64,
-    LANES,
     add_product,
     data_pointer,
     in_all_lanes,

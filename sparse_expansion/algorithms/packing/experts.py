@@ -12,14 +12,8 @@ from sparse_expansion.algorithms.kernels.bits import (
     round_to_bfloat16,
     scatter,
 )
-from sparse_expansion.algorithms.kernels.jit import Array
-from sparse_expansion.algorithms.kernels.llvm import LANES
+from sparse_expansion.algorithms.kernels.jit import HAVE_NUMBA, LANES, Array
 from sparse_expansion.algorithms.kernels.threads import split
-from sparse_expansion.algorithms.kernels.vectors import (
-    can_spread,
-    dequantize_vectors,
-    scatter_vectors,
-)
 from sparse_expansion.algorithms.packing import device
 from sparse_expansion.algorithms.packing.layout import PackedLayout, packed_bytes
 from sparse_expansion.algorithms.packing.patterns import pack_patterns, unpack_patterns
@@ -87,8 +81,8 @@ def pack_expert(
 
 
 def _takes_loops(tensor: torch.Tensor, compiled: bool | None) -> bool:
-    """Whether compiled loops do the work: by default on a CPU."""
-    return not tensor.is_cuda if compiled is None else compiled
+    """Whether compiled loops do the work: by default on a CPU, where there is a compiler."""
+    return not tensor.is_cuda and HAVE_NUMBA if compiled is None else compiled
 
 
 def _compact(tensor: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
@@ -198,6 +192,8 @@ def unpack_expert(
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """The dense weight with kept values in their places, on a CPU."""
+    from sparse_expansion.algorithms.kernels.vectors import can_spread, scatter_vectors
+
     if not values.numel():
         return torch.zeros(layout.shape, dtype=values.dtype)
     out = torch.empty(layout.shape, dtype=values.dtype)
@@ -225,6 +221,8 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The dense weight of kept codes, on a CPU."""
+    from sparse_expansion.algorithms.kernels.vectors import can_spread, dequantize_vectors
+
     out = torch.empty(layout.shape, dtype=dtype)
     source, stream = codes.numpy(), mask.numpy()
     scale = grid.scale_OG.float().cpu().contiguous().numpy()
