@@ -32,6 +32,7 @@ from sparse_expansion.model.checkpoint import (
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import Family, block_list, family_of
+from sparse_expansion.model.fit import check_shapes, check_sizes
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
 
 TOKENS_PER_FORWARD = 4096
@@ -57,6 +58,8 @@ class ModelShell:
         self.family: Family = family_of(self.config.model_type)
         self.files = CheckpointFiles(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.files)
+        path = self.folder / CONFIG_NAME
+        check_sizes(self.config, self.files.shapes, self.family.blocks, path)
         self._model = self._without_weights()
         self.expansion = self._expansion()
         self.expert_cache = ExpertCache()
@@ -66,10 +69,11 @@ class ModelShell:
         self._blocks = list(block_list(self._model, self.family))
         parent, _, self._blocks_name = self.family.blocks.rpartition(".")
         self._blocks_parent = self._model.get_submodule(parent)
-        self._recorders = [BlockRecorder(block) for block in self._blocks]
-        self._put_in_place(nn.ModuleList(self._recorders))
         base = self._model.base_model_prefix
         self._prefixes = ("", f"{base}.") if base else ("",)
+        check_shapes(self._model.state_dict(), self.file_name, self.files.shapes, self.folder)
+        self._recorders = [BlockRecorder(block) for block in self._blocks]
+        self._put_in_place(nn.ModuleList(self._recorders))
         self._is_loaded = False
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
