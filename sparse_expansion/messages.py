@@ -9,6 +9,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says, or its kind, in one line: some say what is wrong in their last."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     r"""A text whose control characters are shown and not obeyed: ``\x1b`` for an escape.
 

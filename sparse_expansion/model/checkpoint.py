@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from sparse_expansion.config.checks import parse_json
-from sparse_expansion.messages import first_line
+from sparse_expansion.messages import one_line
 from sparse_expansion.model.fit import check_config
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.plain_files import check_plain, check_plain_folder, read_plain
@@ -159,8 +159,9 @@ def load_config(folder: Path) -> Any:
     try:
         # Left to itself transformers asks at the terminal, and waits.
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+    except Exception as error:
+        # A setting that is of another type, or fits no other, ends in whatever its check raises.
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
     check_config(config, path)
     return config
 

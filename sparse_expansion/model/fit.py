@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from sparse_expansion.messages import one_line
 
 _MOST_BLOCKS, _MOST_WIDTH = 1 << 13, 1 << 25
 """Bounds of what a config may ask for: far beyond any model, and built in seconds."""
@@ -48,6 +52,25 @@ def check_config(config: Any, path: Path) -> None:
             f"{path} names the attention implementation {attention!r}, which would be code from "
             f"elsewhere: remove it, or name one of {', '.join(_OWN_ATTENTION)}"
         )
+
+
+def build_without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model that a config describes, on the meta device, buffers excepted.
+
+    Args:
+        config: of transformers.
+        dtype: of the weights; the config's if None.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    named = {} if dtype is None else {"dtype": dtype}
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **named)
+    except Exception as error:
+        # Settings that fit nothing end in whatever a module makes of them.
+        raise ValueError(f"config.json describes no model: {one_line(error)}") from None
 
 
 def check_sizes(

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from sparse_expansion.messages import first_line
 from sparse_expansion.model.block_calls import (
     BlockCall,
     BlockRecorder,
@@ -32,7 +29,7 @@ from sparse_expansion.model.checkpoint import (
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import Family, block_list, family_of
-from sparse_expansion.model.fit import check_shapes, check_sizes
+from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
 
 TOKENS_PER_FORWARD = 4096
@@ -60,7 +57,7 @@ class ModelShell:
         self.dtype = resolve_dtype(dtype, self.config, self.files)
         path = self.folder / CONFIG_NAME
         check_sizes(self.config, self.files.shapes, self.family.blocks, path)
-        self._model = self._without_weights()
+        self._model = build_without_weights(self.config, self.dtype).eval()
         self.expansion = self._expansion()
         self.expert_cache = ExpertCache()
         if self.expansion is not None:
@@ -77,20 +74,6 @@ class ModelShell:
         self._is_loaded = False
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
-
-    def _without_weights(self) -> Any:
-        """The model that the config describes, on the meta device."""
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=self.dtype, trust_remote_code=False
-                )
-        except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-            # Sizes that are no numbers, or fit nothing, end in whatever a module makes of them.
-            raise ValueError(
-                f"{self.folder / CONFIG_NAME} describes no model: {first_line(error)}"
-            ) from None
-        return model.eval()
 
     def _expansion(self) -> SparseExpansionConfig | None:
         """The settings of the folder's expansion; ``None`` for a dense model."""
