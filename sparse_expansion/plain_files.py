@@ -13,8 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MOST_TEXT_BYTES = 1 << 28
-"""More than any JSON file of a model takes; the largest are tokenizers, of some ten megabytes."""
+MOST_TEXT_BYTES = 1 << 30
+"""More than any JSON file takes: manifests of very many experts have some hundred megabytes."""
 SEAL = "sha256_of_the_rest"
 """The key of a seal."""
 _KINDS = (
