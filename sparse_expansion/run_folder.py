@@ -144,7 +144,7 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
             f"--output {store.root} is not empty and holds no run: choose another folder"
         )
     store.sweep_temporaries()
-    store.write_json(RUN_FILE, identity)
+    store.write_sealed(RUN_FILE, identity)
 
 
 @contextmanager
@@ -189,10 +189,12 @@ def read_identity(store: Store, form: Any = _IDENTITY_FORM) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, so that nobody knows.
     """
+    # What is no file is told as such.
+    store.read_bytes(RUN_FILE)
     found: dict[str, Any] | None = store.read_intact_json(RUN_FILE, form)
     if found is None:
         raise ValueError(
-            f"{store.path(RUN_FILE)} is damaged, and with it what the run was: delete the folder "
-            f"--output {store.root} and start again"
+            f"{store.path(RUN_FILE)} is damaged, or was changed by hand, and with it what the run "
+            f"was: delete the folder --output {store.root} and start again"
         )
     return found

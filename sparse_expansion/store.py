@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.config.checks import parse_json
 from sparse_expansion.model.manifest import tensor_record
+from sparse_expansion.plain_files import check_no_links, check_plain, read_plain, sealed
 from sparse_expansion.run_files import UNITS
 
 _FILE_FORM = {"bytes": int, "sha256": str, "tensors": {...: dict}}
@@ -75,23 +76,37 @@ class Store:
         return bool(self.fs.exists(self.path(name)))
 
     def list(self, folder: str) -> list[str]:
-        """Names of all files below a folder, sorted."""
+        """Names of all files below a folder, sorted; folders that are links are not entered."""
         where = self.path(folder)
+        if self.is_local:
+            paths = (f"{here}/{file}" for here, _, files in os.walk(where) for file in files)
+            return sorted(os.path.relpath(path, self.base) for path in paths)
         if not self.fs.exists(where):
             return []
         return sorted(str(found)[len(self.base) + 1 :] for found in self.fs.find(where))
 
     def read_bytes(self, name: str) -> bytes:
-        """A file's content."""
+        """A file's content.
+
+        Raises:
+            ValueError: it is no file, or too large to be one that is read whole.
+        """
+        if self.is_local:
+            return read_plain(self.path(name))
         data: bytes = self.fs.cat_file(self.path(name))
         return data
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file so that it appears whole or not at all."""
+        """Write a file so that it appears whole or not at all.
+
+        Raises:
+            ValueError: a folder on the way is a link, which might lead anywhere.
+        """
         path = self.path(name)
         if not self.is_local:
             self.fs.pipe_file(path, data)
             return
+        check_no_links(self.base, name)
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
         scratch = f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
@@ -118,7 +133,7 @@ class Store:
             remedy: for the error.
 
         Raises:
-            ValueError: it is not JSON, or of another form.
+            ValueError: it is not JSON, of another form, or not what was sealed.
         """
         data = self.read_bytes(name)
         return parse_json(data, form, name=self.path(name), remedy=remedy)
@@ -133,6 +148,10 @@ class Store:
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         self.write_bytes(name, json_bytes(value))
+
+    def write_sealed(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file with a digest of itself, which is checked when it is read."""
+        self.write_json(name, sealed(value))
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write a safetensors file; returns its record for the unit's marker."""
@@ -159,6 +178,7 @@ class Store:
         """
         try:
             if self.is_local:
+                check_plain(self.path(name))
                 with safe_open(self.path(name), framework="pt") as handle:
                     return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             # safetensors' own reader: a JSON header and raw numbers, nothing that is executed.
@@ -169,13 +189,24 @@ class Store:
             ) from None
 
     def delete(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it is there.
+
+        Raises:
+            ValueError: a folder on the way is a link.
+        """
+        if self.is_local:
+            check_no_links(self.base, name)
         if self.exists(name):
             self.fs.rm_file(self.path(name))
 
     def delete_folder(self, name: str) -> None:
-        """Remove a folder and all in it."""
+        """Remove a folder and all in it; what links lead to stays.
+
+        Raises:
+            ValueError: a folder on the way is a link.
+        """
         if self.is_local:
+            check_no_links(self.base, name)
             shutil.rmtree(self.path(name), ignore_errors=True)
         elif self.fs.exists(self.path(name)):
             self.fs.rm(self.path(name), recursive=True)
@@ -192,7 +223,7 @@ class Store:
 
     def commit(self, key: str, record: dict[str, Any]) -> None:
         """Write a unit's marker: from now on the unit is finished."""
-        self.write_json(f"{UNITS}/{key}.json", record)
+        self.write_sealed(f"{UNITS}/{key}.json", record)
 
     def record(self, key: str) -> dict[str, Any] | None:
         """A finished unit's marker, None when it is not finished.
@@ -217,6 +248,8 @@ class Store:
     def is_intact(self, record: dict[str, Any]) -> bool:
         """Whether all files of a marker are there, with the size and digest it states."""
         for name, file in record["files"].items():
+            if self.is_local and not os.path.isfile(self.path(name)):
+                return False
             if not self.exists(name) or self.fs.size(self.path(name)) != file["bytes"]:
                 return False
             digest = hashlib.sha256()

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 def _open_model(args: argparse.Namespace, source: ModelSource, line: ProgressLine) -> ModelShell:
     """The model without its blocks; an expanded one's tensors are checked against its manifest."""
     from sparse_expansion.model.manifest import MANIFEST_NAME
-    from sparse_expansion.model.verification import verify
+    from sparse_expansion.model.verification import check_finite, verify
 
     line.say(f"model {source.location}")
     shell = fetch_shell(args, source)
@@ -117,6 +117,8 @@ def _open_model(args: argparse.Namespace, source: ModelSource, line: ProgressLin
         line.say(f"{verify(shell.folder)} tensors agree with their digests")
     elif shell.expansion is not None:
         line.say(f"no {MANIFEST_NAME}, as save_pretrained leaves it: no digests to check")
+    if shell.expansion is not None:
+        check_finite(shell.files)
     return shell
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
 from sparse_expansion.cli.signals import end_cleanly, exit_code
+from sparse_expansion.messages import printable
 
 EXIT_FAILED = 1
 
@@ -74,14 +75,22 @@ def _is_work_failure(error: ValueError) -> bool:
 
 
 def _complain(message: str) -> None:
-    print(f"sparse-expansion: error: {message}", file=sys.stderr)
+    print(f"sparse-expansion: error: {printable(message)}", file=sys.stderr)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages in which names from files are shown as they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message without control characters."""
+        return printable(super().format(record))
 
 
 def _quieten(verbose: bool) -> None:
     """Keep libraries' own bars and advice from hiding ours."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, handlers=[handler])
     # What this package warns of is said: that a worker was lost, or what a run waits for.
     logging.getLogger("sparse_expansion").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:

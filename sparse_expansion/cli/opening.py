@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_expansion.cli.signals import catch_signals
 from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.messages import printable
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +218,7 @@ def check_eval_windows(count: int | None) -> None:
 
 def print_result(args: argparse.Namespace, result: Any, text: str, *, sort_keys: bool) -> None:
     """Print a result to stdout: as JSON where that was asked for, else as text."""
-    print(json.dumps(result, indent=1, sort_keys=sort_keys) if args.json else text)
+    print(json.dumps(result, indent=1, sort_keys=sort_keys) if args.json else printable(text))
 
 
 def present(

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from sparse_expansion.messages import printable
+
 if TYPE_CHECKING:
     from sparse_expansion.execution.base import Progress
 
@@ -31,7 +33,7 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Print a line of its own."""
         self._clear()
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
     def start(self, title: str, num_blocks: int) -> None:
         """Begin a phase."""
@@ -73,7 +75,7 @@ class ProgressLine:
             parts.append(f"ETA {_clock(elapsed * (1 - share) / share)}")
         if progress.worker != "local":
             parts.append(progress.worker)
-        return " · ".join(parts)
+        return printable(" · ".join(parts))
 
     def close(self) -> None:
         """End the line."""

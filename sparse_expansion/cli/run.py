@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
                 del windows
                 if advice := mixed_threads(store, options.threads):
                     line.say(advice)
-                store.write_json(COMMAND_FILE, {"command": args.line})
+                store.write_sealed(COMMAND_FILE, {"command": args.line})
                 where = output if "://" in output else str(Path(output).expanduser().resolve())
                 measured = Measurements()
                 with closing(open_executor(args, options, store=where, source=source)) as executor:
@@ -278,7 +278,7 @@ def _finish(
     from sparse_expansion.run_files import METRICS_FILE
 
     metrics = finish_metrics(metrics, measured)
-    store.write_json(METRICS_FILE, metrics)
+    store.write_sealed(METRICS_FILE, metrics)
     card = model_card(metrics, source.location, is_hub_id=source.kind == "hub")
     store.write_bytes("README.md", card.encode())
     return metrics

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sparse_expansion.config.checks import parse_json
+from sparse_expansion.plain_files import read_plain
 
 
 def read_by_block(path: str, name: str, kind: Any, example: str) -> list[Any]:
@@ -22,7 +22,7 @@ def read_by_block(path: str, name: str, kind: Any, example: str) -> list[Any]:
     """
     flag = "--" + name.replace("_", "-")
     try:
-        data = Path(path).read_text(encoding="utf-8")
+        data = read_plain(path).decode("utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path}: {error}") from None
     remedy = f"give a list of numbers, such as {example}"

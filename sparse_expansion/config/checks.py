@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sparse_expansion.plain_files import is_seal_whole
+
 NUMBER = (int, float)
 """The form of a number, see ``has_form``."""
 
@@ -61,12 +63,15 @@ def parse_json(data: bytes | str, form: Any, *, name: str, remedy: str) -> Any:
         remedy: for the error.
 
     Raises:
-        ValueError: it is not JSON, nested too deeply, or of another form.
+        ValueError: it is not JSON, nested too deeply, changed since it was sealed, or of another
+            form.
     """
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError(f"{name} is not valid JSON: {remedy}") from None
+    if isinstance(found, dict) and not is_seal_whole(found):
+        raise ValueError(f"{name} is damaged, or was changed by hand: {remedy}")
     if not has_form(found, form):
         raise ValueError(f"{name} has not the form that it should have: {remedy}")
     return found

@@ -170,13 +170,22 @@ def calibration_windows(
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def whole_windows(text: str, encode: Encode, *, seqlen: int, kind: str) -> torch.Tensor:
+def whole_windows(
+    text: str, encode: Encode, *, seqlen: int, kind: str, most: int | None = None
+) -> torch.Tensor:
     """All windows ``[N, L]`` of the tokenised text, end to end; the remainder is dropped.
+
+    Args:
+        text: to be tokenised.
+        encode: does so.
+        seqlen: tokens in a window.
+        kind: of the text, for the error.
+        most: windows; all of them if None.
 
     Raises:
         ValueError: the text of this ``kind`` has too few tokens for one window.
     """
-    tokens = encode(text)
+    tokens = encode(text, most=None if most is None else most * seqlen)
     count = len(tokens) // seqlen
     if count == 0:
         raise ValueError(
@@ -194,7 +203,7 @@ def evaluation_windows(
     Raises:
         ValueError: the text has too few tokens for one window, or for ``max_windows``.
     """
-    windows = whole_windows(text, encode, seqlen=seqlen, kind="evaluation")
+    windows = whole_windows(text, encode, seqlen=seqlen, kind="evaluation", most=max_windows)
     if max_windows is not None and max_windows > len(windows):
         raise ValueError(
             f"--eval-windows {max_windows} of {seqlen} tokens need {max_windows * seqlen} tokens, "

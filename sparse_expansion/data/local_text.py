@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_expansion.messages import first_line
+from sparse_expansion.plain_files import check_plain
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_NAMES = ("train", "valid", "validation")
@@ -24,13 +25,15 @@ def check_local(path: Path) -> None:
 
     Raises:
         ValueError: the folder lacks a file for one of the two texts, or the file's name ends in
-            something else than text does.
+            something else than text does, or it is no file but a pipe or a device.
     """
     if path.is_dir():
         for names in (TRAIN_NAMES, TEST_NAMES):
             _find(path, names)
     elif path.suffix not in SUFFIXES:
         raise ValueError(f"dataset file {path} is none of {', '.join(SUFFIXES)}")
+    else:
+        check_plain(path)
 
 
 def read_local(path: Path) -> tuple[str, str]:
@@ -70,8 +73,10 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     """
     for name in names:
         for suffix in SUFFIXES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
+            path = folder / f"{name}{suffix}"
+            if path.exists():
+                check_plain(path)
+                return path
     raise ValueError(
         f"dataset folder {folder} has no {' or '.join(names)} with ending "
         f"{', '.join(SUFFIXES)}: put one there"

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sparse_expansion.messages import first_line
 
-Encode = Callable[[str], torch.Tensor]
-"""A function from a text to its token ids, ``[T]`` int64."""
+
+class Encode(Protocol):
+    """A function from a text to its token ids, ``[T]`` int64."""
+
+    def __call__(self, text: str, *, most: int | None = None) -> torch.Tensor:
+        """The first ``most`` token ids, or all; what comes behind them need not be looked at."""
+        ...
+
 
 PIECE = 1 << 18
 """The number of characters that go through a tokenizer together."""
 OVERLAP = 1 << 12
 """The number of characters at the end of a piece that the next piece begins with."""
+_MOST_THREADS = 4
+"""Pieces at work at a time: a tokenizer does not hold the interpreter's lock. Each piece takes some
+forty megabytes."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -44,7 +56,7 @@ def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> En
     have the same tokens at the same places all over the middle of their overlap, the tokens of the
     first end there and those of the second begin. A text whose pieces do not agree (a word is as
     long as an overlap) goes through whole, and so does every text of a tokenizer that does not
-    report where its tokens are.
+    report where its tokens are. Pieces are worked on by several threads.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -52,15 +64,15 @@ def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> En
         overlap: the number of characters that neighbouring pieces share.
     """
 
-    def encode(text: str) -> torch.Tensor:
+    def encode(text: str, *, most: int | None = None) -> torch.Tensor:
         ids = (
-            _in_pieces(tokenizer, text, piece, overlap)
+            _in_pieces(tokenizer, text, piece, overlap, most)
             if getattr(tokenizer, "is_fast", False)
             else None
         )
         if ids is None:
             ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
-        return torch.from_numpy(ids)
+        return torch.from_numpy(ids[:most])
 
     return encode
 
@@ -78,14 +90,16 @@ class _Piece:
 
 
 def _in_pieces(
-    tokenizer: Any, text: str, size: int, overlap: int
+    tokenizer: Any, text: str, size: int, overlap: int, most: int | None
 ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """The token ids of a text that goes through in pieces; None if two pieces do not agree."""
-    parts = []
-    start = 0
+    """The token ids of a text that goes through in pieces; None if two pieces do not agree.
+
+    The text's end is not reached where ``most`` tokens are had before.
+    """
+    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    count = 0
     before: _Piece | None = None
-    while True:
-        found = _piece(tokenizer, text, start, min(start + size, len(text)))
+    for start, found in _pieces(tokenizer, text, size, overlap):
         if before is not None:
             low, high = start + overlap // 4, before.end - overlap // 4
             ends, begins = (np.searchsorted(p.places, (low, high)) for p in (before, found))
@@ -97,10 +111,38 @@ def _in_pieces(
             ):
                 return None
             parts.append(before.ids[: old.start])
+            count += len(parts[-1])
+            if most is not None and count >= most:
+                return np.concatenate(parts)
             found.ids, found.places = found.ids[new.start :], found.places[new.start :]
-        if found.end == len(text):
-            return np.concatenate([*parts, found.ids])
-        before, start = found, found.end - overlap
+        before = found
+    assert before is not None
+    return np.concatenate([*parts, before.ids])
+
+
+def _pieces(tokenizer: Any, text: str, size: int, overlap: int) -> Iterator[tuple[int, _Piece]]:
+    """Every piece's first character and its tokens, in order."""
+    starts = range(0, max(1, len(text) - overlap), size - overlap)
+
+    def piece(start: int) -> _Piece:
+        return _piece(tokenizer, text, start, min(start + size, len(text)))
+
+    # The first by itself: it takes off whatever truncation and padding a tokenizer comes with,
+    # which must not happen while others are at work.
+    yield 0, piece(0)
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        pending: deque[tuple[int, Future[_Piece]]] = deque()
+        try:
+            for start in starts[1:]:
+                pending.append((start, pool.submit(piece, start)))
+                if len(pending) > _MOST_THREADS:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            for first, future in pending:
+                yield first, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
 
 
 def _piece(tokenizer: Any, text: str, start: int, end: int) -> _Piece:

@@ -180,7 +180,7 @@ def shares_of(
     if not store.exists(ALLOCATION_FILE):
         pruned, scored = split_windows(store, config.calibration)
         found = measure(config, shape, pruned, scored, executor=executor, observer=observer)
-        store.write_json(
+        store.write_sealed(
             ALLOCATION_FILE, {"layer_sparsity": found.layer_sparsity, "rows": found.rows()}
         )
     return tuple(read_shares(store)["layer_sparsity"])

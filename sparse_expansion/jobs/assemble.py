@@ -8,13 +8,14 @@ from typing import Any
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.jobs.prepare import Prepared
-from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, is_companion
+from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, companions
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.plain_files import read_plain
 from sparse_expansion.planning.resume import final_stages
-from sparse_expansion.run_files import DRAFTS, HIDDEN
+from sparse_expansion.run_files import ALLOCATION_FILE, DRAFTS, HIDDEN, parse_experts_key
 from sparse_expansion.store import Store, json_bytes
 from sparse_expansion.work.stages.make import trunk
 
@@ -25,12 +26,10 @@ def assemble(prepared: Prepared, store: Store) -> None:
     config = json_bytes(_model_config(prepared))
     index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": weights.files()}
     files = {INDEX_NAME: json_bytes(index)}
-    for path in sorted(prepared.shell.folder.iterdir()):
-        if path.is_file() and is_companion(path.name):
-            files[path.name] = path.read_bytes()
+    files |= {path.name: read_plain(path) for path in companions(prepared.shell.folder)}
     for name, data in files.items():
         store.write_bytes(name, data)
-    store.write_json(
+    store.write_sealed(
         MANIFEST_NAME,
         {
             "format_version": FORMAT_VERSION,
@@ -46,6 +45,37 @@ def assemble(prepared: Prepared, store: Store) -> None:
     store.write_bytes(CONFIG_NAME, config)
     store.delete_folder(HIDDEN.rstrip("/"))
     store.delete_folder(DRAFTS.rstrip("/"))
+
+
+def check_shares(prepared: Prepared, store: Store) -> None:
+    """Answer shares of zeros by block that finished experts were not made with.
+
+    A config.json that has them would describe a model that the files do not hold.
+
+    Raises:
+        ValueError: a finished expert keeps another number of weights than its block's share asks.
+    """
+    shell = prepared.shell
+    for key, record in store.records().items():
+        unit = parse_experts_key(key)
+        if unit is None or unit.layer >= shell.num_blocks:
+            continue
+        compression = prepared.config.compression.at(unit.layer)
+        for tensors in (file["tensors"] for file in record["files"].values()):
+            for name, described in tensors.items():
+                linear, _, stream = name.removeprefix(shell.block_prefix(unit.layer)).partition(
+                    ".experts."
+                )
+                rows, width = linear_shape(shell.meta_block(unit.layer), linear)
+                wanted = PackedLayout.of(rows, width, compression).streams()
+                kind = stream.rpartition(".")[2]
+                if kind not in wanted or described["shape"] != [wanted[kind][1]]:
+                    raise ValueError(
+                        f"{store.path(ALLOCATION_FILE)} asks {compression.sparsity.fraction:g} "
+                        f"zeros of block {unit.layer}, and its finished experts have another "
+                        "share: put back the file that they were made with, or choose another "
+                        "--output"
+                    )
 
 
 @dataclass

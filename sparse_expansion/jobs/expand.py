@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from sparse_expansion.config import MEASURED
 from sparse_expansion.execution.base import Executor, Observer, Progress
 from sparse_expansion.jobs.allocation import shares_of
-from sparse_expansion.jobs.assemble import assemble
+from sparse_expansion.jobs.assemble import assemble, check_shares
 from sparse_expansion.jobs.measurements import Measurements
 from sparse_expansion.jobs.prepare import Prepared
 from sparse_expansion.planning.resume import needed_units
@@ -84,6 +84,7 @@ class _Expansion:
         )
         compression = replace(config.compression, layer_sparsity=shares)
         self.prepared.config = replace(config, compression=compression)
+        check_shares(self.prepared, self.store)
 
     def finish_units(self) -> None:
         """Do all units whose files are not there, or not whole."""

@@ -14,8 +14,9 @@ import torch
 from sparse_expansion.algorithms.packing.experts import unpack_kept
 from sparse_expansion.algorithms.packing.streams import unpack_codes
 from sparse_expansion.config import CompressionConfig
+from sparse_expansion.jobs.export_config import companion_files, for_both_generations
 from sparse_expansion.jobs.export_formats import DENSE, FORMATS, PACK_QUANTIZED
-from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, is_companion
+from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME
 from sparse_expansion.model.expansion import ExpandedLinear, PackedExpert
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.streaming import ModelShell
@@ -51,10 +52,9 @@ def export(folder: Path, output: str, form: str) -> dict[str, Any]:
         tensors = _block_tensors(shell, layer, form, symmetric=compression.symmetric)
         files.write(f"model-block-{layer:05d}.safetensors", tensors)
     files.write_index()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_companion(path.name):
-            store.write_bytes(path.name, path.read_bytes())
-    config = shell.config.to_dict()
+    for name, data in companion_files(folder).items():
+        store.write_bytes(name, data)
+    config = for_both_generations(shell.config.to_dict(), shell.family)
     config.pop("quantization_config", None)
     if form == PACK_QUANTIZED:
         config["quantization_config"] = _quantization_config(compression, shell.family.groups)

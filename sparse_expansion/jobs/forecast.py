@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.config import MEASURED, Cluster, RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.model.families import block_list, family_of, linear_shape
+from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.memory import ParameterCounts, worker_memory
@@ -137,8 +136,7 @@ def forecast(
 def _describe(config: RunConfig, model_config: Any) -> _Model:
     """The dense model on the meta device, and the stored bytes of its experts and routers."""
     family = family_of(model_config.model_type)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    model = build_without_weights(model_config)
     blocks = block_list(model, family)
     block, num_layers = blocks[0], len(blocks)
     config.check_layers(num_layers)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_expansion.model.quantizer  # noqa: F401 - registers the checkpoint format
+from sparse_expansion.plain_files import read_plain
 
 
 def check_tasks(tasks: list[str], task_path: str | None) -> Any:
@@ -33,7 +34,7 @@ def check_tasks(tasks: list[str], task_path: str | None) -> Any:
         if not folder.is_dir():
             raise ValueError(f"--task-path {task_path} is not a folder of task files (.yaml)")
         for file in sorted(folder.rglob("*.yaml")):
-            if "!function" in file.read_text(encoding="utf-8"):
+            if "!function" in read_plain(file).decode("utf-8", "replace"):
                 raise ValueError(
                     f"{file} names a Python function (!function), which is not run from files: "
                     "write the task with templates alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from sparse_expansion.config.checks import parse_json
-from sparse_expansion.messages import first_line
+from sparse_expansion.messages import one_line
+from sparse_expansion.model.fit import check_config
 from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.plain_files import check_plain, check_plain_folder, read_plain
 from sparse_expansion.types import MODEL_DTYPES
 
+_log = logging.getLogger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -37,10 +41,14 @@ class CheckpointFiles:
         self.folder = Path(folder)
         self._files = _safetensors_files(self.folder)
         self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of all tensors by name."""
         for file in self._files:
             try:
+                check_plain(file)
                 with safe_open(str(file), framework="pt") as handle:
                     names = list(handle.keys())
+                    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
             except FileNotFoundError:
                 raise ValueError(f"{file} is missing: download the model again") from None
             except (SafetensorError, OSError) as error:
@@ -54,6 +62,7 @@ class CheckpointFiles:
                         f"{file.name}: download it again"
                     )
                 self._file_of[name] = file
+            self.shapes.update(shapes)
 
     def names(self) -> Iterator[str]:
         """The names of all tensors."""
@@ -112,7 +121,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_NAME]
     if index.is_file():
         found = parse_json(
-            index.read_bytes(),
+            read_plain(index),
             {"weight_map": {...: str}},
             name=f"{index} is not a safetensors index: it",
             remedy="download it again",
@@ -141,17 +150,22 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist: check --model")
     path = folder / CONFIG_NAME
+    # Tokenizers and weights too, which libraries open.
+    check_plain_folder(folder)
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {CONFIG_NAME}: it is not a model folder"
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
-    parse_json(path.read_bytes(), dict, name=str(path), remedy="download the model again")
+    parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
     try:
         # Left to itself transformers asks at the terminal, and waits.
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        # A setting that is of another type, or fits no other, ends in whatever its check raises.
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    check_config(config, path)
+    return config
 
 
 def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype:
@@ -180,6 +194,29 @@ def resolve_dtype(name: str, config: Any, files: CheckpointFiles) -> torch.dtype
                     break
     if found not in MODEL_DTYPES:
         raise ValueError(f"model dtype {found} is not supported: use --dtype float32 or bfloat16")
+    return found
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model's folder that travel with it, see ``is_companion``.
+
+    A link that leads out of the folder is left out: what it leads to may be anybody's. The hub's
+    cache is a folder of links into another folder beside it, which belongs to it.
+    """
+    home = folder.resolve()
+    homes = [home]
+    repository = home.parent.parent
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        homes.append(repository / "blobs")
+    found = []
+    for path in sorted(home.iterdir()):
+        if not is_companion(path.name) or not path.is_file():
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(one) for one in homes):
+            _log.warning("%s is a link to %s, out of its folder: it is not copied", path, target)
+            continue
+        found.append(path)
     return found
 
 

@@ -69,6 +69,8 @@ class Family:
     """Counts the weights of one block's attention, given the model's config."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Pairs of name prefixes that files and transformers versions use for the same module."""
+    rope_names: tuple[tuple[str, str], ...] = (("rope_theta", "rope_theta"),)
+    """Settings of rotary positions, and their names in configs of transformers 4."""
 
 
 _GATED_MLP = (
@@ -84,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
         default_seqlen=2048,
         aliases=(("embed_out.", "lm_head."),),
+        rope_names=(("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")),
     ),
     Family(
         model_types=("llama", "mistral", "qwen2", "qwen3"),

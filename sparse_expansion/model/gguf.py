@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_expansion.messages import first_line
+from sparse_expansion.plain_files import check_plain
 
 _READ_BYTES = 1 << 24
 
@@ -25,6 +26,7 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     Raises:
         ValueError: the file is broken, or transformers does not know its architecture.
     """
+    check_plain(path)
     target = cache_dir / "gguf" / f"{path.stem}-{_content_digest(path)}"
     if (target / "config.json").is_file():
         return target

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparse_expansion.config.checks import parse_json
+from sparse_expansion.plain_files import read_plain
 
 MANIFEST_NAME = "manifest.json"
 _TENSOR_FORM = {"file": str, "dtype": str, "shape": [int], "bytes": int, "sha256": str}
@@ -43,7 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a finished run") from None
     remedy = "finish the run again with --resume"

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.config import CompressionConfig, RoutingConfig
+from sparse_expansion.config.checks import has_form
 from sparse_expansion.model.expansion import (
     FLOAT32_MODULES,
     ExpandedLinear,
@@ -27,6 +28,7 @@ from sparse_expansion.model.expansion import (
 )
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
 from sparse_expansion.model.families import block_list, family_of
+from sparse_expansion.model.verification import verify_loaded
 
 Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
 QUANT_METHOD = "sparse_expansion"
@@ -45,9 +47,12 @@ class SparseExpansionConfig(QuantizationConfigMixin):
         expert_residency: ``compressed`` keeps experts packed and unpacks those in use into a
             bounded cache; ``dense`` keeps every expert that was ever unpacked.
         cache_bytes: the bound of that cache, in bytes.
+        verify: whether to check the files against the manifest's digests before they are loaded,
+            where there is a manifest. It is a loader's choice, and is not saved with a model.
 
     Raises:
-        ValueError: the format version or the residency is unknown.
+        ValueError: the format version or the residency is unknown, a setting is of another form,
+            or there is one that this version does not know.
     """
 
     def __init__(
@@ -58,10 +63,12 @@ class SparseExpansionConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         expert_residency: str = "compressed",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
-        **kwargs: Any,
+        verify: bool = True,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
     ) -> None:
-        """Check the version and the residency; unknown keywords are ignored."""
-        self.quant_method = QUANT_METHOD
+        """Check the version, the residency, and the form of the rest."""
+        self.quant_method = quant_method
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"checkpoint format_version {format_version} is not {FORMAT_VERSION}: load it "
@@ -71,12 +78,31 @@ class SparseExpansionConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"expert_residency {expert_residency!r} is neither 'compressed' nor 'dense'"
             )
+        given = {
+            "groups": (groups or [], [[str]]),
+            "compression": (compression or {}, dict),
+            "routing": (routing or {}, dict),
+            "cache_bytes": (cache_bytes, int),
+            "verify": (verify, bool),
+        }
+        wrong = [name for name, (value, form) in given.items() if not has_form(value, form)]
+        for name in (*wrong, *sorted(unknown)):
+            what = "is of another form than it should be" if name in wrong else "is unknown"
+            raise ValueError(
+                f"quantization_config: {name!r} {what}: load the model with the release of "
+                "sparse-expansion that wrote it, or download it again"
+            )
         self.groups = groups or []
         self.compression = compression or {}
         self.routing = routing or {}
         self.format_version = format_version
         self.expert_residency = expert_residency
         self.cache_bytes = cache_bytes
+        self.verify = verify
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a saved model's ``config.json`` has: all but what is a loader's own affair."""
+        return {key: value for key, value in super().to_dict().items() if key != "verify"}
 
     def compression_config(self) -> CompressionConfig:
         """The checked settings of pruning and quantization."""
@@ -129,6 +155,8 @@ class SparseExpansionQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
         check_dtype(dtype)
+        if self.quantization_config.verify:
+            verify_loaded(kwargs.get("checkpoint_files"))
         # Routers and grids stay float32: a rounded centroid would send tokens to other experts
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()

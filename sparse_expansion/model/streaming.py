@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from sparse_expansion.messages import first_line
 from sparse_expansion.model.block_calls import (
     BlockCall,
     BlockRecorder,
@@ -32,6 +29,7 @@ from sparse_expansion.model.checkpoint import (
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import Family, block_list, family_of
+from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
 
 TOKENS_PER_FORWARD = 4096
@@ -57,7 +55,9 @@ class ModelShell:
         self.family: Family = family_of(self.config.model_type)
         self.files = CheckpointFiles(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.files)
-        self._model = self._without_weights()
+        path = self.folder / CONFIG_NAME
+        check_sizes(self.config, self.files.shapes, self.family.blocks, path)
+        self._model = build_without_weights(self.config, self.dtype).eval()
         self.expansion = self._expansion()
         self.expert_cache = ExpertCache()
         if self.expansion is not None:
@@ -66,27 +66,14 @@ class ModelShell:
         self._blocks = list(block_list(self._model, self.family))
         parent, _, self._blocks_name = self.family.blocks.rpartition(".")
         self._blocks_parent = self._model.get_submodule(parent)
-        self._recorders = [BlockRecorder(block) for block in self._blocks]
-        self._put_in_place(nn.ModuleList(self._recorders))
         base = self._model.base_model_prefix
         self._prefixes = ("", f"{base}.") if base else ("",)
+        check_shapes(self._model.state_dict(), self.file_name, self.files.shapes, self.folder)
+        self._recorders = [BlockRecorder(block) for block in self._blocks]
+        self._put_in_place(nn.ModuleList(self._recorders))
         self._is_loaded = False
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
-
-    def _without_weights(self) -> Any:
-        """The model that the config describes, on the meta device."""
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=self.dtype, trust_remote_code=False
-                )
-        except (TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-            # Sizes that are no numbers, or fit nothing, end in whatever a module makes of them.
-            raise ValueError(
-                f"{self.folder / CONFIG_NAME} describes no model: {first_line(error)}"
-            ) from None
-        return model.eval()
 
     def _expansion(self) -> SparseExpansionConfig | None:
         """The settings of the folder's expansion; ``None`` for a dense model."""

@@ -160,7 +160,7 @@ def test_cpus_without_wide_vectors_give_the_same(monkeypatch):
         weight = torch.randn(16, 64) * kept
         packed = experts.pack_expert(weight, kept, codes, layout=wanted, dtype=torch.float32)
         found = []
-        for answer in (False, experts.can_spread()):
+        for answer in (False, vectors.can_spread()):
             monkeypatch.setattr(vectors, "can_spread", lambda answer=answer: answer)
             found.append(
                 experts.unpack_expert(packed, layout=wanted, grid=grid, dtype=torch.float32)

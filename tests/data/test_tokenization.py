@@ -95,3 +95,24 @@ def test_pieces_that_do_not_agree_go_through_whole():
 def test_short_and_empty_texts(made):
     for text in ("", "a", TEXT[:1000], TEXT[:1001]):
         assert encoder(made, piece=1000, overlap=100)(text).tolist() == made(text)["input_ids"]
+
+
+def test_no_more_is_looked_at_than_is_asked_for(made):
+    wanted = made(TEXT)["input_ids"]
+    counting = Counting(made)
+    encode = encoder(counting, piece=2000, overlap=400)
+    for most in (1, 100, 2000):
+        counting.lengths.clear()
+        assert encode(TEXT, most=most).tolist() == wanted[:most]
+        # Some are at work already when there are enough.
+        assert len(counting.lengths) < 20
+    assert encode(TEXT, most=10**9).tolist() == wanted
+    assert encode("", most=5).tolist() == made("")["input_ids"]
+
+
+def test_a_tokenizer_that_comes_with_truncation_gives_all():
+    made = word_piece(TEXT[:20_000])
+    wanted = made(TEXT[:9000])["input_ids"]
+    made.backend_tokenizer.enable_truncation(max_length=7)
+    made.backend_tokenizer.enable_padding(length=9)
+    assert encoder(made, piece=500, overlap=100)(TEXT[:9000]).tolist() == wanted

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sparse_expansion
 from sparse_expansion.cli import main
 from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.plain_files import SEAL
+from tests import tiny
 from tests.model.test_expansion import expand
 
 
@@ -45,6 +47,50 @@ def test_dense_folder_is_a_plain_model(plain, kind, tmp_path):
     _, wanted = logits(plain[kind])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+ROPES = {
+    "gpt_neox": (
+        {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        {"rotary_emb_base": 5000.0, "rotary_pct": 0.5, "rope_scaling": None},
+    ),
+    "qwen3": (
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_scaling": None},
+    ),
+    "llama": (
+        {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "opt": (None, {}),
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(ROPES))
+def test_an_export_has_the_names_of_both_generations(model_type, tmp_path, tokenizer, text_folder):
+    """Those of version 4 as its own config classes read them, by hand; version 5 reads the same."""
+    rope, older = ROPES[model_type]
+    changes = {} if rope is None else {"rope_parameters": dict(rope)}
+    folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer, **changes)
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend"
+    path.write_text(json.dumps({**saved, "extra_special_tokens": ["<|x|>"]}))
+    flags = ["--num_clusters", "1", "--layer-sparsity", "uniform", "--pruner", "magnitude"]
+    output = expand(folder, text_folder, tmp_path / "x", *flags, "--dtype", "bfloat16")
+    assert main(["export", str(output), "--output", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in older} == older
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    read = AutoConfig.from_pretrained(tmp_path / "out")
+    assert read.dtype == torch.bfloat16
+    assert getattr(read, "rope_parameters", None) == rope
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["additional_special_tokens"] == ["<|x|>"] and "extra_special_tokens" not in found
+    text = "def f(x): return x"
+    ids = [AutoTokenizer.from_pretrained(one)(text).input_ids for one in (folder, tmp_path / "out")]
+    assert ids[0] == ids[1]
 
 
 def export_packed(folder, output):
@@ -117,6 +163,8 @@ def test_a_manifest_that_is_not_the_models(change, message, plain, tmp_path):
     path = folder / MANIFEST_NAME
     manifest = json.loads(path.read_text())
     change(manifest["tensors"])
+    # By somebody who knows the seal.
+    del manifest[SEAL]
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
         sparse_expansion.verify(folder)

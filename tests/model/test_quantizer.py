@@ -82,6 +82,8 @@ def test_a_folder_of_before_loads_without_a_word(expanded, tmp_path, caplog):
     trunk = older / index["weight_map"]["gpt_neox.embed_in.weight"]
     state = {n: tensor for n, tensor in load_file(trunk).items() if not dense.search(n)}
     save_file(state, trunk, metadata={"format": "pt"})
+    # What is changed here is no damage.
+    (older / "manifest.json").unlink()
     tokens = torch.randint(1, 500, (3, 30))
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(expanded)(tokens).logits
@@ -171,4 +173,9 @@ def test_config_from_a_newer_format_is_refused():
         SparseExpansionConfig(format_version=99)
     with pytest.raises(ValueError, match="expert_residency"):
         SparseExpansionConfig(expert_residency="cloud")
+    with pytest.raises(ValueError, match="'bits' is unknown"):
+        SparseExpansionConfig(bits=3)
+    for name, value in {"groups": [3], "routing": "x", "cache_bytes": "1", "verify": 0}.items():
+        with pytest.raises(ValueError, match=f"'{name}' is of another form"):
+            SparseExpansionConfig(**{name: value})
     assert "SparseExpansionConfig" in sparse_expansion.__all__

@@ -7,6 +7,8 @@ import pytest
 
 from sparse_expansion.cli import main
 from sparse_expansion.report.figures import run, studies
+from sparse_expansion.report.figures.canvas import save
+from sparse_expansion.report.figures.comparison import perplexity_against_cost
 from sparse_expansion.run_files import TIMELINE_FILE
 from sparse_expansion.store import Store
 from tests.tiny import SMALL_RUN
@@ -37,6 +39,41 @@ def test_a_timeline_has_a_row_per_worker_and_a_bar_per_stretch():
     found = {(round(start, 6), round(width, 6)) for _, start, width in bars}
     assert found == {(0.0, 10.0), (10.0, 5.0), (20.0, 5.0)}
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["capture", "router"]
+
+
+def test_a_timeline_of_very_many_workers_shows_those_that_worked_most():
+    rows = [
+        {"worker": f"w{i:06}", "stage": f"stage-{i % 90}", "started": float(i), "seconds": 1.0 + i}
+        for i in range(100_000)
+    ]
+    (axes,) = run.timeline(rows).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [f"w{i:06}" for i in range(100_000 - run.MOST_SHOWN, 100_000)]
+    assert f"those {run.MOST_SHOWN} of 100000 workers" in axes.get_xlabel()
+    assert len(axes.get_legend().get_texts()) <= run.MOST_SHOWN
+
+
+NAMES = ["$x_{", "$x_{$", "$$", r"\$\alpha", "_hidden", "a\x1b[2Jb", "<b>&\x00"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_labels_and_no_formulas(name, tmp_path):
+    """Every one is shown, and the SVG is XML."""
+    wanted = name.replace("\x1b", r"\x1b").replace("\x00", r"\x00")
+    costs = {"perplexity_dense": 2.0, "perplexity": 3.0, "cost": 0.5, "bytes": 0.5}
+    figures = {
+        "timeline": run.timeline(
+            [{"worker": name, "stage": name, "started": 0.0, "seconds": 1.0}],
+        ),
+        "comparison": perplexity_against_cost([{"name": name, **costs}]),
+        "clusters": studies.errors_over_clusters(
+            [{"clustering": name, "num_clusters": 2, "error": 0.5}], title=name
+        ),
+    }
+    for path in save(figures, tmp_path):
+        if path.suffix == ".svg":
+            texts = ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+            assert wanted in [text.text.strip() for text in texts], path
 
 
 def test_errors_over_clusters_and_perplexity_over_share():

@@ -1,6 +1,7 @@
 """The report as a page: what it says, what it must not contain, and how a browser shows it."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from sparse_expansion.cli import main
+from sparse_expansion.plain_files import SEAL, sealed
 from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.report.facts import read_facts
 from sparse_expansion.report.page import report_page
@@ -105,7 +107,10 @@ def test_text_from_files_is_escaped_and_nothing_is_fetched(folder, tmp_path):
     evil = tmp_path / "evil"
     shutil.copytree(folder, evil)
     run = evil / RUN_FILE
-    run.write_text(re.sub('"model": "[^"]*"', '"model": "m/<script>alert(1)"', run.read_text()))
+    changed = re.sub('"model": "[^"]*"', '"model": "m/<script>alert(1)"', run.read_text())
+    found = json.loads(changed)
+    del found[SEAL]
+    run.write_text(json.dumps(sealed(found)))
     page = page_of(Store(str(evil)))
     assert "<script" not in page and "&lt;script&gt;" in page
     # Namespaces of SVG are names, not addresses.

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_expansion.messages import printable
 from sparse_expansion.store import write_file
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+
+
+def plain(name: str) -> str:
+    """A name from a file as a label: its dollars begin no formula, and it does not hide itself.
+
+    A label that begins with an underscore is left out of legends.
+    """
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def count_from_zero(axes: Axes) -> None:

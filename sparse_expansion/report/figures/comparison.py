@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparse_expansion.report.figures.canvas import label_axes
+from sparse_expansion.report.figures.canvas import label_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,9 @@ def perplexity_against_cost(rows: Sequence[dict[str, Any]]) -> Figure:
     label_axes(right, "weight files (share of dense)", "")
     for row in rows:
         for axes, key in ((left, "cost"), (right, "bytes")):
-            axes.plot(row[key], row["perplexity"], marker="o", linestyle="", label=row["name"])
+            axes.plot(
+                row[key], row["perplexity"], marker="o", linestyle="", label=plain(row["name"])
+            )
     dense = {row["perplexity_dense"] for row in rows}
     for value in dense:
         for axes in (left, right):

@@ -11,11 +11,13 @@ import numpy as np
 from sparse_expansion.report.experts import ExpertRow, LinearFacts, linear_facts
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.figures.allocation import allocation
-from sparse_expansion.report.figures.canvas import count_from_zero, figure_and_axes
+from sparse_expansion.report.figures.canvas import count_from_zero, figure_and_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_SHOWN = 40
+"""Workers, stages, linears or groups that a figure shows: more take minutes, unread."""
 GAP_SHARE = 0.002
 """Units of one stage on one worker that are closer than this share of the run are one bar."""
 
@@ -43,11 +45,11 @@ def expert_figures(experts: Sequence[ExpertRow]) -> dict[str, Figure]:
 
 
 def _by_linear(facts: Iterable[LinearFacts]) -> dict[str, list[LinearFacts]]:
-    """The facts of every linear's blocks, in order of the blocks."""
+    """The facts of every linear's blocks, in order of the blocks; of the first linears only."""
     found: dict[str, list[LinearFacts]] = defaultdict(list)
     for one in sorted(facts, key=lambda one: one.layer):
         found[one.linear].append(one)
-    return found
+    return dict(list(found.items())[:MOST_SHOWN])
 
 
 def errors_by_block(facts: Iterable[LinearFacts]) -> Figure:
@@ -55,7 +57,7 @@ def errors_by_block(facts: Iterable[LinearFacts]) -> Figure:
     figure, axes = figure_and_axes("block", "lost output energy")
     for linear, found in _by_linear(facts).items():
         layers, errors = [one.layer for one in found], [one.error for one in found]
-        axes.plot(layers, errors, marker="o", ms=3, label=linear)
+        axes.plot(layers, errors, marker="o", ms=3, label=plain(linear))
     axes.legend(frameon=False)
     count_from_zero(axes)
     return figure
@@ -66,7 +68,7 @@ def shares_by_block(facts: Iterable[LinearFacts]) -> Figure:
     figure, axes = figure_and_axes("block", "share of tokens")
     for number, (linear, found) in enumerate(_by_linear(facts).items()):
         layers, color = [one.layer for one in found], f"C{number}"
-        axes.plot(layers, [one.largest_share for one in found], color=color, label=linear)
+        axes.plot(layers, [one.largest_share for one in found], color=color, label=plain(linear))
         axes.plot(layers, [one.smallest_share for one in found], color=color, linestyle=":")
     axes.legend(frameon=False, title="largest (line), smallest (dots)")
     count_from_zero(axes)
@@ -81,16 +83,17 @@ def cluster_sizes(experts: Iterable[ExpertRow]) -> Figure:
     tokens: dict[str, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for row in experts:
         tokens[row.group][row.layer][row.expert] = row.tokens
-    figure = Figure(figsize=(8, 0.8 + 1.8 * len(tokens)), layout="constrained")
-    grid = figure.subplots(len(tokens), 1, squeeze=False, sharex=True)
-    for axes, (group, layers) in zip(grid[:, 0], tokens.items(), strict=True):
+    shown = dict(list(tokens.items())[:MOST_SHOWN])
+    figure = Figure(figsize=(8, 0.8 + 1.8 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 1, squeeze=False, sharex=True)
+    for axes, (group, layers) in zip(grid[:, 0], shown.items(), strict=True):
         shares = np.array(
             [sorted(layers[layer].values(), reverse=True) for layer in sorted(layers)], dtype=float
         )
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
         image = axes.imshow(shares.T, aspect="auto", cmap="viridis", vmin=0)
         axes.set_ylabel("cluster")
-        axes.set_title(group, fontsize="medium", loc="left")
+        axes.set_title(plain(group), fontsize="medium", loc="left")
         figure.colorbar(image, ax=axes, label="share of tokens")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -118,23 +121,28 @@ def timeline(rows: Sequence[dict[str, Any]]) -> Figure:
     """
     begin = min(row["started"] for row in rows)
     whole = max(row["started"] + row["seconds"] for row in rows) - begin
-    workers = sorted({row["worker"] for row in rows})
-    stages = list(dict.fromkeys(row["stage"] for row in sorted(rows, key=lambda r: r["started"])))
+    spans: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    worked: dict[str, float] = defaultdict(float)
+    for row in sorted(rows, key=lambda row: row["started"]):
+        span = row["started"] - begin, row["seconds"]
+        spans[row["stage"]][row["worker"]].append(span)
+        worked[row["worker"]] += row["seconds"]
+    workers = sorted(sorted(worked, key=lambda name: (-worked[name], name))[:MOST_SHOWN])
+    stages = list(spans)[:MOST_SHOWN]
     figure, axes = figure_and_axes("seconds", "", height=1.6 + 0.35 * len(workers))
     for number, stage in enumerate(stages):
         seen = False
         for place, worker in enumerate(workers):
-            spans = [
-                (row["started"] - begin, row["seconds"])
-                for row in rows
-                if row["stage"] == stage and row["worker"] == worker
-            ]
-            bars = merged_spans(spans, GAP_SHARE * whole)
+            bars = merged_spans(spans[stage].get(worker, ()), GAP_SHARE * whole)
             if bars:
-                label = None if seen else stage
+                label = None if seen else plain(stage)
                 axes.broken_barh(bars, (place - 0.4, 0.8), color=f"C{number}", label=label)
                 seen = True
-    axes.set_yticks(range(len(workers)), workers)
+    axes.set_yticks(range(len(workers)), [plain(worker) for worker in workers])
+    if len(worked) > len(workers):
+        axes.set_xlabel(f"seconds; those {len(workers)} of {len(worked)} workers that worked most")
     axes.invert_yaxis()
-    axes.legend(frameon=False, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, 1.35))
+    axes.legend(
+        frameon=False, ncols=min(8, len(stages)), loc="upper center", bbox_to_anchor=(0.5, 1.35)
+    )
     return figure

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_expansion.report.figures.canvas import figure_and_axes
+from sparse_expansion.report.figures.canvas import figure_and_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,9 @@ def neuron_scatter(columns: dict[str, list[Any]], y: str, label: str) -> Figure:
     step = max(1, len(linears) // SCATTERED_NEURONS)
     for linear in dict.fromkeys(columns["linear"]):
         chosen = np.flatnonzero(linears == linear)[::step]
-        axes.scatter(x_all[chosen], y_all[chosen], s=4, alpha=0.4, label=linear, rasterized=True)
+        axes.scatter(
+            x_all[chosen], y_all[chosen], s=4, alpha=0.4, label=plain(linear), rasterized=True
+        )
     axes.set_xscale("log")
     if (y_all > 0).all():
         axes.set_yscale("log")
@@ -53,12 +55,12 @@ def neuron_distributions(
     edges = np.linspace(low, high, 81)
     for axes, (name, outputs) in zip(grid[:, 0], others.items(), strict=True):
         axes.hist(dense, edges, density=True, color="0.75", label="dense")
-        axes.hist(outputs, edges, density=True, histtype="step", color="C3", label=name)
+        axes.hist(outputs, edges, density=True, histtype="step", color="C3", label=plain(name))
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
         # Beside the panel: a distribution can be anywhere inside.
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    grid[0, 0].set_title(title, fontsize="medium", loc="left")
+    grid[0, 0].set_title(plain(title), fontsize="medium", loc="left")
     grid[-1, 0].set_xlabel("output before the activation function")
     return figure
 
@@ -69,12 +71,12 @@ def errors_over_clusters(rows: list[dict[str, Any]], *, title: str) -> Figure:
     for clustering in dict.fromkeys(row["clustering"] for row in rows):
         found = [row for row in rows if row["clustering"] == clustering]
         counts = [row["num_clusters"] for row in found]
-        axes.plot(counts, [row["error"] for row in found], marker="o", label=clustering)
+        axes.plot(counts, [row["error"] for row in found], marker="o", label=plain(clustering))
     counts = sorted({row["num_clusters"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_title(plain(title), fontsize="medium", loc="left")
     axes.legend(frameon=False)
     return figure
 
@@ -113,6 +115,6 @@ def perplexity_over_share(rows: list[dict[str, Any]], dense: float) -> Figure:
             (row for row in rows if row["ranking"] == ranking), key=lambda row: row["share"]
         )
         shares = [100 * row["share"] for row in found]
-        axes.plot(shares, [row["perplexity"] for row in found], marker="o", label=ranking)
+        axes.plot(shares, [row["perplexity"] for row in found], marker="o", label=plain(ranking))
     axes.legend(frameon=False)
     return figure
