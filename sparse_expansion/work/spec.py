@@ -92,7 +92,10 @@ def bound_device_memory(spec: WorkerSpec, device: str) -> None:
         return
     _, total = torch.cuda.mem_get_info(device)
     share = spec.device_share - DEVICE_CONTEXT_BYTES / total
-    torch.cuda.set_per_process_memory_fraction(max(share, 0.01), device)
+    # PyTorch wants a number here, where other calls take "cuda" for the current one.
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    torch.cuda.set_per_process_memory_fraction(max(share, 0.01), index)
 
 
 def waiting_bytes(device: str) -> int:

@@ -12,7 +12,7 @@ from sparse_expansion.data.activations import ActivationBuffers
 from sparse_expansion.model.sources import resolve_name
 from sparse_expansion.work import hardware, worker
 from sparse_expansion.work.context import WorkContext
-from sparse_expansion.work.spec import WorkerSpec
+from sparse_expansion.work.spec import WorkerSpec, bound_device_memory, resident_bytes
 from sparse_expansion.work.stages import make as make_stages
 from sparse_expansion.work.stages.score import evaluate
 from tests.card import DEVICE, OnCard, card_in_use
@@ -162,3 +162,31 @@ def test_a_unit_without_room_on_the_device_is_tried_again_with_less_kept(
 
 def narrow_always():
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_budgets_of_workers_that_share_a_card(monkeypatch):
+    """Half of what is free, and half of the share: whichever is less; allocations end there."""
+    free = {"cuda": 70 * 10**9, "cuda:1": 10 * 10**9}
+    bounds = {}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: bounds.__setitem__(device, share),
+    )
+
+    def spec(**given):
+        return WorkerSpec(store="", source=None, **given)
+
+    assert resident_bytes(spec(), "cpu") == 0
+    assert resident_bytes(spec(), "cuda") == 35 * 10**9
+    assert resident_bytes(spec(device_share=0.25), "cuda") == 10 * 10**9
+    assert resident_bytes(spec(device_share=0.25), "cuda:1") == 5 * 10**9
+    assert resident_bytes(spec(device_share=0.25, device_bytes=7), "cuda:1") == 7
+    bound_device_memory(spec(), "cuda")
+    bound_device_memory(spec(device_share=0.5), "cpu")
+    assert not bounds
+    for device in ("cuda", "cuda:1"):
+        bound_device_memory(spec(device_share=0.5), device)
+    assert bounds == {number: pytest.approx(0.5 - (600 << 20) / 80e9) for number in (0, 1)}
