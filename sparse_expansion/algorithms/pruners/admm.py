@@ -82,7 +82,7 @@ def solve_under_zeros(
 
     where ``project`` keeps the largest entries; the last of them is ``W + rho (A + rho)^-1 (Z - U -
     W)``, one product with an inverse that is made once. From then on ``a V + (1 - a) Z`` stands for
-    ``V``: over-relaxation with ``a`` near 2, by which two thirds of the iterations are enough (S.
+    ``V``: over-relaxation with ``a`` near 2, by which fewer iterations are enough (S.
     Boyd et al., Distributed Optimization and Statistical Learning via the Alternating Direction
     Method of Multipliers, 2011, section 3.4.3). The number of kept entries falls along a curve to
     what is asked; then the mask stays, and the last iterations bring the kept weights closer to the
