@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.config.checks import parse_json
+from sparse_expansion.data.transfers import HostCopies
 from sparse_expansion.model.manifest import tensor_record
 from sparse_expansion.plain_files import check_no_links, check_plain, read_plain, sealed
 from sparse_expansion.run_files import UNITS
@@ -155,7 +156,7 @@ class Store:
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write a safetensors file; returns its record for the unit's marker."""
-        tensors = to_host(tensors)
+        tensors = HostCopies(tensors).wait()
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
 
         def digests() -> dict[str, Any]:
@@ -270,23 +271,6 @@ class Store:
 def json_bytes(value: Any) -> bytes:
     """A JSON file's content, as it is written."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors: copied together from a GPU, through pinned memory, which is faster.
-
-    PyTorch keeps pinned memory for the next call.
-    """
-    copies = {}
-    for key, tensor in tensors.items():
-        if tensor.is_cuda:
-            copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            copies[key].copy_(tensor, non_blocking=True)
-        else:
-            copies[key] = tensor.contiguous()
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
 
 
 def _names_inside(files: dict[str, Any]) -> bool:

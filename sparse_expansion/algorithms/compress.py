@@ -16,10 +16,11 @@ from sparse_expansion.algorithms.hessian import (
     gram_into,
     upper_cholesky_factor,
 )
+from sparse_expansion.algorithms.products import LeftFactor, product
 from sparse_expansion.algorithms.pruners.base import Problem, Pruner, Solution
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.algorithms.quantization import AffineGrid
-from sparse_expansion.config import CompressionConfig
+from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
 
 ROWS_PER_SUM = 64
 """Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
@@ -75,6 +76,7 @@ def compress_linears(
     grids: dict[str, AffineGrid | None],
     *,
     cross_KDD: torch.Tensor | None = None,
+    products: str = AUTO_PRODUCTS,
     compiled: bool | None = None,
 ) -> dict[str, ExpertWeights]:
     """``compress_experts`` for several linears that share their inputs, factored once.
@@ -89,6 +91,7 @@ def compress_linears(
         cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
             be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
             update weights has no use for it.
+        products: how large products are taken, see the module ``products``.
         compiled: whether sweeps take their compiled loops; by default on a CPU.
 
     Raises:
@@ -117,12 +120,13 @@ def compress_linears(
     for name, W_OD in weights.items():
         problem = Problem(
             weight_OD=W_OD,
-            target_KDO=_target(W_OD, pruner, dead_KD, order_KD, cross_KDD, factor),
+            target_KDO=_target(W_OD, pruner, dead_KD, order_KD, cross_KDD, factor, products),
             H_KDD=ordered_KDD,
             factor=factor,
             grid=grids[name],
             columns_KD=order_KD,
             config=config,
+            products=products,
             compiled=compiled,
         )
         made[name] = _experts(problem, pruner.solve(problem), H_KDD, dead_KD)
@@ -152,6 +156,7 @@ def _target(
     order_KD: torch.Tensor | None,
     cross_KDD: torch.Tensor | None,
     factor: HessianFactor | None,
+    products: str,
 ) -> torch.Tensor:
     """``Problem.target_KDO``: what every expert is to approximate."""
     num_experts = len(dead_KD)
@@ -165,7 +170,7 @@ def _target(
     if cross_KDD is None:
         return W_KDO
     assert factor is not None
-    return compensated_target(W_KDO, cross_KDD, factor)
+    return compensated_target(W_KDO, cross_KDD, factor, products)
 
 
 def _experts(
@@ -185,7 +190,7 @@ def _experts(
         codes_KOD = None if codes_KOD is None else codes_KOD.gather(2, back)
     lost_K = solution.lost_K
     if lost_K is None:
-        lost_K = _lost_energies(problem.target_KDO.mT, solution.weight_KDO.mT, problem.H_KDD)
+        lost_K = _lost_energies(problem, solution)
     if problem.factor is not None:
         fractions, attempts = problem.factor.damping_fraction_K, problem.factor.attempts_K
     elif solution.damping_fraction is not None:
@@ -209,7 +214,10 @@ def _reordered(H_KDD: torch.Tensor, order_KD: torch.Tensor) -> torch.Tensor:
 
 
 def compensated_target(
-    W_KDO: torch.Tensor, cross_KDD: torch.Tensor, factor: HessianFactor
+    W_KDO: torch.Tensor,
+    cross_KDD: torch.Tensor,
+    factor: HessianFactor,
+    products: str = AUTO_PRODUCTS,
 ) -> torch.Tensor:
     """The dense weight that does best on inputs which differ from the dense block's.
 
@@ -221,20 +229,21 @@ def compensated_target(
         W_KDO: dense weights, transposed.
         cross_KDD: ``sum d x^T`` of every expert.
         factor: of the damped Hessians.
+        products: how the product is taken, see the module ``products``.
     """
-    wanted_KDO = cross_KDD.mT @ W_KDO
+    wanted_KDO = LeftFactor(cross_KDD.mT, products).times(W_KDO)
     half_KDO = torch.linalg.solve_triangular(factor.factor_KDD, wanted_KDO, upper=True)
     return W_KDO + torch.linalg.solve_triangular(factor.factor_KDD.mT, half_KDO, upper=False)
 
 
-def _lost_energies(
-    target_KOD: torch.Tensor, weight_KOD: torch.Tensor, H_KDD: torch.Tensor
-) -> torch.Tensor:
+def _lost_energies(problem: Problem, solution: Solution) -> torch.Tensor:
     """``tr(E H E^T)`` of every expert, by its product, where ``E`` is target less weight."""
     found = []
-    for target_OD, weight_OD, H_DD in zip(target_KOD, weight_KOD, H_KDD, strict=True):
+    target_KOD, weight_KOD = problem.target_KDO.mT, solution.weight_KDO.mT
+    for target_OD, weight_OD, H_DD in zip(target_KOD, weight_KOD, problem.H_KDD, strict=True):
         E_OD = target_OD - weight_OD
-        found.append(((E_OD @ H_DD) * E_OD).sum(dtype=torch.float64))
+        changed_OD = product(E_OD, H_DD, problem.products)
+        found.append((changed_OD * E_OD).sum(dtype=torch.float64))
     return torch.stack(found)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sparse_expansion.algorithms.products import exact_terms, has_float32_sums
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 
@@ -35,9 +36,9 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         CompressionError: an activation is NaN or infinite.
     """
     X = X_TD.float()
-    is_exact = takes_tensor_cores(X_TD)
+    is_exact = has_float32_sums(X_TD)
     if is_exact:
-        sum_DD = _exact_products(X_TD, X_TD)
+        sum_DD = exact_terms(X_TD.T, X_TD)
     else:
         sum_DD = X.new_empty(X.shape[1], X.shape[1])
         gram_into(X, sum_DD)
@@ -45,22 +46,10 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
     cross_DD = None
     if dense_residual_TD is not None:
         residual_TD = dense_residual_TD
-        cross_DD = _exact_products(residual_TD, X_TD) if is_exact else residual_TD.float().T @ X
+        cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
         check_finite(residual_TD)
     norms_T = torch.linalg.vector_norm(X, dim=1).double()
     return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
-
-
-def takes_tensor_cores(X_TD: torch.Tensor) -> bool:
-    """Whether a GPU multiplies such inputs many times as fast, with float32 sums."""
-    # PyTorch has such products from 2.8 on.
-    has_product = "dtype" in torch.ops.aten.mm.overloads()
-    return X_TD.is_cuda and X_TD.dtype in (torch.bfloat16, torch.float16) and has_product
-
-
-def _exact_products(A_TD: torch.Tensor, B_TE: torch.Tensor) -> torch.Tensor:
-    """``A^T B`` in float32 of inputs of half precision, whose products have no rounding error."""
-    return torch.mm(A_TD.T, B_TE, out_dtype=torch.float32)
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:

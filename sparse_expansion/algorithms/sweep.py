@@ -16,8 +16,9 @@ import torch
 from sparse_expansion.algorithms.block import Block, BlockGrid
 from sparse_expansion.algorithms.decide import default_decide
 from sparse_expansion.algorithms.masks import saliency, smallest_compiled, unstructured_mask
+from sparse_expansion.algorithms.products import LeftFactor
 from sparse_expansion.algorithms.quantization import AffineGrid
-from sparse_expansion.config import SparsityPattern
+from sparse_expansion.config import AUTO_PRODUCTS, SparsityPattern
 
 GATHERED_COLUMNS = 512
 """Columns that gather the changes of earlier ones in one product."""
@@ -46,6 +47,7 @@ def sweep(
     block_size: int,
     columns_KD: torch.Tensor | None = None,
     kept_KDO: torch.Tensor | None = None,
+    products: str = AUTO_PRODUCTS,
     compiled: bool | None = None,
     decide: Callable[[Block], None] | None = None,
 ) -> SweepResult:
@@ -69,6 +71,7 @@ def sweep(
         block_size: columns per block; the last block may be shorter.
         columns_KD: original index of every (reordered) column, None when in order.
         kept_KDO: the mask where it is given: weights are only rounded then.
+        products: how wide products are taken, see the module ``products``.
         compiled: whether masks and columns are decided by compiled loops; by default on a CPU.
         decide: what decides a block's columns; by default the compiled loop, Triton's kernel on a
             GPU that has Triton, else ``decide_columns``.
@@ -89,7 +92,7 @@ def sweep(
         compiled = not W_KDO.is_cuda
     decide = decide or default_decide(compiled, W_KDO.is_cuda)
     eye = torch.eye(min(block_size, width), device=W_KDO.device)
-    changes = _Changes(V_KDD, torch.empty_like(W_KDO), block_size)
+    changes = _Changes(V_KDD, torch.empty_like(W_KDO), block_size, products)
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         count = stop - start
@@ -116,8 +119,11 @@ def sweep(
 class _Changes:
     """What the columns decided so far lost, and what a later block makes up for."""
 
-    def __init__(self, V_KDD: torch.Tensor, change_KDO: torch.Tensor, block_size: int) -> None:
+    def __init__(
+        self, V_KDD: torch.Tensor, change_KDO: torch.Tensor, block_size: int, products: str
+    ) -> None:
         self.V_KDD = V_KDD
+        self.products = products
         self.change_KDO = change_KDO
         """Original minus result, written up to the columns decided so far."""
         self.stride = block_size * max(1, GATHERED_COLUMNS // block_size)
@@ -132,7 +138,7 @@ class _Changes:
         if start % self.stride == 0:
             self.base, end = start, min(start + self.stride, V_KDD.shape[1])
             earlier_KSD = V_KDD[:, :start, start:end].transpose(1, 2)
-            self.gathered_KSO = earlier_KSD @ change_KDO[:, :start]
+            self.gathered_KSO = LeftFactor(earlier_KSD, self.products).times(change_KDO[:, :start])
         if start:
             lost_KBO = self.gathered_KSO[:, start - self.base : stop - self.base]
             V_near = V_KDD[:, self.base : start, start:stop].transpose(1, 2)

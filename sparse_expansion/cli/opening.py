@@ -122,6 +122,7 @@ def open_executor(
         device=options.device,
         threads=options.threads,
         activation_bytes=options.activation_bytes,
+        device_bytes=options.device_bytes,
         scratch=options.scratch,
     )
     if options.executor == "local":

@@ -25,7 +25,7 @@ _EXAMPLES = """\
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_run_settings(parser, without=("dataset",))
     add_settings(parser, Cluster)
-    add_settings(parser, ExecutionOptions, names=("activation_bytes",))
+    add_settings(parser, ExecutionOptions, names=("activation_bytes", "device_bytes"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,11 +43,13 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.report.tables import plan_table
 
     model_config = fetch_config(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    options = field_values(ExecutionOptions, args)
     result = forecast(
         run_config(args, window_length(args, model_config)),
         model_config,
         cluster,
-        activation_bytes=field_values(ExecutionOptions, args)["activation_bytes"],
+        activation_bytes=options["activation_bytes"],
+        device_bytes=options["device_bytes"],
     )
     print_result(args, result, plan_table(result), sort_keys=True)
     return 0

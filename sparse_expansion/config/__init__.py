@@ -23,19 +23,32 @@ from sparse_expansion.config.neurons import RANKINGS
 from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS
 from sparse_expansion.config.pruners import PRUNERS, PrunerTraits
 from sparse_expansion.config.routing import CLUSTERINGS, RoutingConfig
-from sparse_expansion.config.run import DTYPES, RefinementConfig, RunConfig, digest
+from sparse_expansion.config.run import (
+    AUTO_PRODUCTS,
+    BFLOAT16X3,
+    DTYPES,
+    FLOAT32,
+    PRODUCTS,
+    RefinementConfig,
+    RunConfig,
+    digest,
+)
 from sparse_expansion.config.sizes import format_size, parse_size
 from sparse_expansion.config.sparsity import SparsityPattern
 
 __all__ = [
     "ALLOCATIONS",
     "ALL_WINDOWS",
+    "AUTO_PRODUCTS",
+    "BFLOAT16X3",
     "CALIBRATION_INPUTS",
     "CLUSTERINGS",
     "DEFAULT_PRESET",
     "DTYPES",
+    "FLOAT32",
     "MEASURED",
     "PRESETS",
+    "PRODUCTS",
     "PRUNERS",
     "QUANTIZED_BITS",
     "RANKINGS",

@@ -85,6 +85,13 @@ class Cluster:
         meanings={None: "that of --gpu; without, the CPU computes"},
         group="cluster",
     )
+    gpu_share: float = setting(
+        1.0,
+        "Share of a GPU that a worker has, where several work on one.",
+        flag="--gpus-per-worker",
+        metavar="GPUS",
+        group="cluster",
+    )
     host_bytes: int | None = setting(
         None,
         "Memory of a worker's machine, such as 128GB.",
@@ -133,6 +140,10 @@ class Cluster:
             self.gpu is None or self.gpu in GPUS, f"--gpu {self.gpu} is none of {', '.join(GPUS)}"
         )
         require(
+            0 < self.gpu_share <= 1,
+            f"--gpus-per-worker {self.gpu_share:g} is outside 0 to 1: a worker uses one GPU",
+        )
+        require(
             self.product_rate > 0,
             f"--tflops {_show_teraflops(self.product_rate)} must be more than 0, e.g. 15",
         )
@@ -149,11 +160,12 @@ class Cluster:
         """Float32 operations per second of one worker in matrix products."""
         if self.flops_per_second is not None:
             return self.flops_per_second
-        return DEFAULT_RATE if self.gpu is None else GPUS[self.gpu].product_rate
+        return DEFAULT_RATE if self.gpu is None else self.gpu_share * GPUS[self.gpu].product_rate
 
     @property
     def gpu_memory_bytes(self) -> int | None:
-        """Memory of a worker's GPU; None where the CPU computes."""
-        if self.gpu_bytes is None and self.gpu is not None:
-            return GPUS[self.gpu].memory_bytes
-        return self.gpu_bytes
+        """Memory of a worker's GPU, or of its share of one; None where the CPU computes."""
+        size = self.gpu_bytes
+        if size is None and self.gpu is not None:
+            size = GPUS[self.gpu].memory_bytes
+        return None if size is None else int(self.gpu_share * size)

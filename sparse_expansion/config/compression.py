@@ -146,7 +146,7 @@ class CompressionConfig:
         )
         require(
             1 <= self.solver_iterations <= 1000,
-            f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 12",
+            f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 10",
         )
         group = self.sparsity.group
         if self.layer_sparsity != UNIFORM:

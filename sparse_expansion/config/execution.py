@@ -54,6 +54,17 @@ class ExecutionOptions:
         show=format_size,
         group="execution",
     )
+    device_bytes: int | None = setting(
+        None,
+        "What a worker keeps on its GPU between units: hidden states, captured activations, "
+        "experts and sums; what is over goes to the host's memory and to scratch files.",
+        flag="--device-memory",
+        metavar="SIZE",
+        parse=parse_size,
+        show=format_size,
+        meanings={None: "half of what is free, or of a worker's share; nothing on a CPU"},
+        group="execution",
+    )
     scratch: str | None = setting(
         None,
         "Folder for scratch files.",

@@ -15,6 +15,9 @@ from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.fields import setting
 from sparse_expansion.config.routing import RoutingConfig
 
+AUTO_PRODUCTS, FLOAT32, BFLOAT16X3 = "auto", "float32", "bfloat16x3"
+PRODUCTS = (AUTO_PRODUCTS, FLOAT32, BFLOAT16X3)
+"""Ways to take large products of float32 matrices."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -82,6 +85,14 @@ class RunConfig:
         "gives other masks.",
         group="pruning",
     )
+    products: str = setting(
+        AUTO_PRODUCTS,
+        "How the solver's and the sweep's large products are taken: in float32, or by three "
+        "products of bfloat16 parts with float32 sums (16 bits), which GPUs take in a third of the "
+        "time; auto takes the latter on GPUs.",
+        choices=PRODUCTS,
+        group="pruning",
+    )
     experts_per_unit: int = setting(
         4, "Experts that one unit of work makes and one file holds.", metavar="N", group="experts"
     )
@@ -89,6 +100,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check the bounds."""
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        require(
+            self.products in PRODUCTS,
+            f"products {self.products!r} is none of {', '.join(PRODUCTS)}",
+        )
         require(
             self.experts_per_unit >= 1,
             f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",
@@ -128,6 +143,7 @@ class RunConfig:
             refinement=RefinementConfig.from_dict(data.get("refinement", {})),
             dtype=data["dtype"],
             tf32=data.get("tf32", False),
+            products=data.get("products", FLOAT32),
             experts_per_unit=data["experts_per_unit"],
         )
 

@@ -2,60 +2,128 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
+import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparse_expansion.data.transfers import host_tensor, is_on_device, num_bytes
 from sparse_expansion.model.families import AttentionOutput, LinearGroup
 
 
 class ActivationBuffers:
-    """CPU tensors for activations: in memory up to a budget, beyond it in mapped scratch files.
+    """Memory for activations and values: a device's, the host's, and mapped scratch files.
 
-    A scratch file is unlinked as soon as it is mapped, so that nothing is left behind however the
-    process ends.
+    Each is filled up to its budget before the next is used; without a device only the last two
+    are. A scratch file is unlinked as soon as it is mapped, so that nothing is left behind however
+    the process ends.
     """
 
-    def __init__(self, *, memory_bytes: int, scratch: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        memory_bytes: int,
+        scratch: str | Path | None = None,
+        device: str = "cpu",
+        device_bytes: int = 0,
+    ) -> None:
         """Start without any tensors.
 
         Args:
             memory_bytes: the budget of tensors in memory.
             scratch: the folder of scratch files; ``None`` for the system's temporary folder.
+            device: that the tensors are computed on.
+            device_bytes: the budget of tensors that stay there; 0 for a CPU.
         """
         self.memory_bytes = memory_bytes
         self.scratch = None if scratch is None else str(scratch)
+        self.device = device
+        self.device_bytes = device_bytes
         self.bytes_in_memory = 0
         self.bytes_spilled = 0
+        self._bytes_on_device = 0
+        self._held: set[int] = set()
+        # Filled by finalizers, which may run at any time and in any thread.
+        self._gone: deque[tuple[int, int]] = deque()
         self._maps: dict[int, mmap.mmap] = {}
 
+    @property
+    def bytes_on_device(self) -> int:
+        """Bytes of tensors that stay on the device."""
+        while self._gone:
+            identity, size = self._gone.popleft()
+            self._held.discard(identity)
+            self._bytes_on_device -= size
+        return self._bytes_on_device
+
+    def fits_device(self, size: int) -> bool:
+        """Whether the device's budget has room for so many bytes more."""
+        return 0 < size <= self.device_bytes - self.bytes_on_device
+
+    def try_hold(self, tensor: torch.Tensor) -> bool:
+        """Count a tensor on the device for as long as it lives; False where the budget is full."""
+        if not is_on_device(tensor):
+            return False
+        size = num_bytes(tensor)
+        if id(tensor) not in self._held:
+            if size and not self.fits_device(size):
+                return False
+            self._bytes_on_device += size
+            self._held.add(id(tensor))
+            weakref.finalize(tensor, self._gone.append, (id(tensor), size))
+        return True
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where it may stay for long: itself, or a host copy where the device is full.
+
+        Its bytes on the device count until nothing refers to it.
+        """
+        if not is_on_device(tensor) or self.try_hold(tensor):
+            return tensor
+        return copy_to_host(tensor)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor for long: on the device, or on the host where that is full.
+
+        Its bytes on the device count until nothing refers to it.
+        """
+        if self.fits_device(_size_of(shape, dtype)):
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            self.try_hold(tensor)
+            return tensor
+        return torch.empty(shape, dtype=dtype)
+
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised CPU tensor, to be given back with ``release``.
+        """An uninitialised tensor, to be given back with ``release``.
 
         Raises:
             OSError: the disk has no room for the scratch file.
         """
-        tensor = torch.empty(0, dtype=dtype)
-        numel = 1
-        for size in shape:
-            numel *= size
-        num_bytes = numel * tensor.element_size()
-        if not num_bytes or self.bytes_in_memory + num_bytes <= self.memory_bytes:
-            self.bytes_in_memory += num_bytes
-            return torch.empty(shape, dtype=dtype)
+        size = _size_of(shape, dtype)
+        if self.fits_device(size):
+            return self.empty(shape, dtype)
+        if not size or self.bytes_in_memory + size <= self.memory_bytes:
+            self.bytes_in_memory += size
+            return (
+                torch.empty(shape, dtype=dtype)
+                if self.device == "cpu"
+                else host_tensor(shape, dtype)
+            )
         with tempfile.NamedTemporaryFile(prefix="sparse-expansion-", dir=self.scratch) as file:
             # The blocks are reserved now, so that a full disk is an error here and not a crash
             # (SIGBUS) when the mapping is written.
-            _reserve(file.fileno(), num_bytes)
-            mapping = mmap.mmap(file.fileno(), num_bytes)
-        mapped = torch.frombuffer(mapping, dtype=dtype, count=numel)
+            _reserve(file.fileno(), size)
+            mapping = mmap.mmap(file.fileno(), size)
+        mapped = torch.frombuffer(mapping, dtype=dtype)
         self._maps[mapped.data_ptr()] = mapping
-        self.bytes_spilled += num_bytes
+        self.bytes_spilled += size
         return mapped.view(shape)
 
     def evict_mapped_pages(self) -> None:
@@ -66,33 +134,46 @@ class ActivationBuffers:
 
     def release(self, tensor: torch.Tensor) -> None:
         """Take back a tensor from ``allocate``: its bytes no longer count."""
-        num_bytes = tensor.numel() * tensor.element_size()
+        if is_on_device(tensor):
+            # It counts until it is gone.
+            return
         if self._maps.pop(tensor.data_ptr(), None) is not None:
-            self.bytes_spilled -= num_bytes
+            self.bytes_spilled -= num_bytes(tensor)
         else:
-            self.bytes_in_memory -= num_bytes
+            self.bytes_in_memory -= num_bytes(tensor)
 
 
 def copy_outside_heap(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU copy in a memory mapping of its own, which the system gets back with the copy.
 
     It serves tensors that outlive the large ones that are made and freed around them: on the heap
-    they would keep the space between them from being used again.
+    they would keep the space between them from being used again. A tensor on a device is returned
+    as it is.
     """
+    return tensor if is_on_device(tensor) else copy_to_host(tensor)
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU copy, see ``copy_outside_heap``."""
     if not tensor.numel() or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return tensor.clone()
+        return tensor.to("cpu", copy=True)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, tensor.numel() * tensor.element_size(), flags=flags)
+    memory = mmap.mmap(-1, num_bytes(tensor), flags=flags)
     copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
 
 
-def _reserve(descriptor: int, num_bytes: int) -> None:
+def _size_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor of this shape."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def _reserve(descriptor: int, size: int) -> None:
     """Make the file as long as that, with blocks on the disk where the system can reserve them."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, num_bytes)
+        os.posix_fallocate(descriptor, 0, size)
     else:
-        os.truncate(descriptor, num_bytes)
+        os.truncate(descriptor, size)
 
 
 class AllInputsSeenError(Exception):

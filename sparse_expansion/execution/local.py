@@ -1,15 +1,17 @@
-"""All units in this process, one after another."""
+"""All units in this process, one after another, while the files of earlier ones are written."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import wait
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule, unit_order
 from sparse_expansion.units import Unit, UnitReport
 from sparse_expansion.work.spec import WorkerSpec
-from sparse_expansion.work.worker import Worker
+from sparse_expansion.work.worker import Computed, Worker
 
 
 class LocalExecutor:
@@ -25,32 +27,85 @@ class LocalExecutor:
         self, units: Sequence[Unit], config: RunConfig, observer: Observer
     ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
-        schedule = Schedule(units)
-        reports: dict[str, UnitReport] = {}
-        cost_total = sum(unit.cost for unit in units)
-        cost_done = 0.0
-        while not schedule.is_finished:
-            if not schedule.ready:
-                raise AssertionError("the graph of units has a cycle")
-            unit = min((schedule.units[key] for key in schedule.ready), key=unit_order)
-            self.worker.forget_before(schedule.first_open_layer)
-            started = time.time()
-            report, outputs = self.worker.run(unit, config, schedule.start(unit.key))
-            schedule.finish(unit.key, outputs)
-            reports[unit.key] = report
-            cost_done += unit.cost
-            observer(
-                Progress(
-                    report,
-                    unit,
-                    len(schedule.done),
-                    len(units),
-                    cost_done,
-                    cost_total,
-                    started=started,
-                )
-            )
-        return reports
+        return _LocalRun(self.worker, units, config, observer).loop()
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class _LocalRun:
+    """One graph on its way."""
+
+    def __init__(
+        self, worker: Worker, units: Sequence[Unit], config: RunConfig, observer: Observer
+    ) -> None:
+        self.worker = worker
+        self.config = config
+        self.observer = observer
+        self.schedule = Schedule(units)
+        self.reports: dict[str, UnitReport] = {}
+        self.writing: deque[tuple[Unit, Computed, float]] = deque()
+        """Units whose files are being written, in order, and when they were started."""
+        self.cost_total = sum(unit.cost for unit in units)
+        self.cost_done = 0.0
+
+    def loop(self) -> dict[str, UnitReport]:
+        """Do all units; returns their reports by key."""
+        try:
+            while not self.schedule.is_finished:
+                while self.writing and (self._has_to_wait() or self._is_written()):
+                    self._finish(*self.writing.popleft())
+                if not self.schedule.is_finished:
+                    self._compute()
+        finally:
+            # Whatever ends the run, what was computed before is kept.
+            wait([each.written for _, each, _ in self.writing if each.written is not None])
+        return self.reports
+
+    def _next(self) -> Unit | None:
+        """The first of the ready units."""
+        ready = (self.schedule.units[key] for key in self.schedule.ready)
+        return min(ready, key=unit_order, default=None)
+
+    def _has_to_wait(self) -> bool:
+        """Whether nothing is left to do but for what needs the files, or later blocks' work.
+
+        A block is not begun before: its activations would stand beside those of the one before.
+        """
+        unit = self._next()
+        return unit is None or unit.layer > self.writing[0][0].layer
+
+    def _is_written(self) -> bool:
+        written = self.writing[0][1].written
+        return written is None or written.done()
+
+    def _compute(self) -> None:
+        unit = self._next()
+        if unit is None:
+            raise AssertionError("the graph of units has a cycle")
+        self.worker.forget_before(self.schedule.first_open_layer)
+        started = time.time()
+        computed = self.worker.run(unit, self.config, self.schedule.start(unit.key))
+        if computed.written is None:
+            self._finish(unit, computed, started)
+        else:
+            self.writing.append((unit, computed, started))
+
+    def _finish(self, unit: Unit, computed: Computed, started: float) -> None:
+        """Count a unit as done, once its files and its marker are whole."""
+        if computed.written is not None:
+            computed.written.result()
+        self.schedule.finish(unit.key, computed.outputs)
+        self.reports[unit.key] = computed.report
+        self.cost_done += unit.cost
+        self.observer(
+            Progress(
+                computed.report,
+                unit,
+                len(self.schedule.done),
+                len(self.schedule.units),
+                self.cost_done,
+                self.cost_total,
+                started=started,
+            )
+        )

@@ -23,7 +23,7 @@ from sparse_expansion.model.families import block_list, family_of, linear_shape
 from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
-from sparse_expansion.planning.memory import ParameterCounts, worker_memory
+from sparse_expansion.planning.memory import ParameterCounts, WorkerRoom, worker_memory
 from sparse_expansion.planning.shapes import ModelShape, group_shape
 from sparse_expansion.units import Unit
 from sparse_expansion.work.registry import stage_of
@@ -78,6 +78,7 @@ def forecast(
     cluster: Cluster | None = None,
     *,
     activation_bytes: int = 2 << 30,
+    device_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Units, FLOPs by stage, bytes of the checkpoint and of memory, hours, cost, a verdict.
 
@@ -86,11 +87,17 @@ def forecast(
         model_config: the dense model's transformers configuration.
         cluster: the machines; one worker without limits if None.
         activation_bytes: captured activations that a worker keeps in memory.
+        device_bytes: what a worker keeps on its GPU; None for the default share.
 
     Raises:
         ValueError: the architecture is not supported.
     """
     cluster = cluster or Cluster()
+    room = WorkerRoom(
+        activation_bytes=activation_bytes,
+        gpu_bytes=cluster.gpu_memory_bytes,
+        device_bytes=device_bytes,
+    )
     model = _describe(config, model_config)
     shape = model.shape
     measuring = []
@@ -116,14 +123,14 @@ def forecast(
         "disk_bytes": _disk_bytes(config, model),
         "expert_bytes": model.expert_bytes,
         "router_bytes": model.router_bytes,
-        "memory_bytes": _memory(config, model, cluster, activation_bytes),
+        "memory_bytes": _memory(config, model, cluster, room),
         "value_bytes_per_block": _value_bytes(first_block),
         "captured_bytes_per_block": sum(unit.cache_bytes for unit in first_block),
         "config": config.to_dict(),
     }
     result |= _time(config, graph, cluster, model, captured_bytes(activation_bytes))
     problems = [
-        *_memory_problems(config, model, cluster, result["memory_bytes"], activation_bytes),
+        *_memory_problems(config, model, cluster, result["memory_bytes"], room),
         *_value_problems(cluster, result["value_bytes_per_block"]),
     ]
     result["verdict"] = {
@@ -189,17 +196,14 @@ def _count_parameters(model: Any, model_config: Any) -> int:
     return parameters
 
 
-def _memory(
-    config: RunConfig, model: _Model, cluster: Cluster, activation_bytes: int
-) -> dict[str, int]:
+def _memory(config: RunConfig, model: _Model, cluster: Cluster, room: WorkerRoom) -> dict[str, int]:
     """Bytes of one of the cluster's workers."""
     return worker_memory(
         config,
         model.shape,
         model.parameters,
         num_workers=cluster.num_workers,
-        has_gpu=cluster.gpu_memory_bytes is not None,
-        activation_bytes=activation_bytes,
+        room=room,
     )
 
 
@@ -248,11 +252,15 @@ def _durations(
 ) -> Callable[[Unit], float]:
     """Modelled seconds of every unit: a fixed cost, operations, and bytes that are moved."""
     value_bytes = {unit.key: unit.output_bytes / max(1, len(unit.outputs)) for unit in units}
+    loads = Counter((unit.stage, unit.layer) for unit in units)
 
     def seconds(unit: Unit) -> float:
         moved = sum(value_bytes[key] for key, _ in unit.inputs) if cluster.num_workers > 1 else 0.0
         if stage_of(unit.stage).loads_block:
-            moved += block_bytes
+            # On a GPU a worker keeps a block for the other units of it.
+            is_kept = cluster.gpu_memory_bytes is not None
+            of_block = loads[unit.stage, unit.layer]
+            moved += block_bytes * (min(1.0, cluster.num_workers / of_block) if is_kept else 1)
         return (
             cluster.seconds_per_unit
             + unit.cost / cluster.product_rate
@@ -308,13 +316,14 @@ def _memory_problems(
     model: _Model,
     cluster: Cluster,
     memory: dict[str, int],
-    activation_bytes: int,
+    room: WorkerRoom,
 ) -> list[str]:
     """Where a worker needs more memory than it has, and which settings would do."""
 
     def needed(peak: str, experts_per_unit: int, activations: int) -> int:
         changed = replace(config, experts_per_unit=experts_per_unit)
-        return _memory(changed, model, cluster, activations)[peak]
+        there = replace(room, activation_bytes=activations)
+        return _memory(changed, model, cluster, there)[peak]
 
     problems = []
     limits = (
@@ -328,7 +337,7 @@ def _memory_problems(
         fewer = [
             count
             for count in range(config.experts_per_unit - 1, 0, -1)
-            if needed(peak, count, activation_bytes) <= limit
+            if needed(peak, count, room.activation_bytes) <= limit
         ]
         least = needed(peak, 1, LEAST_ACTIVATION_BYTES)
         if fewer:

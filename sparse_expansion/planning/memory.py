@@ -27,7 +27,12 @@ from sparse_expansion.planning.costs import (
 from sparse_expansion.planning.partition import expert_ranges, gathered_ranges
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 from sparse_expansion.process_memory import FREED_BYTES_KEPT
-from sparse_expansion.work.spec import captured_bytes
+from sparse_expansion.work.spec import (
+    DEVICE_CONTEXT_BYTES,
+    RESIDENT_SHARE,
+    captured_bytes,
+    waiting_bytes,
+)
 from sparse_expansion.work.stages.make import TRUNK_SHARD_BYTES
 from sparse_expansion.work.sums import CHUNK_TOKENS
 
@@ -36,6 +41,31 @@ LIBRARY_BYTES = 640 << 20
 """Bytes of a worker that has loaded the libraries and nothing else."""
 CUDA_CONTEXT_BYTES = 750 << 20
 """Bytes of a process's memory that CUDA takes, measured on an H100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRoom:
+    """What a worker may use of its machine."""
+
+    activation_bytes: int = 2 << 30
+    """Captured activations that it keeps in the host's memory."""
+    gpu_bytes: int | None = None
+    """Memory of its GPU, or of its share of one; None where the CPU computes."""
+    device_bytes: int | None = None
+    """What it keeps on the GPU between units; None for the default share."""
+
+    def resident_bytes(self, wanted: int, working: int) -> int:
+        """Bytes that stay on the GPU.
+
+        Args:
+            wanted: bytes of all that could stay there.
+            working: bytes of the largest unit; by default what stays makes way for it.
+        """
+        if self.gpu_bytes is None:
+            return 0
+        if self.device_bytes is not None:
+            return min(wanted, self.device_bytes)
+        return min(wanted, int(RESIDENT_SHARE * self.gpu_bytes), max(0, self.gpu_bytes - working))
 
 
 @dataclass(frozen=True)
@@ -54,32 +84,40 @@ def worker_memory(
     parameters: ParameterCounts,
     *,
     num_workers: int,
-    has_gpu: bool,
-    activation_bytes: int,
+    room: WorkerRoom,
 ) -> dict[str, int]:
     """Bytes of one worker by stage, what it holds throughout, and the peak.
 
-    ``held`` are the libraries, CUDA's context, the embedding and head, captured activations and
-    (with one worker) the values between units; a stage's bytes come on top. With a GPU,
-    ``gpu_peak`` is the largest stage's arrays on the card.
+    ``held`` are the libraries, CUDA's context, the embedding and head, captured activations, files
+    that are being written and (with one worker) the values between units; a stage's bytes come on
+    top. With a GPU these are the host's, less what stays on the card (``gpu_resident``);
+    ``gpu_peak`` is that, the embedding and head, and the largest stage's arrays on the card.
 
     Args:
         config: of the run; the block with the most experts decides.
         shape: of the dense model.
         parameters: of the dense model.
         num_workers: equal workers that share the run.
-        has_gpu: whether stages compute on a GPU with memory of its own.
-        activation_bytes: captured activations that a worker keeps in memory.
+        room: what a worker may use.
     """
     routing = replace(config.routing, num_clusters=config.routing.most_clusters, layer_clusters=())
     config = replace(config, routing=routing)
     stages = _StageMemory(config, shape, parameters, num_workers)
     of_stage = stages.all()
-    held = _held_bytes(config, shape, parameters, num_workers, activation_bytes)
-    if has_gpu:
+    held = _held_bytes(config, shape, parameters, num_workers, room)
+    on_gpu: dict[str, int] = {}
+    if room.gpu_bytes is not None:
         held["cuda_context"] = CUDA_CONTEXT_BYTES
+        on_gpu = _gpu_memory(stages, held, room)
+        # What does not stay on the card is the host's to hold.
+        over = on_gpu.pop("over")
+        for name in ("captured", "values"):
+            if name in held:
+                held[name] = min(held[name], over)
+        held["captured"] = min(held["captured"], captured_bytes(room.activation_bytes))
     # Whatever is freed is kept for what comes next, which needs it in other sizes.
-    used = max(of_stage.values()) + held.get("values", 0) + min(held["captured"], activation_bytes)
+    kept = min(held["captured"], room.activation_bytes)
+    used = max(of_stage.values()) + held.get("values", 0) + kept
     held["freed"] = min(FREED_BYTES_KEPT, used)
     # Blocks are measured before anything is captured, and before there is much to have been freed.
     before = held["libraries"] + held["embedding_and_head"] + held.get("cuda_context", 0)
@@ -87,17 +125,22 @@ def worker_memory(
         before + of_stage.get("block_gaps", 0),
         sum(held.values()) + max(size for name, size in of_stage.items() if name != "block_gaps"),
     )
-    memory = {
+    return {
         **{f"held: {name}": size for name, size in held.items()},
         **{f"stage: {name}": size for name, size in of_stage.items()},
         "peak": peak,
+        **on_gpu,
     }
-    if has_gpu:
-        # Samples and rows visit the card in chunks; weights and factors stay for the unit.
-        on_card = {name: size for name, size in of_stage.items() if name not in ("gather", "trunk")}
-        on_card["capture"] -= stages.hidden_bytes
-        memory["gpu_peak"] = max(on_card.values()) + held["embedding_and_head"]
-    return memory
+
+
+def _gpu_memory(stages: _StageMemory, held: dict[str, int], room: WorkerRoom) -> dict[str, int]:
+    """Bytes on the card, and those that are over what may stay there."""
+    # Rows and sums stay from where they are made to where they are used.
+    on_card = {name: size for name, size in stages.all().items() if name not in ("gather", "trunk")}
+    working = max(on_card.values()) + held["embedding_and_head"] + DEVICE_CONTEXT_BYTES
+    wanted = held["captured"] + held.get("values", 0) + stages.read_again_bytes()
+    resident = room.resident_bytes(wanted, working)
+    return {"gpu_resident": resident, "gpu_peak": working + resident, "over": wanted - resident}
 
 
 def _held_bytes(
@@ -105,7 +148,7 @@ def _held_bytes(
     shape: ModelShape,
     parameters: ParameterCounts,
     num_workers: int,
-    activation_bytes: int,
+    room: WorkerRoom,
 ) -> dict[str, int]:
     """Bytes that a worker holds throughout, by what they are."""
     calibration, item = config.calibration, shape.item_bytes
@@ -119,7 +162,8 @@ def _held_bytes(
     held = {
         "libraries": LIBRARY_BYTES,
         "embedding_and_head": vocabulary_parameters * item,
-        "captured": int(min(captured * share, captured_bytes(activation_bytes))),
+        "captured": int(min(captured * share, _captured_limit(room))),
+        "writing": _writing_bytes(config, shape, room),
     }
     if num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
@@ -131,6 +175,22 @@ def _held_bytes(
         )
         held["values"] = max(samples, gathered)
     return held
+
+
+def _captured_limit(room: WorkerRoom) -> float:
+    """Bytes of captured activations that a worker keeps in all of its memories."""
+    on_gpu = 0
+    if room.gpu_bytes is not None:
+        share = RESIDENT_SHARE * room.gpu_bytes
+        on_gpu = int(share) if room.device_bytes is None else room.device_bytes
+    return captured_bytes(room.activation_bytes) + on_gpu
+
+
+def _writing_bytes(config: RunConfig, shape: ModelShape, room: WorkerRoom) -> int:
+    """Bytes of files that are written while the next unit is computed: tensors, and the file's."""
+    count = min(config.experts_per_unit, config.routing.num_clusters)
+    largest = max(count * packed_bytes(config, group, shape.item_bytes) for group in shape.groups)
+    return 2 * min(largest, waiting_bytes("cpu" if room.gpu_bytes is None else "cuda"))
 
 
 def _all_gathered_bytes(config: RunConfig, width: int, item: int, *, paired: bool) -> int:
@@ -179,6 +239,19 @@ class _StageMemory:
         if config.refines:
             stages["refine"] = self.refine()
         return stages
+
+    def read_again_bytes(self) -> int:
+        """Bytes of a block's weights and files that its own units read again.
+
+        They are hidden states before it and behind it, the dense block, and its packed experts
+        where the compressed block is run.
+        """
+        config = self.config
+        shards = max(1, config.calibration.num_shards // self.num_workers)
+        found = shards * self.hidden_bytes + self.block_bytes
+        if config.calibration.follows_compression or config.refines:
+            found += block_packed_bytes(config, self.shape)
+        return found
 
     def forward(self) -> int:
         """Bytes to run one shard through a block: hidden states, the block, and a batch in it."""

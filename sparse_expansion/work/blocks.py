@@ -51,11 +51,11 @@ def expanded_block(
         names = [router_file(layer, group.name)]
         names += [experts_file(layer, group.name, part, is_draft=drafts) for part in experts]
         for name in names:
-            for key, tensor in context.store.read_tensors(name).items():
+            for key, tensor in context.read(name).items():
                 state[key.removeprefix(prefix)] = tensor
     for name in block.state_dict():
         if name not in state:
-            state[name] = shell.read(prefix + name)
+            state[name] = context.dense_tensor(layer, name)
     block.load_state_dict(state, strict=True, assign=True)
     return block.to(context.device)
 

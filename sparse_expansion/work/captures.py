@@ -59,6 +59,11 @@ class Captures:
         for key in [key for key in self.labels if key[:2] == (layer, shard)]:
             del self.labels[key]
 
+    def drop_all(self) -> None:
+        """Give back all of them; who needs some captures them again."""
+        for key in list(self._kept):
+            self.drop(*key)
+
     def forget_before(self, layer: int) -> None:
         """Drop the activations of earlier blocks: nothing reads them any more."""
         for key in [key for key in self._kept if key[0] < layer]:

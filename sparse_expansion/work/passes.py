@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from sparse_expansion.data.activations import (
     GroupInputs,
     copy_outside_heap,
 )
+from sparse_expansion.data.transfers import put, settle, to_device
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.run_files import ExpertRange
-from sparse_expansion.types import NllSum
+from sparse_expansion.types import HessianSum, NllSum
 from sparse_expansion.work.blocks import expanded_before
 from sparse_expansion.work.captures import ATTENTION, DENSE_INPUTS
 from sparse_expansion.work.context import DENSE, WorkContext
@@ -26,9 +28,21 @@ from sparse_expansion.work.sums import evenly_spaced, route_all, shuffled
 
 
 def embed_windows(context: WorkContext, windows: torch.Tensor, model: str = DENSE) -> torch.Tensor:
-    """Hidden states ``[N, L, D]`` that enter the first block, on the CPU."""
+    """Hidden states ``[N, L, D]`` that enter the first block, on the device if they may stay."""
     shell = context.shell(model)
-    return torch.cat([shell.embed(windows[part]).cpu() for part in shell.batches(windows)])
+    hidden: torch.Tensor | None = None
+    for part in shell.batches(windows):
+        found = shell.embed(windows[part])
+        if hidden is None:
+            hidden = context.buffers.empty((*windows.shape, found.shape[-1]), found.dtype)
+        hidden[part] = found
+    assert hidden is not None
+    return hidden
+
+
+def own_copy(context: WorkContext, hidden: torch.Tensor) -> torch.Tensor:
+    """A copy of hidden states to write to, on the device if it may stay there."""
+    return context.buffers.empty(tuple(hidden.shape), hidden.dtype).copy_(hidden)
 
 
 def pass_through(
@@ -43,7 +57,7 @@ def pass_through(
     shell = context.shell(model)
     for part in shell.batches(windows):
         call = shell.call(layer, windows[part])
-        hidden[part] = call.run(block, hidden[part].to(context.device)).cpu()
+        hidden[part] = call.run(block, to_device(hidden[part], context.device))
 
 
 def score_windows(
@@ -63,14 +77,14 @@ def capture_block(context: WorkContext, layer: int, shard: int) -> torch.Tensor 
     """Run the dense block on a shard and keep its groups' inputs.
 
     Returns:
-        Its output, unless the next block gets the compressed block's. Attention's outputs are kept
-        for that one then.
+        Its output on the device, unless the next block gets the compressed block's. Attention's
+        outputs are kept for that one then.
     """
     context.captures.make_room(layer)
     shell = context.shell()
     stop = context.config.calibration.follows_compression
     out, found = run_block(
-        context, layer, shard, shell.load_block(layer), shell.family.groups, stop=stop
+        context, layer, shard, context.dense_block(layer), shell.family.groups, stop=stop
     )
     context.captures.keep(layer, shard, found)
     return out
@@ -85,7 +99,7 @@ def run_block(
     *,
     stop: bool = False,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """A block's output on a shard's hidden states, and the inputs of groups in it.
+    """A block's output on a shard's hidden states, on the device, and the inputs of groups in it.
 
     Attention's outputs are taken from the shard's captured activations, or are among what is
     returned where the run stops.
@@ -101,7 +115,7 @@ def run_block(
     shell = context.shell()
     tokens = context.shard_tokens(shard)
     hidden = context.read_hidden(layer, shard)
-    out = None if stop else torch.empty_like(hidden)
+    out = None if stop else torch.empty_like(hidden, device=context.device)
     buffers: dict[str, torch.Tensor] = {}
     kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
     row = 0
@@ -120,11 +134,12 @@ def run_block(
             count = tokens[part].numel()
             rows = slice(row, row + count)
             if kept_TD is not None:
-                attention.output = kept_TD[rows].to(context.device).view(hidden[part].shape)
+                kept_here = to_device(kept_TD[rows], context.device)
+                attention.output = kept_here.view(hidden[part].shape)
             with contextlib.suppress(AllInputsSeenError):
-                found = call.run(block, hidden[part].to(context.device))
+                found = call.run(block, to_device(hidden[part], context.device))
                 if out is not None:
-                    out[part] = found.cpu()
+                    out[part] = found
             made = dict(seen.inputs)
             if stop and kept_TD is None:
                 assert attention.output is not None
@@ -133,8 +148,9 @@ def run_block(
                 if name not in buffers:
                     shape = (tokens.numel(), X_TD.shape[1])
                     buffers[name] = context.buffers.allocate(shape, X_TD.dtype)
-                buffers[name][rows] = X_TD.cpu()
+                put(buffers[name][rows], X_TD)
             row += count
+    settle(context.device)
     return out, buffers
 
 
@@ -165,11 +181,15 @@ def sample_rows(context: WorkContext, X_TD: torch.Tensor) -> torch.Tensor:
     """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
     total = context.config.calibration.num_tokens
     share = max(1, context.config.routing.fit_tokens * X_TD.shape[0] // total)
-    return copy_outside_heap(X_TD[evenly_spaced(X_TD.shape[0], share)])
+    chosen = evenly_spaced(X_TD.shape[0], share).to(X_TD.device)
+    return context.buffers.hold(copy_outside_heap(X_TD[chosen]))
 
 
 def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> torch.Tensor:
-    """Cluster of every token of a shard ``[T]`` (int16), kept beside the captured activations."""
+    """Cluster of every token of a shard ``[T]`` (int16), kept beside the captured activations.
+
+    They are on the worker's device.
+    """
     key = (layer, shard, group)
     labels = context.captures.labels
     if key not in labels:
@@ -182,3 +202,18 @@ def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> to
         # Those of all shards of a block are kept: small, there may be millions of tokens.
         labels[key] = labels_T.to(torch.int16)
     return labels[key]
+
+
+def rows_of(X_TD: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """A copy of some rows, in the memory where all of them are."""
+    return X_TD[chosen.to(X_TD.device)]
+
+
+def held_sum(context: WorkContext, total: HessianSum) -> HessianSum:
+    """A Hessian sum that is handed on, where it may stay until it is used."""
+
+    def held(sum_DD: torch.Tensor) -> torch.Tensor:
+        return context.buffers.hold(copy_outside_heap(sum_DD))
+
+    cross_DD = None if total.cross_DD is None else held(total.cross_DD)
+    return replace(total, sum_DD=held(total.sum_DD), cross_DD=cross_DD)

@@ -13,6 +13,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,8 +29,8 @@ class Done:
     """Small, plain values for the unit's report and its marker."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """Values that are handed on to other units, by name."""
-    files: dict[str, Any] = field(default_factory=dict)
-    """Records of the files that were written, by name."""
+    files: dict[str, Future[dict[str, Any]]] = field(default_factory=dict)
+    """Records of its files, by name, as soon as they are written."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_expansion.algorithms.quantization import AffineGrid
+from sparse_expansion.data.transfers import to_device
 from sparse_expansion.run_files import router_file
 from sparse_expansion.types import Router
 from sparse_expansion.work.context import WorkContext
@@ -19,11 +20,11 @@ def router_owner(context: WorkContext, layer: int, group: str) -> str:
 def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
     """A router's tensors by the names that they are stored under."""
     tensors = {
-        f"{owner}.mean": router.mean_D.cpu(),
-        f"{owner}.centroids": router.centroids_KP.cpu(),
+        f"{owner}.mean": router.mean_D,
+        f"{owner}.centroids": router.centroids_KP,
     }
     if router.components_PD is not None:
-        tensors[f"{owner}.components"] = router.components_PD.cpu()
+        tensors[f"{owner}.components"] = router.components_PD
     return tensors
 
 
@@ -34,13 +35,11 @@ def grid_tensors(grid: AffineGrid, linear: str) -> dict[str, torch.Tensor]:
 
 def read_router(context: WorkContext, layer: int, group: str) -> Router:
     """A group's router, on the worker's device."""
-    stored = context.store.read_tensors(router_file(layer, group))
+    stored = context.read(router_file(layer, group))
     owner = router_owner(context, layer, group)
-    components = stored.get(f"{owner}.components")
+    here = {key: to_device(tensor, context.device) for key, tensor in stored.items()}
     return Router(
-        stored[f"{owner}.mean"].to(context.device),
-        None if components is None else components.to(context.device),
-        stored[f"{owner}.centroids"].to(context.device),
+        here[f"{owner}.mean"], here.get(f"{owner}.components"), here[f"{owner}.centroids"]
     )
 
 
@@ -59,13 +58,13 @@ def read_grids(
     linears = context.group(group).linears
     if compression.bits is None:
         return dict.fromkeys(linears)
-    stored = context.store.read_tensors(router_file(layer, group))
+    stored = context.read(router_file(layer, group))
     prefix = context.shell().block_prefix(layer)
     size = min(compression.group_size or width, width)
     return {
         name: AffineGrid(
-            stored[f"{prefix}{name}.grid.scale"].to(context.device),
-            stored[f"{prefix}{name}.grid.zero_point"].to(context.device),
+            to_device(stored[f"{prefix}{name}.grid.scale"], context.device),
+            to_device(stored[f"{prefix}{name}.grid.zero_point"], context.device),
             compression.bits,
             size,
         )

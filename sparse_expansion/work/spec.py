@@ -11,6 +11,14 @@ from sparse_expansion.model.sources import ModelSource
 
 CAPTURED_SHARE = 4
 """Captured activations that are kept at all, as a multiple of those kept in memory."""
+RESIDENT_SHARE = 0.5
+"""Share of a GPU's free memory that is for what stays there; units compute in the rest."""
+DEVICE_CONTEXT_BYTES = 600 << 20
+"""Bytes of a GPU that a process takes before its first tensor; an estimate, not measured."""
+WAITING_BYTES = 256 << 20
+"""Bytes of files that wait to be written while a CPU goes on."""
+WAITING_BYTES_OF_DEVICE = 2 << 30
+"""The same where a device goes on, which makes the files of a unit in a fraction of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,10 @@ class WorkerSpec:
     """CPU threads; None leaves PyTorch's own number."""
     activation_bytes: int = 2 << 30
     """Bytes of captured activations that are kept in memory; what is over goes to scratch files."""
+    device_bytes: int | None = None
+    """Bytes of activations, values and files that stay on a GPU; None for a share of it."""
+    device_share: float = 1.0
+    """Share of its GPU that the worker has: others work on the rest."""
     scratch: str | None = None
     """Folder for scratch files; None for the system's."""
 
@@ -62,6 +74,33 @@ def check_device(name: str) -> None:
         )
     if int(name.partition(":")[2] or 0) >= count:
         raise ValueError(f"--device {name}: this machine has {count} CUDA devices, from cuda:0 on")
+
+
+def resident_bytes(spec: WorkerSpec, device: str) -> int:
+    """Bytes that a worker keeps on its device; 0 for a CPU, where all is in one memory."""
+    if device == "cpu":
+        return 0
+    if spec.device_bytes is not None:
+        return spec.device_bytes
+    free, total = torch.cuda.mem_get_info(device)
+    return int(RESIDENT_SHARE * min(free, spec.device_share * total))
+
+
+def bound_device_memory(spec: WorkerSpec, device: str) -> None:
+    """Have a worker that shares its GPU fail by itself where it would take others' memory."""
+    if device == "cpu" or spec.device_share >= 1:
+        return
+    _, total = torch.cuda.mem_get_info(device)
+    share = spec.device_share - DEVICE_CONTEXT_BYTES / total
+    # PyTorch wants a number here, where other calls take "cuda" for the current one.
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    torch.cuda.set_per_process_memory_fraction(max(share, 0.01), index)
+
+
+def waiting_bytes(device: str) -> int:
+    """Bytes of files that wait to be written while a worker on this device goes on."""
+    return WAITING_BYTES if device == "cpu" else WAITING_BYTES_OF_DEVICE
 
 
 def captured_bytes(activation_bytes: int) -> int:

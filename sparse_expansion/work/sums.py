@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from sparse_expansion.algorithms.hessian import (
 )
 from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.config import RoutingConfig
+from sparse_expansion.data.transfers import is_on_device, to_device
 from sparse_expansion.types import HessianSum, MomentSum, Router
 
 CHUNK_TOKENS = 8192
@@ -29,7 +31,7 @@ CHUNK_TOKENS = 8192
 
 def sum_moments(X_TD: torch.Tensor, device: str) -> MomentSum:
     """Sum and Gram matrix of inputs ``[T, D]``."""
-    return merge_moments(moment_sum(part.to(device)) for part in X_TD.split(CHUNK_TOKENS))
+    return merge_moments(moment_sum(to_device(part, device)) for part in X_TD.split(CHUNK_TOKENS))
 
 
 def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> HessianSum:
@@ -47,7 +49,20 @@ def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> H
         dense_residual_TD = part_TE[:, width:] if part_TE.shape[1] > width else None
         return hessian_sum(part_TE[:, :width], dense_residual_TD)
 
-    return merge_hessians(summed(part.to(device)) for part in X_TE.split(CHUNK_TOKENS))
+    return merge_hessians(summed(to_device(part, device)) for part in X_TE.split(CHUNK_TOKENS))
+
+
+def sum_to_device(part: HessianSum, device: str) -> HessianSum:
+    """The sum on a device: itself where it is there."""
+    cross_DD = None if part.cross_DD is None else to_device(part.cross_DD, device)
+    return replace(part, sum_DD=to_device(part.sum_DD, device), cross_DD=cross_DD)
+
+
+def joined(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
+    """Rows of several shards, one after another: on the device if any of them are there."""
+    if any(map(is_on_device, parts)):
+        return torch.cat([to_device(part, device) for part in parts])
+    return torch.cat(list(parts))
 
 
 def fit_router(
@@ -73,7 +88,7 @@ def fit_router(
         mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
     Z_TP = torch.cat(
         [
-            project(part.to(device), mean_D, components_PD)
+            project(to_device(part, device), mean_D, components_PD)
             for X_TD in samples
             for part in X_TD.split(CHUNK_TOKENS)
         ]
@@ -92,9 +107,8 @@ def fit_router(
 
 
 def route_all(X_TD: torch.Tensor, router: Router, device: str) -> torch.Tensor:
-    """Clusters of all tokens ``[T]``, on the CPU."""
-    parts = X_TD.split(CHUNK_TOKENS)
-    return torch.cat([route(part.to(device), router).cpu() for part in parts])
+    """Clusters of all tokens ``[T]``, on the device."""
+    return torch.cat([route(to_device(part, device), router) for part in X_TD.split(CHUNK_TOKENS)])
 
 
 def evenly_spaced(count: int, wanted: int) -> torch.Tensor:
@@ -106,4 +120,5 @@ def evenly_spaced(count: int, wanted: int) -> torch.Tensor:
 def shuffled(labels_T: torch.Tensor, name: str) -> torch.Tensor:
     """The labels in a random order that the name alone decides: sizes stay, meaning goes."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return labels_T[torch.randperm(labels_T.shape[0], generator=generator)]
+    order = torch.randperm(labels_T.shape[0], generator=generator)
+    return labels_T[order.to(labels_T.device)]

@@ -154,7 +154,7 @@ def test_hessians_that_are_not_finite_are_refused():
 
 
 def test_the_share_of_zeros_rises(monkeypatch):
-    """A cubic up to the fixed mask, which the last fifth of the iterations leaves alone."""
+    """A quartic up to the fixed mask, which the last fifth of the iterations leaves alone."""
     seen = []
     smallest = admm.smallest
 
@@ -166,5 +166,5 @@ def test_the_share_of_zeros_rises(monkeypatch):
     X = inputs(1, 100, 16)
     H = X.transpose(1, 2) @ X
     compress_experts(torch.randn(10, 16), H, config("0.5", solver_iterations=5), None)
-    # 80 x (1 - (1 - i / 4)^3)
-    assert seen == [46, 70, 79, 80]
+    # 80 x (1 - (1 - i / 4)^4)
+    assert seen == [55, 75, 80, 80]

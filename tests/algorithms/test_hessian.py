@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_expansion.algorithms import hessian
+from sparse_expansion.algorithms import hessian, products
 from sparse_expansion.algorithms.hessian import (
     MAX_DAMPING_ATTEMPTS,
     hessian_sum,
@@ -33,8 +33,9 @@ def test_half_precision_on_a_gpu_takes_tensor_cores(monkeypatch):
         asked.append((A.dtype, B.dtype, out_dtype))
         return (A.double() @ B.double()).to(out_dtype)
 
-    assert not hessian.takes_tensor_cores(X)
-    monkeypatch.setattr(hessian, "takes_tensor_cores", lambda X: True)
+    assert not products.has_float32_sums(X)
+    for module in (hessian, products):
+        monkeypatch.setattr(module, "has_float32_sums", lambda X: True)
     monkeypatch.setattr(torch, "mm", product)
     found = hessian_sum(X, residual)
     assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 2

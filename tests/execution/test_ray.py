@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.local import LocalExecutor
-from sparse_expansion.execution.ray.actor import SIGNS
+from sparse_expansion.execution.ray.actor import FILES, SIGNS
 from sparse_expansion.execution.ray.executor import RayExecutor, sized_pool
 from sparse_expansion.execution.ray.wire import from_wire, to_wire
 from sparse_expansion.jobs.evaluate import evaluate
@@ -282,6 +282,10 @@ class SuicidalActor:
                 stream.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
         return self.inner.run(unit, *inputs)
+
+    @ray.method(concurrency_group=FILES)
+    def written(self, key):
+        return self.inner.written(key)
 
 
 def test_a_worker_that_joins_later_gets_work(

@@ -32,6 +32,7 @@ def make(
     experts_per_unit=4,
     resume=False,
     balance=0.0,
+    worker=None,
     **changes,
 ):
     calibration = {"dataset_size": 8, "seqlen": 32, "calibration_inputs": schedule, **changes}
@@ -45,7 +46,9 @@ def make(
     prepared, windows = prepare(config, folder, dataset=str(text), cache_dir=None, model_name="m")
     store = Store(output)
     claim(store, prepared, windows, resume=resume)
-    spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)
+    spec = WorkerSpec(
+        store=str(output), source=resolve_name(str(folder)), threads=1, **(worker or {})
+    )
     measured = Measurements()
     expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured)
     return store, windows, measured

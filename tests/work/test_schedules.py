@@ -127,7 +127,8 @@ def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_
     ]
     for worker in workers:
         worker.use(config)
-    embed.function(workers[0], shard=1)
+    for file in embed.function(workers[0], shard=1).files.values():
+        file.result()
     capture.function(workers[0], layer=0, shard=1)
     recapture.function(workers[0], layer=0, shard=1, group=group, experts=ranges)
     given = {"layer": 0, "shard": 1, "group": group, "ranges": ranges, "summed": False}
@@ -145,7 +146,8 @@ def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_
     hidden = [
         advance.function(worker, layer=0, shard=1, experts=ranges).files for worker in workers
     ]
-    assert hidden[0] == hidden[1]
+    first, second = ({name: file.result() for name, file in each.items()} for each in hidden)
+    assert first == second
 
 
 def test_starved_experts_use_the_whole_groups_hessian(tmp_path, llama_folder, text_folder):

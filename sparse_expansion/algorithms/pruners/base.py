@@ -13,7 +13,7 @@ import torch
 
 from sparse_expansion.algorithms.hessian import HessianFactor
 from sparse_expansion.algorithms.quantization import AffineGrid
-from sparse_expansion.config import CompressionConfig
+from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Problem:
     """Original index of every column of the target, None when in order."""
     config: CompressionConfig
     """Sparsity, block size, damping, and the settings of single pruners."""
+    products: str = AUTO_PRODUCTS
+    """How large products are taken, see the module ``products``."""
     compiled: bool | None = None
     """Whether the sweep takes its compiled loops; None lets the device decide."""
 

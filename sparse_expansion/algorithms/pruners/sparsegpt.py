@@ -23,6 +23,7 @@ def solve(problem: Problem) -> Solution:
         grid=problem.grid,
         block_size=problem.config.block_size,
         columns_KD=problem.columns_KD,
+        products=problem.products,
         compiled=problem.compiled,
     )
     return Solution(

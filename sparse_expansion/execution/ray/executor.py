@@ -129,7 +129,7 @@ def sized_pool(
         threads = max(1, int(cpus or resources.get("CPU", 1) // count))
     return WorkerPool(
         # Ray sets one OpenMP thread in an actor with one CPU or none: threads are set explicitly.
-        replace(spec, threads=threads),
+        replace(spec, threads=threads, device_share=min(gpus, 1.0) or 1.0),
         num_workers=count,
         num_gpus=gpus,
         num_cpus=threads if cpus is None else cpus,

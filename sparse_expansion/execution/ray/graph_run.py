@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """A unit that an actor does."""
+    """A unit that an actor does: first it is computed, then its files are written."""
 
     unit: Unit
     handle: ActorHandle
@@ -55,6 +55,8 @@ class Call:
     """References to its report and to each of its outputs."""
     started: float
     """Wall-clock second (time.time()) at which it was given to the actor."""
+    is_computed: bool = False
+    """Whether only its files are left to do."""
 
 
 class GraphRun:
@@ -95,7 +97,7 @@ class GraphRun:
             value_budget=VALUE_SHARE * store,
         )
         for handle in pool.handles.values():
-            handle.busy = False
+            handle.busy, handle.num_writing = False, 0
         self.calls: dict[Any, Call] = {}
         self.reports: dict[str, UnitReport] = {}
         self.attempts: dict[str, int] = {}
@@ -164,7 +166,7 @@ class GraphRun:
             if ref in pings:
                 self._worker_up(pings[ref])
             elif ref in self.calls:
-                self._ended(self.calls.pop(ref))
+                self._ended(ref, self.calls.pop(ref))
 
     def _worker_up(self, handle: ActorHandle) -> None:
         try:
@@ -175,11 +177,14 @@ class GraphRun:
             return
         self.vigil.somebody_is_there()
 
-    def _ended(self, call: Call) -> None:
+    def _ended(self, ref: Any, call: Call) -> None:
         unit, handle = call.unit, call.handle
-        handle.busy = False
+        if call.is_computed:
+            handle.num_writing -= 1
+        else:
+            handle.busy = False
         try:
-            report: UnitReport = ray.get(call.refs[0])
+            report: UnitReport = ray.get(ref)
         except _LOST_WORKER as error:
             self._worker_lost(call, first_line(error))
             return
@@ -193,6 +198,11 @@ class GraphRun:
             else:
                 self._failed(call, cause if isinstance(cause, Exception) else error)
             return
+        if unit.is_persistent and not call.is_computed:
+            # The actor is free for another unit while a thread of it writes.
+            handle.num_writing += 1
+            self.calls[handle.actor.written.remote(unit.key)] = replace(call, is_computed=True)
+            return
         outputs = dict(zip(unit.outputs, call.refs[1:], strict=True))
         for name in outputs:
             self.made_on[unit.key, name] = handle.node or ""
@@ -202,7 +212,6 @@ class GraphRun:
             self.cost_done += unit.cost
         self.reports[unit.key] = report
         self.metrics.finished(unit, report, self.dispatcher.value_bytes)
-        self.vigil.somebody_is_there()
         self.observer(
             Progress(
                 report,
@@ -221,8 +230,10 @@ class GraphRun:
         self.dispatcher.returned(unit)
 
     def _worker_lost(self, call: Call, reason: str) -> None:
-        self.pool.num_lost += 1
-        self.metrics.lost.inc(1, {"stage": call.unit.stage})
+        if call.handle.name in self.pool.handles:
+            # Not for each of the units that it owes.
+            self.pool.num_lost += 1
+            self.metrics.lost.inc(1, {"stage": call.unit.stage})
         _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, reason)
         self.pool.drop(call.handle)
         self.dispatcher.remove_worker(call.handle.name)

@@ -48,12 +48,12 @@ def stalled_workers(handles: Sequence[ActorHandle], patience: float) -> list[Act
         for sign in done:
             asked[sign].sign = None
     for handle in handles:
-        if handle.busy and handle.sign is None and now - handle.asked > ASK_SECONDS:
+        if handle.is_at_work and handle.sign is None and now - handle.asked > ASK_SECONDS:
             handle.sign, handle.asked = handle.actor.alive.remote(), now
     return [
         handle
         for handle in handles
-        if handle.busy and handle.sign is not None and now - handle.asked > patience
+        if handle.is_at_work and handle.sign is not None and now - handle.asked > patience
     ]
 
 

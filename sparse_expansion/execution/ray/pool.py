@@ -6,7 +6,7 @@ import os
 
 import ray
 
-from sparse_expansion.execution.ray.actor import SIGNS, ActorHandle, UnitActor
+from sparse_expansion.execution.ray.actor import FILES, SIGNS, ActorHandle, UnitActor
 from sparse_expansion.work.spec import WorkerSpec
 
 
@@ -29,7 +29,7 @@ class WorkerPool:
         self.handles: dict[str, ActorHandle] = {}
         self.num_lost = 0
         self._resources = {"num_gpus": num_gpus, "num_cpus": num_cpus}
-        self._actor_class = ray.remote(concurrency_groups={SIGNS: 1})(UnitActor)
+        self._actor_class = ray.remote(concurrency_groups={SIGNS: 1, FILES: 1})(UnitActor)
         self._num_made = 0
 
     def ask_for(self, wanted: int) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from sparse_expansion.algorithms.hessian import check_finite, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
-from sparse_expansion.data.activations import copy_outside_heap
 from sparse_expansion.run_files import ExpertRange, range_name, router_file
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.blocks import expanded_before
@@ -18,13 +17,15 @@ from sparse_expansion.work.passes import (
     capture_block,
     captured_inputs,
     embed_windows,
+    held_sum,
+    rows_of,
     run_block,
     sample_rows,
     shard_labels,
 )
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.routers import grid_tensors, router_owner, router_tensors
-from sparse_expansion.work.sums import fit_router, sum_hessians
+from sparse_expansion.work.sums import fit_router, sum_hessians, sum_to_device
 
 
 @stage()
@@ -81,8 +82,8 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
             tensors |= grid_tensors(grid, prefix + linear)
     return Done(
         stats={"fit_tokens": fit_tokens},
-        outputs={"gram": replace(gram, sum_DD=gram.sum_DD.cpu())},
-        files=context.write(router_file(layer, group), tensors),
+        outputs={"gram": replace(gram, sum_DD=context.buffers.hold(gram.sum_DD))},
+        files=context.write(router_file(layer, group), tensors, read_in=layer),
     )
 
 
@@ -108,14 +109,14 @@ def gather(
 
     def inputs_of(expert: int) -> torch.Tensor | HessianSum:
         chosen = torch.nonzero(labels_T == expert).flatten()
-        part_TE = X_TD[chosen]
+        part_TE = rows_of(X_TD, chosen)
         if dense_TD is not None:
-            part_TE = torch.cat([part_TE, dense_TD[chosen] - part_TE], dim=1)
+            # The two may be in different memories: one fits the budget, the other is over it.
+            dense_part_TD = rows_of(dense_TD, chosen).to(part_TE.device)
+            part_TE = torch.cat([part_TE, dense_part_TD - part_TE], dim=1)
         if not summed:
-            return part_TE
-        total = sum_hessians(part_TE, context.device, X_TD.shape[1])
-        cross_DD = None if total.cross_DD is None else copy_outside_heap(total.cross_DD)
-        return replace(total, sum_DD=copy_outside_heap(total.sum_DD), cross_DD=cross_DD)
+            return context.buffers.hold(part_TE)
+        return held_sum(context, sum_hessians(part_TE, context.device, X_TD.shape[1]))
 
     return Done(
         outputs={
@@ -128,7 +129,11 @@ def gather(
 @stage()
 def reduce(context: WorkContext, *shards: list[HessianSum]) -> Done:
     """Add up several shards' Hessian sums, expert by expert, in shard order."""
-    return Done(outputs={"inputs": [merge_hessians(parts) for parts in zip(*shards, strict=True)]})
+    merged = (
+        merge_hessians(sum_to_device(part, context.device) for part in parts)
+        for parts in zip(*shards, strict=True)
+    )
+    return Done(outputs={"inputs": [held_sum(context, total) for total in merged]})
 
 
 @stage(keeps_expanded_block=True, loads_block=True)

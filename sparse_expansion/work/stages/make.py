@@ -14,15 +14,17 @@ from sparse_expansion.algorithms.hessian import merge_hessians, regularise_hessi
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.config import CompressionConfig
+from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import guard_tensors
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trainable_block
 from sparse_expansion.run_files import ExpertRange, experts_file, trunk_file
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.blocks import expanded_block
 from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.passes import rows_of
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.routers import read_grids
-from sparse_expansion.work.sums import sum_hessians
+from sparse_expansion.work.sums import joined, sum_hessians, sum_to_device
 
 TRUNK_SHARD_BYTES = 4 << 30
 """Bytes after which a file of the model's other tensors is full."""
@@ -42,12 +44,16 @@ def experts(
     width = gram.sum_DD.shape[0]
     H_KDD, cross_KDD, stats = _expert_hessians(context, gram, shards, compression)
     prefix = context.shell().block_prefix(layer)
-    weights = {
-        name: context.dense_weight(layer, name).to(context.device)
-        for name in context.group(group).linears
-    }
+    weights = {name: context.dense_weight(layer, name) for name in context.group(group).linears}
     grids = read_grids(context, layer, group, width)
-    made = compress_linears(weights, H_KDD, compression, grids, cross_KDD=cross_KDD)
+    made = compress_linears(
+        weights,
+        H_KDD,
+        compression,
+        grids,
+        cross_KDD=cross_KDD,
+        products=context.config.products,
+    )
     tensors: dict[str, torch.Tensor] = {}
     stats["relative_error"] = {}
     for name, result in made.items():
@@ -62,7 +68,10 @@ def experts(
             where = f"{prefix}{name}.experts.{experts[0] + offset}"
             tensors.update({f"{where}.{part}": value for part, value in packed.items()})
     file = experts_file(layer, group, experts, is_draft=context.config.refines)
-    return Done(stats=stats, files=context.write(file, tensors))
+    # Read again by who runs the compressed block, or trains it.
+    is_read = context.config.calibration.follows_compression or context.config.refines
+    read_in = layer if is_read else None
+    return Done(stats=stats, files=context.write(file, tensors, read_in=read_in))
 
 
 def _expert_hessians(
@@ -82,7 +91,9 @@ def _expert_hessians(
         sums = [part for part in parts if isinstance(part, HessianSum)]
         rows = [part for part in parts if torch.is_tensor(part)]
         merged = (
-            merge_hessians(sums) if sums else sum_hessians(torch.cat(rows), context.device, width)
+            merge_hessians(sum_to_device(part, context.device) for part in sums)
+            if sums
+            else sum_hessians(joined(rows, context.device), context.device, width)
         )
         stats["tokens"].append(merged.num_tokens)
         stats["starved"].append(merged.num_tokens < floor)
@@ -129,7 +140,7 @@ def refine_block(
             hidden, tokens = context.read_hidden(layer, shard), context.shard_tokens(shard)
             for chosen in order.split(size) if len(order) else ():
                 call = shell.call(layer, tokens[chosen])
-                yield Batch(hidden[chosen].to(context.device), call)
+                yield Batch(to_device(rows_of(hidden, chosen), context.device), call)
 
     per_epoch = sum(math.ceil((all_ - out) / size) for all_, out in zip(windows, held, strict=True))
     found = refine(
@@ -151,7 +162,8 @@ def refine_block(
                 for k in range(part[0], part[1] + 1)
                 for stream, value in linears[name].packed(k, shell.dtype).items()
             }
-            files |= context.write(experts_file(layer, group.name, part), tensors)
+            name = experts_file(layer, group.name, part)
+            files |= context.write(name, tensors, read_in=layer)
     return Done(stats=asdict(found), files=files)
 
 

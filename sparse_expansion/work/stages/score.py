@@ -9,11 +9,12 @@ from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.hessian import merge_hessians
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.data.activations import GroupInputs
+from sparse_expansion.data.transfers import to_device
 from sparse_expansion.run_files import block_key, pruned_file
 from sparse_expansion.types import CompressionError, HessianSum
 from sparse_expansion.work.blocks import set_weight
 from sparse_expansion.work.context import WorkContext
-from sparse_expansion.work.passes import embed_windows, pass_through, score_windows
+from sparse_expansion.work.passes import embed_windows, own_copy, pass_through, score_windows
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.sums import sum_hessians
 
@@ -40,7 +41,7 @@ def evaluate(
     """
     shell = context.shell(model)
     windows = torch.tensor(tokens, dtype=torch.int64)
-    hidden = embed_windows(context, windows, model) if hidden is None else hidden.clone()
+    hidden = embed_windows(context, windows, model) if hidden is None else own_copy(context, hidden)
     with torch.no_grad():
         for layer in range(layers[0], layers[1] + 1):
             block = shell.load_block(layer)
@@ -101,7 +102,7 @@ def block_gaps(
                     other = _pruned_block(context, layer, block, to_prune, calibration)
                 except CompressionError as error:
                     raise CompressionError(f"{block_key(layer)}: {error}") from error
-                streams.append(dense.clone())
+                streams.append(own_copy(context, dense))
                 pass_through(context, layer, other, to_score, streams[-1])
                 del other
             elif layer < layers[0]:
@@ -128,7 +129,7 @@ def _pruned_block(
     with GroupInputs(block, shell.family.groups) as seen:
         for part in shell.batches(windows):
             call = shell.call(layer, windows[part])
-            hidden[part] = call.run(block, hidden[part].to(context.device)).cpu()
+            hidden[part] = call.run(block, to_device(hidden[part], context.device))
             for name, X_TD in seen.inputs.items():
                 found = [sums[name]] if name in sums else []
                 sums[name] = merge_hessians([*found, sum_hessians(X_TD, context.device)])
@@ -137,11 +138,11 @@ def _pruned_block(
     plain = CompressionConfig(sparsity=compression.sparsity, block_size=compression.block_size)
     other = shell.load_block(layer)
     for group in shell.family.groups:
-        weights = {
-            name: context.dense_weight(layer, name).to(context.device) for name in group.linears
-        }
+        weights = {name: context.dense_weight(layer, name) for name in group.linears}
         H_KDD = sums[group.name].sum_DD[None]
-        made = compress_linears(weights, H_KDD, plain, dict.fromkeys(weights))
+        made = compress_linears(
+            weights, H_KDD, plain, dict.fromkeys(weights), products=context.config.products
+        )
         for name, result in made.items():
             set_weight(other.get_submodule(name), result.weight_KOD[0].to(shell.dtype))
     return other

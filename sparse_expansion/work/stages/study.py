@@ -10,11 +10,12 @@ from sparse_expansion.algorithms import neurons as measures
 from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.hessian import regularise_hessian
 from sparse_expansion.config import CLUSTERINGS
+from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.run_files import clusters_file, neurons_file, pruned_file, pruned_name
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.context import WorkContext
-from sparse_expansion.work.passes import captured_inputs
+from sparse_expansion.work.passes import captured_inputs, rows_of
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.sums import (
     CHUNK_TOKENS,
@@ -40,7 +41,7 @@ def neurons(
             with the dense ones.
         seed: of the pairs of tokens for the mapping difficulty.
     """
-    X_TD = captured_inputs(context, layer, 0)[group].to(context.device)
+    X_TD = to_device(captured_inputs(context, layer, 0)[group], context.device)
     dense = context.shell().load_block(layer)
     others = {name: context.shell(folder).load_block(layer) for name, folder in models.items()}
     linears = context.group(group).linears
@@ -49,7 +50,7 @@ def neurons(
         first = block.get_submodule(linears[0])
         assert isinstance(first, ExpandedLinear)
         router = first.group_router.router()
-        labels[name] = route_all(X_TD, router, context.device).to(context.device)
+        labels[name] = route_all(X_TD, router, context.device)
     tensors: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for linear in linears:
@@ -85,12 +86,12 @@ def clusters(
     """
     config, device = context.config, context.device
     X_TD = captured_inputs(context, layer, 0)[group]
-    X_cal, X_held = X_TD[:calibration_tokens], X_TD[calibration_tokens:].to(device)
-    sample = X_cal[evenly_spaced(len(X_cal), config.routing.fit_tokens)]
+    X_cal, X_held = X_TD[:calibration_tokens], to_device(X_TD[calibration_tokens:], device)
+    sample = rows_of(X_cal, evenly_spaced(len(X_cal), config.routing.fit_tokens))
     routing = replace(config.routing, num_clusters=num_clusters)
     router, gram, _ = fit_router([sample], routing, device=device, seed=seed)
     module = context.shell().load_block(layer).get_submodule(linear)
-    W_OD = context.dense_weight(layer, linear).to(device)
+    W_OD = context.dense_weight(layer, linear)
     with torch.no_grad():
         dense_TO = module(X_held).float()
     tensors = {f"dense.{o}": dense_TO[:, o].cpu().clone() for o in neurons_kept}
@@ -105,7 +106,7 @@ def clusters(
             context, W_OD, gram, (X_cal, labels_T), (X_held, held_T), num_clusters
         )
         other_TO = dense_TO + change_TO
-        found = measures.compare(dense_TO, other_TO, held_T.to(device))
+        found = measures.compare(dense_TO, other_TO, held_T)
         tensors |= {f"{clustering}.{name}": value.cpu() for name, value in found.items()}
         lost = change_TO.double().square().sum().cpu()
         tensors[f"{clustering}.relative_error"] = lost / energy
@@ -135,10 +136,12 @@ def _change_of_outputs(
     (X_cal, labels_T), (X_held, held_T) = calibration, held_out
     change_TO = torch.empty(X_held.shape[0], W_OD.shape[0], device=device)
     for k in range(num_clusters):
-        H = sum_hessians(X_cal[labels_T == k], device)
+        H = sum_hessians(rows_of(X_cal, torch.nonzero(labels_T == k).flatten()), device)
         H, _ = regularise_hessian(H, gram, compression)
-        made = compress_linears({"": W_OD}, H.sum_DD[None], compression, {"": None})[""]
-        chosen = torch.nonzero(held_T == k).flatten().to(device)
+        made = compress_linears(
+            {"": W_OD}, H.sum_DD[None], compression, {"": None}, products=context.config.products
+        )[""]
+        chosen = torch.nonzero(held_T == k).flatten()
         delta_OD = made.weight_KOD[0] - W_OD.float()
         change_TO[chosen] = X_held[chosen].float() @ delta_OD.T
     return change_TO
@@ -165,11 +168,11 @@ def prune_neurons(
     chosen: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for number, linear in enumerate(context.group(group).linears):
-        W_OD = context.dense_weight(layer, linear).to(context.device)
+        W_OD = context.dense_weight(layer, linear)
         with torch.no_grad():
             parts = X_TD.split(CHUNK_TOKENS)
             module = block.get_submodule(linear)
-            Y_TO = torch.cat([module(part.to(context.device)) for part in parts])
+            Y_TO = torch.cat([module(to_device(part, context.device)) for part in parts])
         for ranking in rankings:
             order = measures.rank(ranking, W_OD, Y_TO, seed=seed + number)
             for share in shares:
@@ -177,7 +180,9 @@ def prune_neurons(
                 chosen[name] = order[: max(1, round(share * len(order)))].clone()
                 weights[name] = W_OD[chosen[name]]
     compression = context.config.compression
-    made = compress_linears(weights, H_KDD, compression, dict.fromkeys(weights))
+    made = compress_linears(
+        weights, H_KDD, compression, dict.fromkeys(weights), products=context.config.products
+    )
     tensors = {f"{name}.rows": rows.cpu() for name, rows in chosen.items()}
     for name, result in made.items():
         tensors[f"{name}.weight"] = result.weight_KOD[0].to(context.shell().dtype).cpu()
