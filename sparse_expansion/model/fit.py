@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from sparse_expansion.messages import one_line
@@ -64,6 +63,9 @@ def build_without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ValueError: it describes none.
     """
+    # Loading by transformers, which this module is imported for too, does without.
+    from accelerate import init_empty_weights
+
     named = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights(include_buffers=False):
