@@ -116,7 +116,7 @@ class ExpandedLinear(nn.Module):
         if first is None:
             self.router = GroupRouter(in_features, routing)
         self.group: ExpertGroup = ExpertGroup() if first is None else first.group
-        self.group.linears.append(self)
+        self.group.add(self)
         # It is in a list so that a shared router is not registered, and saved, more than once.
         self._shared = [self.router if first is None else first.group_router]
         self.handle = handle_of(self)

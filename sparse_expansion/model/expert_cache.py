@@ -55,30 +55,14 @@ class ExpertCache:
     def dense(self, linear: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight ``[O, D]``, unpacked if it is not cached."""
         key = (id(linear), expert, torch.Tensor)
-        state = linear.state(expert)
-        found: tuple[Any, torch.Tensor] | None = self._find(key)
-        # The model may have been moved, loaded again or written to since the entry was made.
-        if found is not None and found[0] == state and found[1].dtype == dtype:
-            return found[1]
-        # A weight that is made for inference alone could not be used in training later.
-        with torch.inference_mode(False), torch.no_grad():
-            weight = linear.unpack(expert, dtype)
-        self._insert(key, (state, weight), weight.numel() * weight.element_size())
-        return weight
+        return self._weights(key, linear.state(expert), dtype, lambda: linear.unpack(expert, dtype))
 
     def all_dense(
         self, linear: StatefulExperts, dtype: torch.dtype, unpack: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """All experts' dense weights ``[K, O, D]``, made by ``unpack`` if they are not cached."""
         key = (id(linear), ALL_EXPERTS, torch.Tensor)
-        state = linear.streams_state()
-        found: tuple[Any, torch.Tensor] | None = self._find(key)
-        if found is not None and found[0] == state and found[1].dtype == dtype:
-            return found[1]
-        with torch.inference_mode(False), torch.no_grad():
-            weights = unpack()
-        self._insert(key, (state, weights), weights.numel() * weights.element_size())
-        return weights
+        return self._weights(key, linear.streams_state(), dtype, unpack)
 
     def stored(self, linear: PackedExperts, expert: int) -> StoredMatrix:
         """One expert's streams, ready to multiply one token."""
@@ -90,6 +74,23 @@ class ExpertCache:
         matrix = linear.stored(expert)
         self._insert(key, (state, matrix), matrix.num_bytes)
         return matrix
+
+    def _weights(
+        self,
+        key: tuple[int, int, type],
+        state: tuple[Any, ...],
+        dtype: torch.dtype,
+        unpack: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        found: tuple[Any, torch.Tensor] | None = self._find(key)
+        # The model may have been moved, loaded again or written to since the entry was made.
+        if found is not None and found[0] == state and found[1].dtype == dtype:
+            return found[1]
+        # A weight that is made for inference alone could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            weights = unpack()
+        self._insert(key, (state, weights), weights.numel() * weights.element_size())
+        return weights
 
     def clear(self) -> None:
         """Evict everything."""

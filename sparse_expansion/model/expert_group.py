@@ -46,11 +46,23 @@ class ExpertGroup:
     """
 
     def __init__(self) -> None:
-        """Start without a linear; see ``linears``."""
-        self.linears: list[Linear] = []
-        self._tables: dict[int, tuple[tuple[Any, ...], StoredExperts]] = {}
+        """Start without a linear; see ``add``."""
+        # Linears refer to their group: were they referred to from here too, a block's experts would
+        # not be freed with the block, but when the garbage collector comes.
+        self._linears: list[weakref.ref[Linear]] = []
+        self._tables: dict[tuple[int, ...], tuple[tuple[Any, ...], StoredExperts]] = {}
         # An input, its version, and outputs of linears that were not yet asked for them.
         self._waiting: tuple[weakref.ref[torch.Tensor], int, dict[int, torch.Tensor]] | None = None
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those that are still there."""
+        found = (each() for each in self._linears)
+        return [one for one in found if one is not None]
+
+    def add(self, linear: Linear) -> None:
+        """Make a linear the group's next one."""
+        self._linears.append(weakref.ref(linear))
 
     @property
     def num_tables(self) -> int:
@@ -128,7 +140,7 @@ class ExpertGroup:
 
     def _stored(self, mates: Sequence[Linear]) -> StoredExperts:
         """Tables of linears, made again when one was moved, loaded again or written to."""
-        key = id(mates[0]) if len(mates) > 1 else -id(mates[0])
+        key = tuple(map(id, mates))
         state = tuple(one.streams_state() for one in mates)
         found = self._tables.get(key)
         if found is None or found[0] != state:
@@ -140,4 +152,9 @@ class ExpertGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables are of addresses in this process.
-        return {"linears": self.linears, "_tables": {}, "_waiting": None}
+        return {"linears": self.linears}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ExpertGroup.__init__(self)
+        for linear in state["linears"]:
+            self.add(linear)

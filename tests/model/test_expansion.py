@@ -1,5 +1,8 @@
 """Routed linears: who is routed where, how often, and what comes out."""
 
+import gc
+import weakref
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +43,21 @@ def test_a_group_is_routed_once(tmp_path, llama_folder, text_folder, monkeypatch
         model(tokens)
     # Without version counters a change in place could go unseen, so nothing is shared.
     assert len(calls) == 6 + 9
+
+
+def test_a_block_that_goes_takes_its_experts_with_it(expanded):
+    """At once: two blocks of a large model do not fit beside each other."""
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    with torch.no_grad():
+        model(torch.randint(1, 500, (1, 12)))
+    mlp = model.gpt_neox.layers[0].mlp
+    experts = [weakref.ref(mlp.dense_h_to_4h.experts[0]), weakref.ref(mlp.dense_4h_to_h.router)]
+    gc.disable()
+    try:
+        del mlp.dense_h_to_4h, mlp.dense_4h_to_h
+        assert [each() for each in experts] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_change_in_place_is_routed_again(expanded):
