@@ -92,6 +92,23 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_run(neox_folder: Path, text_folder: Path) -> list[str]:
+    """The command of a run with measured shares and perplexities, without its output folder."""
+    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    return ["run", *where, *tiny.SMALL_RUN, "--eval-windows", "2"]
+
+
+@pytest.fixture(scope="session")
+def measured_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of that run; tests that change something take a copy."""
+    from sparse_expansion.cli import main
+
+    output = tmp_path_factory.mktemp("measured") / "out"
+    assert main([*small_run, "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
 def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_folder: Path) -> Path:
     """A tiny GPT-NeoX, trained until it has learnt something."""
     return tiny.save_trained_neox(

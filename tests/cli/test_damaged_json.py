@@ -7,7 +7,6 @@ import pytest
 
 from sparse_expansion.cli import main
 from sparse_expansion.config.checks import NUMBER, has_form
-from tests.tiny import SMALL_RUN
 
 MARKER = "run/units/layer-000/mlp.dense_h_to_4h/router.json"
 FILES = [
@@ -26,21 +25,6 @@ DEEP = "[" * 100_000 + "]" * 100_000
 FORMS = {"list": "[1]", "null": "null", "empty": "{}", "text": '"x"', "cut": '{"a": ', "deep": DEEP}
 
 
-@pytest.fixture(scope="module")
-def command(neox_folder, text_folder):
-    """A run without its output folder."""
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
-    return ["run", *where, *SMALL_RUN, "--eval-windows", "2"]
-
-
-@pytest.fixture(scope="module")
-def whole(command, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole") / "out"
-    assert main([*command, "--output", str(output)]) == 0
-    assert all((output / name).is_file() for name in FILES)
-    return output
-
-
 def scrambled(value):
     """JSON of the same keys whose values are of other types, level by level."""
     if isinstance(value, dict):
@@ -54,12 +38,15 @@ def scrambled(value):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_reads_it_says_so_in_a_line(name, whole, command, text_folder, tmp_path, capsys):
-    original = (whole / name).read_text()
+def test_what_reads_it_says_so_in_a_line(
+    name, measured_run, small_run, text_folder, tmp_path, capsys
+):
+    assert all((measured_run / each).is_file() for each in FILES)
+    original = (measured_run / name).read_text()
     others = [json.dumps(other) for other in scrambled(json.loads(original))]
     contents = [*FORMS.values(), *others[:5]]
     folder = tmp_path / "out"
-    shutil.copytree(whole, folder)
+    shutil.copytree(measured_run, folder)
     where = ["--model", str(folder), "--dataset", str(text_folder), "--seqlen", "48"]
     evaluate = ["evaluate", *where, "--eval-windows", "1", "--threads", "1"]
     # The page's figures take long, and show what tables do not.
@@ -69,7 +56,7 @@ def test_what_reads_it_says_so_in_a_line(name, whole, command, text_folder, tmp_
             # What lies in run/ and the metrics are no part of the model.
             *([evaluate] if "/" not in name and name != "metrics.json" else []),
             ["report", str(folder), *html],
-            ["compare", str(folder), str(whole)],
+            ["compare", str(folder), str(measured_run)],
             ["analyze", str(folder)],
         ):
             (folder / name).write_text(content)
@@ -81,22 +68,22 @@ def test_what_reads_it_says_so_in_a_line(name, whole, command, text_folder, tmp_
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "run/run.json"])
 @pytest.mark.parametrize("content", ["[1]", '{"files": 3}'])
-def test_a_resumed_run_makes_it_again(name, content, whole, command, tmp_path, capsys):
+def test_a_resumed_run_makes_it_again(name, content, measured_run, small_run, tmp_path, capsys):
     folder = tmp_path / "out"
-    shutil.copytree(whole, folder)
+    shutil.copytree(measured_run, folder)
     (folder / name).write_text(content)
-    code = main([*command, "--output", str(folder), "--resume"])
+    code = main([*small_run, "--output", str(folder), "--resume"])
     found = capsys.readouterr().err
     if name == "run/allocation.json":
         assert code == 2 and "delete it, and continue with --resume" in found
         (folder / name).unlink()
-        assert main([*command, "--output", str(folder), "--resume"]) == 0
+        assert main([*small_run, "--output", str(folder), "--resume"]) == 0
     else:
         assert code == 0, found
     for made in ("config.json", "manifest.json", "model.safetensors.index.json", MARKER):
         assert (
             json.loads((folder / made).read_text()).keys()
-            == json.loads((whole / made).read_text()).keys()
+            == json.loads((measured_run / made).read_text()).keys()
         )
 
 

@@ -11,28 +11,14 @@ from sparse_expansion.cli import main
 from sparse_expansion.model.verification import verify
 from sparse_expansion.plain_files import SEAL, is_seal_whole, sealed
 from tests.jobs.processes import arguments
-from tests.tiny import SMALL_RUN, digests
-
-
-@pytest.fixture(scope="module")
-def command(neox_folder, text_folder):
-    """A run without its output folder, whose shares of zeros are measured."""
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
-    return ["run", *where, *SMALL_RUN, "--eval-windows", "2"]
-
-
-@pytest.fixture(scope="module")
-def measured(command, tmp_path_factory):
-    output = tmp_path_factory.mktemp("measured") / "out"
-    assert main([*command, "--output", str(output)]) == 0
-    return output
+from tests.tiny import digests
 
 
 @pytest.fixture
-def output(measured, tmp_path):
+def output(measured_run, tmp_path):
     """A copy to be damaged."""
     folder = tmp_path / "out"
-    shutil.copytree(measured, folder)
+    shutil.copytree(measured_run, folder)
     return folder
 
 
@@ -44,22 +30,22 @@ def change_digit(path, pattern):
     path.write_text(text[:place] + ("7" if text[place] != "7" else "8") + text[place + 1 :])
 
 
-def test_a_digit_of_a_markers_digest_is_made_again(output, measured, command):
+def test_a_digit_of_a_markers_digest_is_made_again(output, measured_run, small_run):
     for name in ("layer-001/mlp.dense_h_to_4h/router", "layer-002/mlp.dense_4h_to_h/experts-0"):
         marker = sorted((output / "run" / "units").glob(f"{name}*.json"))[0]
         change_digit(marker, r'"tensors": \{[^}]*"sha256": "')
     (output / "config.json").unlink()
-    assert main([*command, "--output", str(output), "--resume"]) == 0
-    assert verify(output) == verify(measured)
-    assert digests(output) == digests(measured)
-    assert (output / "manifest.json").read_text() == (measured / "manifest.json").read_text()
+    assert main([*small_run, "--output", str(output), "--resume"]) == 0
+    assert verify(output) == verify(measured_run)
+    assert digests(output) == digests(measured_run)
+    assert (output / "manifest.json").read_text() == (measured_run / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("pattern", [r'"layer_sparsity": \[\s*0\.', r'"sparsity": 0\.'])
-def test_a_changed_share_does_not_reach_the_config(pattern, output, command, capsys):
+def test_a_changed_share_does_not_reach_the_config(pattern, output, small_run, capsys):
     before = (output / "config.json").read_bytes()
     change_digit(output / "run" / "allocation.json", pattern)
-    assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert main([*small_run, "--output", str(output), "--resume"]) == 2
     assert (
         "allocation.json is damaged, or was changed by hand: delete it" in capsys.readouterr().err
     )
@@ -67,11 +53,11 @@ def test_a_changed_share_does_not_reach_the_config(pattern, output, command, cap
     AutoModelForCausalLM.from_pretrained(output)
     # The advice leads on.
     (output / "run" / "allocation.json").unlink()
-    assert main([*command, "--output", str(output), "--resume"]) == 0
+    assert main([*small_run, "--output", str(output), "--resume"]) == 0
     assert (output / "config.json").read_bytes() == before
 
 
-def test_shares_that_the_experts_were_not_made_with(output, command, capsys):
+def test_shares_that_the_experts_were_not_made_with(output, small_run, capsys):
     """Without a seal, or with another's: what the experts' own sizes say counts."""
     path = output / "run" / "allocation.json"
     found = json.loads(path.read_text())
@@ -80,7 +66,7 @@ def test_shares_that_the_experts_were_not_made_with(output, command, capsys):
     found["layer_sparsity"][2] += 0.01
     path.write_text(json.dumps(found))
     before = (output / "config.json").read_bytes()
-    assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert main([*small_run, "--output", str(output), "--resume"]) == 2
     error = capsys.readouterr().err
     assert "zeros of block 1, and its finished experts have another share" in error
     assert (output / "config.json").read_bytes() == before
@@ -90,20 +76,20 @@ def test_shares_that_the_experts_were_not_made_with(output, command, capsys):
 @pytest.mark.parametrize(
     "pattern", [r'"perplexity_expanded": ', r'"checkpoint_bytes": ', r'"num_clusters": ']
 )
-def test_a_digit_of_the_metrics(pattern, output, measured, command, capsys):
+def test_a_digit_of_the_metrics(pattern, output, measured_run, small_run, capsys):
     change_digit(output / "metrics.json", pattern)
-    for line in (["compare", str(output), str(measured)], ["report", str(output)]):
+    for line in (["compare", str(output), str(measured_run)], ["report", str(output)]):
         assert main(line) == 2
         assert "metrics.json is damaged, or was changed by hand" in capsys.readouterr().err
-    assert main([*command, "--output", str(output), "--resume"]) == 0
-    assert main(["compare", str(output), str(measured)]) == 0
+    assert main([*small_run, "--output", str(output), "--resume"]) == 0
+    assert main(["compare", str(output), str(measured_run)]) == 0
 
 
-def test_metrics_of_before_are_read(output, measured):
+def test_metrics_of_before_are_read(output, measured_run):
     found = json.loads((output / "metrics.json").read_text())
     del found[SEAL]
     (output / "metrics.json").write_text(json.dumps(found))
-    assert main(["compare", str(output), str(measured)]) == 0
+    assert main(["compare", str(output), str(measured_run)]) == 0
 
 
 def test_a_seal_by_hand():
@@ -115,9 +101,9 @@ def test_a_seal_by_hand():
         assert not is_seal_whole({**sealed(value), **changed})
 
 
-def test_a_run_whose_file_was_changed_is_not_another(output, neox_folder, command, capsys):
+def test_a_run_whose_file_was_changed_is_not_another(output, neox_folder, small_run, capsys):
     change_digit(output / "run" / "run.json", r'"seed": ')
-    assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert main([*small_run, "--output", str(output), "--resume"]) == 2
     assert "run.json is damaged" in capsys.readouterr().err
 
 

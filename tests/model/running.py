@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sparse_expansion.cli import main
+from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.model.streaming import ModelShell
 
 FLAGS = (
@@ -20,6 +22,18 @@ def expand(model: Path, text: Path, output: Path, *flags: str) -> Path:
     arguments = ["expand", "--model", str(model), "--dataset", str(text), "--output", str(output)]
     assert main([*arguments, *FLAGS, *flags]) == 0
     return output
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """A model's logits, without gradients."""
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+def expanded_linears(model: nn.Module) -> list[ExpandedLinear]:
+    """All of a model's expanded linears, in order."""
+    return [module for module in model.modules() if isinstance(module, ExpandedLinear)]
 
 
 def stream(shell: ModelShell, tokens: torch.Tensor) -> torch.Tensor:

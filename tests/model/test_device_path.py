@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from sparse_expansion.algorithms import stored_experts
 from sparse_expansion.model import expansion, expert_group
-from sparse_expansion.model.expansion import ExpandedLinear
-from tests.model.running import expand
+from tests.model.running import expand, expanded_linears, logits
 from tests.tiny import KERNEL_DEVICE
 
 triton_matvec = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_matvec")
@@ -65,15 +64,6 @@ def load(folder, **settings):
 def tokens(count):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 500, (1, count), generator=generator).to(KERNEL_DEVICE)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def expanded_linears(model):
-    return [module for module in model.modules() if isinstance(module, ExpandedLinear)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "quantized", "expanded"])

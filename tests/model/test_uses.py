@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sparse_expansion.algorithms import matvec
-from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.model.routing import GroupRouter
-from tests.model.running import expand
+from tests.model.running import expand, expanded_linears, logits
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +39,6 @@ def tokens():
 
 def load(folder, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, **settings)
-
-
-def expanded_linears(model):
-    return [module for module in model.modules() if isinstance(module, ExpandedLinear)]
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens).logits
 
 
 def test_autocast_rounds_as_it_does_in_the_dense_model(llama, tokens):
