@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -15,6 +16,7 @@ from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.execution.ray.actor import FILES, SIGNS
 from sparse_expansion.execution.ray.executor import RayExecutor, sized_pool
+from sparse_expansion.execution.ray.graph_run import Call, GraphRun
 from sparse_expansion.execution.ray.wire import from_wire, to_wire
 from sparse_expansion.jobs.evaluate import evaluate
 from sparse_expansion.jobs.prepare import evaluation_tokens
@@ -259,6 +261,43 @@ def test_a_unit_that_kills_its_worker_every_time_is_given_up(
     with pytest.raises(CompressionError, match="trunk: its worker was lost"):
         run.on_ray(num_workers=1, gpus_per_worker=1, max_attempts=1)
     assert marker.read_text() == "xx"
+
+
+@pytest.mark.parametrize(
+    ("files_first", "is_computing", "blamed"),
+    [
+        # The unit that was computed is to blame, in whatever order the losses come.
+        (True, True, ["trunk"]),
+        (False, True, ["trunk"]),
+        # Where there was none, one of those that were written is.
+        (True, False, ["embed-0"]),
+    ],
+)
+def test_a_lost_worker_is_blamed_on_one_unit(files_first, is_computing, blamed):
+    handle = SimpleNamespace(name="worker-0", busy=is_computing)
+    pool = SimpleNamespace(handles={"worker-0": handle}, num_lost=0)
+    pool.drop = lambda lost: pool.handles.pop(lost.name, None)
+    run, found, returned = GraphRun.__new__(GraphRun), [], []
+    run.pool, run.options = pool, SimpleNamespace(max_attempts=1)
+    run.metrics = SimpleNamespace(lost=SimpleNamespace(inc=lambda *labels: None))
+    run.dispatcher = SimpleNamespace(remove_worker=lambda name: None)
+    run._put_back = lambda unit: returned.append(unit.key)
+    run._forget_values_of_dead_nodes = lambda: None
+    run._count_attempt = lambda unit, message, limit: found.append(unit.key)
+
+    def call(key, is_computed):
+        unit = SimpleNamespace(key=key, stage=key)
+        return Call(unit, handle, (), 0.0, is_computed=is_computed)
+
+    calls = [call("embed-0", True), call("embed-1", True)]
+    if is_computing:
+        calls.insert(len(calls) if files_first else 0, call("trunk", False))
+    for one in calls:
+        # As when the end of a unit is noticed.
+        handle.busy = handle.busy and one.is_computed
+        run._worker_lost(one, "")
+    assert found == blamed and pool.num_lost == 1
+    assert sorted(returned) == sorted(one.unit.key for one in calls)
 
 
 class SuicidalActor:

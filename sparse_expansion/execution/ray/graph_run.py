@@ -230,8 +230,14 @@ class GraphRun:
         self.dispatcher.returned(unit)
 
     def _worker_lost(self, call: Call, reason: str) -> None:
-        if call.handle.name in self.pool.handles:
-            # Not for each of the units that it owes.
+        """A worker that owes a unit is gone: the unit is done again.
+
+        What it was computing bears the blame. Where that was nothing, the first that is looked at
+        of those whose files it was writing does.
+        """
+        is_news = call.handle.name in self.pool.handles
+        is_to_blame = not call.is_computed or (is_news and not call.handle.busy)
+        if is_news:
             self.pool.num_lost += 1
             self.metrics.lost.inc(1, {"stage": call.unit.stage})
         _log.warning("%s lost during %s: %s", call.handle.name, call.unit.key, reason)
@@ -239,6 +245,8 @@ class GraphRun:
         self.dispatcher.remove_worker(call.handle.name)
         self._put_back(call.unit)
         self._forget_values_of_dead_nodes()
+        if not is_to_blame:
+            return
         self._count_attempt(
             call.unit,
             f"{call.unit.key}: its worker was lost {self.options.max_attempts} times "
