@@ -7,9 +7,11 @@ import pytest
 from sparse_expansion.config import CalibrationConfig, RoutingConfig, RunConfig
 from sparse_expansion.execution.base import Schedule
 from sparse_expansion.execution.dispatch import Dispatcher
+from sparse_expansion.execution.ray.attempts import Attempts
 from sparse_expansion.execution.simulation import simulate
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
+from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit
 
 
@@ -205,3 +207,17 @@ def test_two_workers_are_nearly_twice_as_fast(schedule):
     options = {"captures_first": schedule == "dense", "captured_bytes": 1e9}
     found = run(all_units, 2, **options)
     assert found.work / (2 * found.makespan) > 0.75
+
+
+def test_a_unit_is_given_up_at_its_last_try_and_the_first_error_counts():
+    attempts = Attempts()
+    assert not attempts.failed("a", "a broke", limit=2)
+    attempts.raise_first()
+    assert attempts.failed("a", "a broke", limit=2)
+    assert attempts.failed("b", "b broke", limit=1)
+    with pytest.raises(CompressionError, match=r"^a broke \(and 1 more units\)$"):
+        attempts.raise_first()
+    full = OSError(28, "No space left on device")
+    attempts.failed("c", "c broke", limit=1, error=full)
+    with pytest.raises(OSError, match="No space left"):
+        attempts.raise_first()

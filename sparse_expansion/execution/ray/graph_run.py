@@ -26,6 +26,7 @@ from sparse_expansion.config import ExecutionOptions, RunConfig
 from sparse_expansion.execution.base import Observer, Progress, Schedule
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
+from sparse_expansion.execution.ray.attempts import Attempts
 from sparse_expansion.execution.ray.liveness import ClusterWatch, Vigil, stalled_workers
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
@@ -100,9 +101,7 @@ class GraphRun:
             handle.busy, handle.num_writing = False, 0
         self.calls: dict[Any, Call] = {}
         self.reports: dict[str, UnitReport] = {}
-        self.attempts: dict[str, int] = {}
-        self.failures: dict[str, str] = {}
-        self.failure: BaseException | None = None
+        self.attempts = Attempts()
         self.made_on: dict[tuple[str, str], str] = {}
         self.cost_total = sum(unit.cost for unit in units)
         self.cost_done = 0.0
@@ -121,7 +120,7 @@ class GraphRun:
                 open_units = len(self.schedule.ready) + len(self.schedule.running)
                 self.pool.ask_for(max(1, open_units))
                 self._assign()
-                if not self.calls and self.failures and not self._can_start_any():
+                if not self.calls and self.attempts.given_up and not self._can_start_any():
                     break
                 self._wait()
                 self._watch()
@@ -129,16 +128,11 @@ class GraphRun:
             for call in list(self.calls.values()):
                 self.pool.drop(call.handle)
             raise
-        if self.failures:
-            first = next(iter(self.failures.values()))
-            more = len(self.failures) - 1
-            if isinstance(self.failure, OSError):
-                raise self.failure
-            raise CompressionError(f"{first}{f' (and {more} more units)' if more else ''}")
+        self.attempts.raise_first()
         return self.reports
 
     def _can_start_any(self) -> bool:
-        return bool(self.schedule.ready - set(self.failures))
+        return bool(self.schedule.ready - set(self.attempts.given_up))
 
     def _assign(self) -> None:
         for handle in list(self.pool.handles.values()):
@@ -284,21 +278,14 @@ class GraphRun:
             if isinstance(error, CompressionError)
             else (f"{call.unit.key}: {type(error).__name__}: {first_line(error)}")
         )
-        if (
-            self._count_attempt(call.unit, message, limit=self.options.max_attempts)
-            and self.failure is None
-        ):
-            self.failure = error
+        self._count_attempt(call.unit, message, limit=self.options.max_attempts, error=error)
 
-    def _count_attempt(self, unit: Unit, message: str, *, limit: int) -> bool:
-        """Count a failed try; True when the unit is given up."""
-        self.attempts[unit.key] = self.attempts.get(unit.key, 0) + 1
-        if self.attempts[unit.key] < limit:
-            return False
-        self.failures[unit.key] = message
-        # Set aside: neither ready nor done, so that all that does not need it goes on.
-        self.schedule.set_aside(unit.key)
-        return True
+    def _count_attempt(
+        self, unit: Unit, message: str, *, limit: int, error: Exception | None = None
+    ) -> None:
+        if self.attempts.failed(unit.key, message, limit=limit, error=error):
+            # Set aside: neither ready nor done, so that all that does not need it goes on.
+            self.schedule.set_aside(unit.key)
 
     def _watch(self) -> None:
         """Notice what Ray would wait for without end or a word."""
