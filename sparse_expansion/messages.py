@@ -24,3 +24,9 @@ def printable(text: str) -> str:
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def shown(value: object) -> object:
+    """What a template writes for a value: a text as `printable` has it, all else as it is."""
+    # Markup is a kind of text too, made by the program itself.
+    return printable(value) if type(value) is str else value

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from sparse_expansion.messages import shown
 from sparse_expansion.report.describe import (
     describe_calibration,
     describe_clusters,
@@ -27,7 +28,7 @@ def model_card(metrics: dict[str, Any], source: str, *, is_hub_id: bool) -> str:
         is_hub_id: whether it is the former, and may be linked.
     """
     environment = Environment(  # noqa: S701 - Markdown, not HTML
-        autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True
+        autoescape=False, undefined=StrictUndefined, finalize=shown, keep_trailing_newline=True
     )
     template = files("sparse_expansion.report").joinpath("templates/card.md").read_text("utf-8")
     return environment.from_string(template).render(

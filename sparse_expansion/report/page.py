@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from sparse_expansion.messages import shown
 from sparse_expansion.report.describe import describe_asked, describe_machine, describe_starved
 from sparse_expansion.report.experts import LinearFacts, count_experts
 from sparse_expansion.report.facts import RunFacts
@@ -29,7 +30,7 @@ def report_page(facts: RunFacts, *, price_per_hour: float | None = None) -> str:
     """
     linears, metrics = facts.linears, facts.metrics
     # Text from files is escaped; the figures are the only markup that is not the template's.
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=shown)
     source = files("sparse_expansion.report").joinpath("templates/report.html").read_text("utf-8")
     return environment.from_string(source).render(
         name=facts.name,

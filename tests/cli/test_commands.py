@@ -163,6 +163,8 @@ def test_model_card_of_a_hub_model_links_it():
     assert card.data.base_model == "EleutherAI/pythia-70m"
     assert card.data.tags[-1] == "quantized"
     assert "# pythia-70m, expanded" in card.text and "perplexity" not in card.text
+    metrics["command"] = "sparse-expansion run --model \x1b[8m"
+    assert "--model \\x1b[8m" in model_card(metrics, "m\x1b", is_hub_id=False)
 
 
 def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp_path):

@@ -45,6 +45,24 @@ def test_a_ray_that_runs_is_joined_as_it_is(named, running, joins, monkeypatch, 
     assert executor.pool.room.startswith("1 GPU" if joins else "0.5 GPU")
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [(None, "cannot be started on this machine.*--executor local"), ("auto", "auto cannot be")],
+)
+def test_a_ray_that_does_not_come_up_is_one_line(address, message, monkeypatch, tmp_path):
+    def init(**options):
+        raise Exception("The current node timed out during startup.\nSee its logs.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"))
+    with pytest.raises(ValueError, match=f"Ray.*{message}") as caught:
+        RayExecutor(spec, ExecutionOptions(executor="ray", ray_address=address))
+    assert "timed out during startup" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_it_listens_on_loopback_alone(tmp_path):
     spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"))
     executor = RayExecutor(spec, ExecutionOptions(executor="ray", num_workers=1))

@@ -64,8 +64,14 @@ class RayExecutor:
         try:
             with _on_loopback() if starts_ray else nullcontext():
                 ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        # Ray raises the bare class where its processes are not up in time.
+        except Exception as error:
             line = first_line(error)
+            if starts_ray:
+                raise ValueError(
+                    f"Ray cannot be started on this machine ({line}): see that it has memory and "
+                    "processors to spare, or use --executor local"
+                ) from None
             raise ValueError(
                 f"Ray at {self.options.ray_address or 'this machine'} cannot be reached ({line}): "
                 "check --ray-address, and RAY_AUTH_MODE and its token on both sides"
