@@ -6,7 +6,7 @@ on a machine without a card.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = "card:0"
 # They look at where a tensor of the host is copied from or to, or take an index of either.
@@ -72,8 +71,7 @@ class Card(TorchDispatchMode):
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any], card: Card | None) -> Any:
     name = func._schema.name
-    flat, _ = tree_flatten((args, kwargs))
-    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    tensors = list(_tensors(args)) + list(_tensors(tuple(kwargs.values())))
     here = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
     if here and name not in _CROSSING:
         elsewhere = [one for one in tensors if not isinstance(one, OnCard) and one.dim()]
@@ -90,9 +88,9 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any], card: Card | None) -
     if func is torch.ops.aten.mm.dtype:
         # A CPU has none that sums in float32.
         return OnCard(args[0].inner.float() @ args[1].inner.float())
-    given = tree_map(inside, args)
+    given = _map(inside, args)
     named = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    found = func(*given, **tree_map(inside, named))
+    found = func(*given, **{key: _map(inside, value) for key, value in named.items()})
     if card is not None and name in ("aten::copy_", "aten::_to_copy") and tensors:
         target = tensors[0] if name == "aten::copy_" else None
         goes_up = isinstance(target, OnCard) if target is not None else on_card
@@ -114,7 +112,22 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any], card: Card | None) -
         is_plain = isinstance(value, torch.Tensor) and not isinstance(value, OnCard)
         return OnCard(value) if is_plain and on_card else value
 
-    return tree_map(outside, found)
+    return _map(outside, found)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """What the function makes of a value, or of all in tuples and lists; pytrees are far slower."""
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, one) for one in value)
+    return function(value)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in (tuple, list):
+        for one in value:
+            yield from _tensors(one)
 
 
 class _Module(backend_registration._DummyBackendModule):

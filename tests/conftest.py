@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,15 +24,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     # GPU kernels run in Triton's interpreter; it is chosen when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from transformers import PreTrainedTokenizerFast
+
 from tests import tiny
 from tests.execution import preforked
 
 HERE = Path(__file__).resolve().parent
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -68,27 +73,81 @@ def _quick_workers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.txt and test.txt from the offline corpus."""
-    from sparse_expansion.data.corpora import load_corpus
+def ray_flags(worker_program: str) -> Iterator[list[str]]:
+    """Flags for a run by two workers of a Ray that the tests share: starting one takes long."""
+    import ray._common.utils
+    from ray.cluster_utils import Cluster
 
-    folder = tmp_path_factory.mktemp("text")
-    corpus = load_corpus("pydoc")
-    (folder / "train.txt").write_text(corpus.calibration[:300_000])
-    (folder / "test.txt").write_text(corpus.evaluation[:60_000])
+    with preforked.starting_workers(worker_program):
+        head = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # Tests that are given no address are not to find this one.
+        ray._common.utils.reset_ray_address()
+    yield ["--executor", "ray", "--num-workers", "2", "--ray-address", cluster.address]
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Makes a folder that all processes of a session of tests read: the first that asks does."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made, done = root / "shared" / name, root / "shared" / f"{name}.done"
+        made.parent.mkdir(exist_ok=True)
+        with FileLock(made.with_suffix(".lock")):
+            if not done.exists():
+                shutil.rmtree(made, ignore_errors=True)
+                make(made)
+                done.touch()
+        return made
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer(text_folder: Path):
-    """A small byte-pair tokenizer trained on the text."""
-    return tiny.train_tokenizer((text_folder / "train.txt").read_text())
+def long_text_folder(made_once: MadeOnce) -> Path:
+    """train.txt and test.txt from the offline corpus, long enough to compare perplexities on."""
+
+    def make(folder: Path) -> None:
+        from sparse_expansion.data.corpora import load_corpus
+
+        corpus = load_corpus("pydoc")
+        folder.mkdir()
+        (folder / "train.txt").write_text(corpus.calibration[:300_000])
+        (folder / "test.txt").write_text(corpus.evaluation[:60_000])
+
+    return made_once("long-text", make)
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+def text_folder(long_text_folder: Path, made_once: MadeOnce) -> Path:
+    """The beginnings of both: every run tokenizes all of its text."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for name, most in (("train.txt", 60_000), ("test.txt", 30_000)):
+            (folder / name).write_text((long_text_folder / name).read_text()[:most])
+
+    return made_once("text", make)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(long_text_folder: Path, made_once: MadeOnce) -> PreTrainedTokenizerFast:
+    """A small byte-pair tokenizer trained on the text."""
+
+    def make(folder: Path) -> None:
+        text = (long_text_folder / "train.txt").read_text()
+        tiny.train_tokenizer(text).save_pretrained(folder)
+
+    return PreTrainedTokenizerFast.from_pretrained(made_once("tokenizer", make))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(made_once: MadeOnce, tokenizer) -> Path:
     """A tiny Llama with random weights."""
-    return tiny.save_random("llama", tmp_path_factory.mktemp("llama"), tokenizer)
+    return made_once("llama", lambda folder: tiny.save_random("llama", folder, tokenizer))
 
 
 @pytest.fixture(scope="session")
@@ -99,21 +158,22 @@ def small_run(neox_folder: Path, text_folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def measured_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured_run(small_run: list[str], made_once: MadeOnce) -> Path:
     """The output folder of that run; tests that change something take a copy."""
-    from sparse_expansion.cli import main
 
-    output = tmp_path_factory.mktemp("measured") / "out"
-    assert main([*small_run, "--output", str(output)]) == 0
-    return output
+    def make(output: Path) -> None:
+        from sparse_expansion.cli import main
+
+        assert main([*small_run, "--output", str(output)]) == 0
+
+    return made_once("measured", make)
 
 
 @pytest.fixture(scope="session")
-def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_folder: Path) -> Path:
+def neox_folder(made_once: MadeOnce, tokenizer, long_text_folder: Path) -> Path:
     """A tiny GPT-NeoX, trained until it has learnt something."""
-    return tiny.save_trained_neox(
-        tmp_path_factory.mktemp("neox"), tokenizer, (text_folder / "train.txt").read_text()
-    )
+    text = (long_text_folder / "train.txt").read_text()
+    return made_once("neox", lambda folder: tiny.save_trained_neox(folder, tokenizer, text))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -127,18 +127,22 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    ("page", "block"),
-    [
-        item
-        for item in blocks()
-        if item[0] != "tutorial.md" and {"./my-model", "./smollm2"} & set(item[1][0])
-    ],
-)
+def on_a_local_model():
+    """The blocks of commands that a person with a model can run, those on Ray marked."""
+    for page, block in blocks():
+        if page != "tutorial.md" and {"./my-model", "./smollm2"} & set(block[0]):
+            marks = [pytest.mark.ray] if any("ray" in command for command in block) else []
+            yield pytest.param(page, block, marks=marks)
+
+
+@pytest.mark.parametrize(("page", "block"), on_a_local_model())
 def test_commands_on_a_local_model_run(
-    page, block, tmp_path, monkeypatch, neox_folder, llama_folder, text_folder
+    page, block, tmp_path, monkeypatch, neox_folder, llama_folder, text_folder, request
 ):
     """As written, but for a smaller text, window and model."""
+    if request.node.get_closest_marker("ray"):
+        *_, address = request.getfixturevalue("ray_flags")
+        monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(neox_folder)
     (tmp_path / "smollm2").symlink_to(llama_folder)

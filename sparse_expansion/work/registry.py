@@ -128,6 +128,9 @@ def stage_of(name: str) -> Stage:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a plain value is of an annotated type: unions and containers included."""
+    if value.__class__ is kind:
+        # Most are; a large plan has hundreds of thousands, and what follows is slow.
+        return True
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inside)

@@ -52,11 +52,10 @@ def random_mask(wanted):
     if wanted.group is None:
         kept.view(-1)[torch.randperm(kept.numel())[: wanted.num_kept]] = True
         return kept
-    for row in range(rows):
-        for first in range(0, columns, wanted.group):
-            size = min(wanted.group, columns - first)
-            count = wanted.group_kept if size == wanted.group else wanted.rest_kept
-            kept[row, first + torch.randperm(size)[:count]] = True
+    whole = columns // wanted.group * wanted.group
+    parts = [(kept[:, :whole].unflatten(1, (-1, wanted.group)), wanted.group_kept)] if whole else []
+    for part, count in [*parts, (kept[:, whole:], wanted.rest_kept)]:
+        part.copy_(torch.rand(part.shape).argsort(-1).argsort(-1) < count)
     return kept
 
 
@@ -178,7 +177,7 @@ def test_any_number_of_threads_gives_the_same(sparsity, bits, columns):
     codes = torch.randint(0, 8, shape).to(torch.uint8)
     grid = None if bits is None else AffineGrid(torch.rand(512, 9), torch.ones(512, 9), bits, 128)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         packed = experts.pack_expert(
             codes.float(), kept, codes, layout=wanted, dtype=torch.bfloat16

@@ -249,6 +249,7 @@ def test_saved_experts_are_the_dense_weights_where_kept(neox_folder, text_folder
     import sparse_expansion
 
     where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--pruner", "wanda"]
+    where += ["--layer-sparsity", "uniform"]
     assert main(["expand", *where, "--output", str(tmp_path / "o"), *SMALL_RUN]) == 0
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
     dense = AutoModelForCausalLM.from_pretrained(neox_folder)

@@ -167,7 +167,7 @@ def test_model_card_of_a_hub_model_links_it():
     assert "--model \\x1b[8m" in model_card(metrics, "m\x1b", is_hub_id=False)
 
 
-def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp_path):
+def test_more_experts_at_equal_cost_help(finished, neox_folder, long_text_folder, tmp_path):
     """The point of the method, on a trained model and text it was not calibrated on."""
     perplexity = {}
     for clusters in ("1", "8"):
@@ -179,7 +179,7 @@ def test_more_experts_at_equal_cost_help(finished, neox_folder, text_folder, tmp
                     "--model",
                     str(neox_folder),
                     "--dataset",
-                    str(text_folder),
+                    str(long_text_folder),
                     "--output",
                     str(output),
                     "--sparsity",

@@ -7,8 +7,10 @@ from tests.jobs.processes import arguments
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, neox_folder, text_folder):
+def finished(made_once, neox_folder, text_folder):
     """The output folder of a run; tests that change something take a copy."""
-    output = tmp_path_factory.mktemp("finished") / "out"
-    assert main(arguments(neox_folder, text_folder, output)) == 0
-    return output
+
+    def make(output):
+        assert main(arguments(neox_folder, text_folder, output)) == 0
+
+    return made_once("finished", make)

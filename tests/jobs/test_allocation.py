@@ -21,15 +21,15 @@ ON = "--sparsity 0.7 --dataset-size 20 --eval-windows 6 --seqlen 48 --block-size
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, neox_folder, text_folder):
+def made(tmp_path_factory, neox_folder, long_text_folder):
     """The file that `allocate` wrote."""
     file = tmp_path_factory.mktemp("allocation") / "shares.json"
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder)]
     assert main(["allocate", *where, *ON, "--threads", "1", "--output", str(file)]) == 0
     return file
 
 
-def test_gaps_are_those_of_one_pruned_block(made, neox_folder, text_folder):
+def test_gaps_are_those_of_one_pruned_block(made, neox_folder, long_text_folder):
     from transformers import AutoModelForCausalLM
 
     from sparse_expansion.algorithms.compress import compress_experts
@@ -38,7 +38,7 @@ def test_gaps_are_those_of_one_pruned_block(made, neox_folder, text_folder):
     found = json.loads(made.read_text())
     model = AutoModelForCausalLM.from_pretrained(neox_folder).eval()
     encode = encoder(load_tokenizer(neox_folder))
-    text = load_corpus(str(text_folder)).calibration
+    text = load_corpus(str(long_text_folder)).calibration
     tokens = calibration_windows(text, encode, num_windows=26, seqlen=48, seed=0)
     scored = tokens[20:]
     config = CompressionConfig(sparsity=SparsityPattern.parse("0.7"), block_size=16)
@@ -67,10 +67,10 @@ def test_gaps_are_those_of_one_pruned_block(made, neox_folder, text_folder):
                 module.weight.copy_(weight)
 
 
-def test_a_run_with_shares_by_block(made, neox_folder, text_folder, tmp_path, capsys):
+def test_a_run_with_shares_by_block(made, neox_folder, long_text_folder, tmp_path, capsys):
     shares = json.loads(made.read_text())["layer_sparsity"]
     assert len(set(shares)) == 3
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.7"]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), "--sparsity", "0.7"]
     flags = [*where, "--layer-sparsity", str(made), *SMALL_RUN]
     output = str(tmp_path / "o")
     run = ["run", *flags, "--eval-windows", "3", "--output", output]
@@ -94,7 +94,7 @@ def test_a_run_with_shares_by_block(made, neox_folder, text_folder, tmp_path, ca
         )
         assert values / dense == pytest.approx(1 - share, abs=2e-3)
     # Saved and loaded it is the model that was scored.
-    evaluate = ["evaluate", "--model", output, "--dataset", str(text_folder), "--seqlen", "48"]
+    evaluate = ["evaluate", "--model", output, "--dataset", str(long_text_folder), "--seqlen", "48"]
     capsys.readouterr()
     assert main([*evaluate, "--eval-windows", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -107,8 +107,8 @@ def test_a_run_with_shares_by_block(made, neox_folder, text_folder, tmp_path, ca
     assert main([word for word in run if word not in ("--layer-sparsity", str(made))]) == 2
 
 
-def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.7"]
+def test_a_run_measures_by_itself(neox_folder, long_text_folder, tmp_path, capsys):
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), "--sparsity", "0.7"]
     flags = ["--layer-sparsity", "measured", *SMALL_RUN, "--dataset-size", "9", "--json"]
     run = ["expand", *where, *flags, "--output", str(tmp_path)]
     assert main(run) == 0
@@ -123,7 +123,7 @@ def test_a_run_measures_by_itself(neox_folder, text_folder, tmp_path, capsys):
     assert config["compression"]["layer_sparsity"] == shares
     assert sum(shares) / 3 == pytest.approx(0.7, abs=1e-5) and len(set(shares)) == 3
     # They are those of `allocate` on the first 6 of the 9 windows, scored on the other 3.
-    text = load_corpus(str(text_folder)).calibration
+    text = load_corpus(str(long_text_folder)).calibration
     encode = encoder(load_tokenizer(neox_folder))
     tokens = calibration_windows(text, encode, num_windows=9, seqlen=48, seed=0)
     pruned, scored = split_windows(Store(tmp_path), CalibrationConfig(dataset_size=9, seqlen=48))
@@ -155,19 +155,25 @@ def test_windows_to_prune_on_and_to_score(tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same_shares(made, neox_folder, text_folder, tmp_path):
+def test_ray_gives_the_same_shares(made, neox_folder, long_text_folder, tmp_path, ray_flags):
     file = tmp_path / "shares.json"
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--plots", str(tmp_path)]
-    flags = ["--executor", "ray", "--num-workers", "2", "--output", str(file)]
-    assert main(["allocate", *where, *ON, *flags]) == 0
+    where = [
+        "--model",
+        str(neox_folder),
+        "--dataset",
+        str(long_text_folder),
+        "--plots",
+        str(tmp_path),
+    ]
+    assert main(["allocate", *where, *ON, *ray_flags, "--output", str(file)]) == 0
     shares = json.loads(file.read_text())["layer_sparsity"]
     assert shares == pytest.approx(json.loads(made.read_text())["layer_sparsity"], abs=1e-4)
     assert (tmp_path / "allocation.png").stat().st_size > 5000
 
 
-def test_a_run_with_experts_by_block(neox_folder, text_folder, tmp_path, capsys):
+def test_a_run_with_experts_by_block(neox_folder, long_text_folder, tmp_path, capsys):
     file, output = tmp_path / "experts.json", tmp_path / "o"
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder)]
     asked = ["--num-clusters", "1,2,4,8", "--mean-clusters", "4", "--pca-reduction-factor", "4"]
     flags = [*ON, *asked, "--shrink-hessians", "--output", str(file), "--plots", str(tmp_path)]
     assert main(["allocate", *where, *flags, "--threads", "1"]) == 0
@@ -190,12 +196,12 @@ def test_a_run_with_experts_by_block(neox_folder, text_folder, tmp_path, capsys)
     model = AutoModelForCausalLM.from_pretrained(output)
     blocks = [block.mlp.dense_h_to_4h for block in model.gpt_neox.layers]
     assert [len(linear.experts) for linear in blocks] == [1, 8, 3]
-    evaluate = ["evaluate", "--model", str(output), "--dataset", str(text_folder)]
+    evaluate = ["evaluate", "--model", str(output), "--dataset", str(long_text_folder)]
     assert main([*evaluate, "--seqlen", "48", "--eval-windows", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == metrics["perplexity_expanded"]
     assert main(["report", str(output)]) == 0
     assert "4 experts per linear on average (blocks 1 to 8)" in capsys.readouterr().out
-    planned = [word for word in run if word not in ("--dataset", str(text_folder))]
+    planned = [word for word in run if word not in ("--dataset", str(long_text_folder))]
     planned = planned[: planned.index("--threads")] + planned[planned.index("--threads") + 2 :]
     assert main(["plan", *planned, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -215,10 +221,10 @@ def test_a_run_with_experts_by_block(neox_folder, text_folder, tmp_path, capsys)
         ("[" * 100_000, "is not valid JSON: give a list of numbers, such as [8, 24]"),
     ],
 )
-def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, text_folder, capsys):
+def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, long_text_folder, capsys):
     file = tmp_path / "experts.json"
     file.write_text(content)
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), *SMALL_RUN]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), *SMALL_RUN]
     assert main(["run", *where, "--num-clusters", "4", "--layer-clusters", str(file)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
     assert message in line
@@ -237,11 +243,11 @@ def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, text_f
     ],
 )
 def test_shares_that_do_not_fit(
-    content, sparsity, message, tmp_path, neox_folder, text_folder, capsys
+    content, sparsity, message, tmp_path, neox_folder, long_text_folder, capsys
 ):
     file = tmp_path / "shares.json"
     file.write_text(content)
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), *SMALL_RUN]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), *SMALL_RUN]
     assert main(["run", *where, "--sparsity", sparsity, "--layer-sparsity", str(file)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
     assert message in line
@@ -257,7 +263,7 @@ def test_shares_that_do_not_fit(
         (["--output", "/nowhere/shares.json"], "/nowhere is no folder"),
     ],
 )
-def test_allocate_answers_bad_input(flags, message, neox_folder, text_folder, capsys):
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder)]
+def test_allocate_answers_bad_input(flags, message, neox_folder, long_text_folder, capsys):
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder)]
     assert main(["allocate", *where, *ON, *flags]) == 2
     assert message in capsys.readouterr().err

@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests import tiny
 from tests.model.running import expand
+
+
+@pytest.fixture(scope="module")
+def one_block(tmp_path_factory, tokenizer):
+    """A Llama with one block: 48 experts of more take long."""
+    folder = tmp_path_factory.mktemp("one") / "dense"
+    return tiny.save_random("llama", folder, tokenizer, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +33,8 @@ def repeated(tmp_path_factory):
         ["--preset", "best", "--sparsity", "1"],
     ],
 )
-def test_experts_without_a_token_are_experts_all_the_same(flags, tmp_path, llama_folder, repeated):
-    output = expand(llama_folder, repeated, tmp_path / "out", "--num_clusters", "48", *flags)
+def test_experts_without_a_token_are_experts_all_the_same(flags, tmp_path, one_block, repeated):
+    output = expand(one_block, repeated, tmp_path / "out", "--num_clusters", "48", *flags)
     model = AutoModelForCausalLM.from_pretrained(output)
     linear = model.model.layers[0].mlp.down_proj
     assert len(linear.experts) == 48
@@ -37,9 +45,9 @@ def test_experts_without_a_token_are_experts_all_the_same(flags, tmp_path, llama
 
 
 @pytest.mark.parametrize("flags", [[], ["--pruner", "sparsegpt", "--act-order"]])
-def test_no_zeros_and_no_grid_change_no_weight(flags, tmp_path, llama_folder, repeated):
-    output = expand(llama_folder, repeated, tmp_path / "out", "--sparsity", "0", *flags)
-    dense = AutoModelForCausalLM.from_pretrained(llama_folder)
+def test_no_zeros_and_no_grid_change_no_weight(flags, tmp_path, one_block, repeated):
+    output = expand(one_block, repeated, tmp_path / "out", "--sparsity", "0", *flags)
+    dense = AutoModelForCausalLM.from_pretrained(one_block)
     expanded = AutoModelForCausalLM.from_pretrained(output)
     for wanted, found in zip(dense.model.layers, expanded.model.layers, strict=True):
         for name in ("gate_proj", "up_proj", "down_proj"):

@@ -67,9 +67,10 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_profile_of_a_run(executor, llama_folder, text_folder, tmp_path, capsys):
-    flags = ["--executor", executor, "--profile", "--eval-windows", "4"]
-    flags += ["--num-workers", "1"] if executor == "ray" else []
+def test_profile_of_a_run(executor, llama_folder, text_folder, tmp_path, capsys, request):
+    flags = ["--profile", "--eval-windows", "4"]
+    if executor == "ray":
+        flags += [*request.getfixturevalue("ray_flags"), "--num-workers", "1"]
     where = ["--model", str(llama_folder), "--dataset", str(text_folder)]
     assert main(["run", *where, "--output", str(tmp_path / "m"), *SMALL_RUN, *flags]) == 0
     assert "of matmul" in capsys.readouterr().out

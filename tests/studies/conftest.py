@@ -9,10 +9,10 @@ from tests.tiny import SMALL_RUN
 
 
 @pytest.fixture(scope="session")
-def windows(neox_folder, text_folder):
+def windows(neox_folder, long_text_folder):
     """Those to calibrate on and those held out, as the commands draw them."""
     encode = encoder(load_tokenizer(neox_folder))
-    corpus = load_corpus(str(text_folder))
+    corpus = load_corpus(str(long_text_folder))
     return (
         calibration_windows(corpus.calibration, encode, num_windows=40, seqlen=48, seed=0),
         evaluation_windows(corpus.evaluation, encode, seqlen=48, max_windows=6),

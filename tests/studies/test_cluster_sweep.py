@@ -18,11 +18,11 @@ from tests.tiny import SMALL_RUN, digests
 
 
 def test_one_cluster_is_sparsegpt_on_held_out_text(
-    neox_folder, text_folder, windows, tmp_path, capsys
+    neox_folder, long_text_folder, windows, tmp_path, capsys
 ):
     path = tmp_path / "t.parquet"
     flags = ["--linear", "mlp.dense_h_to_4h", "--table", str(path), "--json"]
-    assert sweep(neox_folder, text_folder, *flags) == 0
+    assert sweep(neox_folder, long_text_folder, *flags) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert pyarrow.parquet.read_table(path).to_pylist() == rows
     found = {(row["clustering"], row["num_clusters"]): row for row in rows}
@@ -60,9 +60,9 @@ def test_one_neurons_distributions(neox_folder, text_folder, tmp_path, capsys):
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same(neox_folder, text_folder, capsys):
+def test_ray_gives_the_same(neox_folder, text_folder, capsys, ray_flags):
     found = []
-    for executor in ([], ["--executor", "ray", "--num-workers", "2"]):
+    for executor in ([], ray_flags):
         flags = ["--linear", "mlp.dense_h_to_4h", "--json", *executor]
         assert sweep(neox_folder, text_folder, *flags) == 0
         found.append(json.loads(capsys.readouterr().out))
@@ -77,9 +77,9 @@ def test_shuffled_keeps_sizes_and_follows_the_name():
 
 
 def test_random_clusters_are_the_same_routers_with_other_experts(
-    neox_folder, text_folder, tmp_path, capsys
+    neox_folder, long_text_folder, tmp_path, capsys
 ):
-    where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--sparsity", "0.8"]
+    where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), "--sparsity", "0.8"]
     rows, perplexity = {}, {}
     for clustering in ("kmeans", "random"):
         output = tmp_path / clustering

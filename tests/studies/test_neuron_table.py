@@ -78,10 +78,9 @@ def test_experts_are_nearer_to_the_dense_outputs(folders, text_folder, tmp_path,
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same(folders, text_folder, tmp_path):
+def test_ray_gives_the_same(folders, text_folder, tmp_path, ray_flags):
     one = analyze(folders / "4", text_folder, tmp_path / "l.parquet")
-    ray = ["--executor", "ray", "--num-workers", "2"]
-    assert analyze(folders / "4", text_folder, tmp_path / "r.parquet", *ray) == one
+    assert analyze(folders / "4", text_folder, tmp_path / "r.parquet", *ray_flags) == one
 
 
 @pytest.mark.parametrize(

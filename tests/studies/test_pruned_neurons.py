@@ -13,12 +13,12 @@ from sparse_expansion.model.streaming import ModelShell
 from tests.studies.helpers import block_inputs, prune
 
 
-def test_pruning_one_ranking_by_hand(neox_folder, text_folder, windows, capsys):
+def test_pruning_one_ranking_by_hand(neox_folder, long_text_folder, windows, capsys):
     """Against a whole model in memory whose rows were replaced in a loop."""
     from transformers import AutoModelForCausalLM
 
     flags = ["--rankings", "wasserstein,magnitude", "--shares", "0.1,0.5", "--json"]
-    assert prune(neox_folder, text_folder, *flags) == 0
+    assert prune(neox_folder, long_text_folder, *flags) == 0
     result = json.loads(capsys.readouterr().out)
     found = {(row["ranking"], row["share"]): row["perplexity"] for row in result["rows"]}
     model = AutoModelForCausalLM.from_pretrained(neox_folder).eval()
@@ -60,9 +60,9 @@ def test_all_rankings_as_a_table_and_a_plot(neox_folder, text_folder, tmp_path, 
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same(neox_folder, text_folder, capsys):
+def test_ray_gives_the_same(neox_folder, text_folder, capsys, ray_flags):
     found = []
-    for executor in ([], ["--executor", "ray", "--num-workers", "2"]):
+    for executor in ([], ray_flags):
         flags = ["--rankings", "random", "--shares", "0.3", "--json", *executor]
         assert prune(neox_folder, text_folder, *flags) == 0
         found.append(json.loads(capsys.readouterr().out)["rows"])
