@@ -60,6 +60,15 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, ExecutionOptions)
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A file of settings."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings by name in a YAML file, such as the run.yaml of a run; flags override them.",
+    )
+
+
 def add_preset(parser: argparse.ArgumentParser) -> None:
     """A name for several settings."""
     parser.add_argument(
