@@ -32,7 +32,7 @@ class EvaluationJob:
     dataset: Any
     """See ``TextRequest``."""
     values: Mapping[str, Any]
-    """Of ``seqlen``, which may be None, ``dtype``, and where the units run."""
+    """Of ``seqlen``, which may be None, ``text_column``, ``dtype``, and where the units run."""
     eval_windows: int | None = None
     """Windows to measure on; None for all."""
 
@@ -58,7 +58,11 @@ def run_evaluation(job: EvaluationJob, listener: Listener) -> dict[str, Any]:
     """
     from sparse_expansion.data.texts import TextRequest
 
-    text = TextRequest(dataset=job.dataset, cache_dir=job.model.cache_dir)
+    text = TextRequest(
+        dataset=job.dataset,
+        cache_dir=job.model.cache_dir,
+        column=job.values["text_column"],
+    )
     text.check()
     listener.opens()
     check_devices(job.options.executor, job.options.device)

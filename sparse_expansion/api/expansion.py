@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_expansion.api.listener import Listener
-from sparse_expansion.api.models import ModelRequest, Origin, text_path
+from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.api.opening import (
     check_devices,
     check_eval_windows,
@@ -72,13 +72,16 @@ class ExpansionJob:
         Args:
             seqlen: tokens in a window.
         """
+        from sparse_expansion.data.sources import whole_name
+
         config = run_config(self.values, seqlen)
         options = asdict(self.options)
         usual = asdict(ExecutionOptions())
         return {
             **self.model.settings(),
             **plain_values(config),
-            "dataset": text_path(str(self.values["dataset"])),
+            "dataset": whole_name(str(self.values["dataset"])),
+            "text_column": self.values["text_column"],
             "quantize": config.compression.bits is not None,
             "eval_windows": self.eval_windows,
             **{name: value for name, value in options.items() if value != usual[name]},
@@ -93,7 +96,11 @@ def run_expansion(job: ExpansionJob, listener: Listener) -> dict[str, Any]:
     """
     from sparse_expansion.data.texts import TextRequest
 
-    text = TextRequest(dataset=job.dataset, cache_dir=job.model.cache_dir)
+    text = TextRequest(
+        dataset=job.dataset,
+        cache_dir=job.model.cache_dir,
+        column=job.values["text_column"],
+    )
     text.check()
     listener.opens()
     check_devices(job.options.executor, job.options.device, job.values["kmeans"])

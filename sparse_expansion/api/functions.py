@@ -27,7 +27,7 @@ from sparse_expansion.config.values import (
 )
 from sparse_expansion.run_files import IN_MEMORY, SETTINGS_FILE
 
-_OF_EVALUATION = ("seqlen", "dtype", *settings_of(ExecutionOptions))
+_OF_EVALUATION = ("seqlen", "text_column", "dtype", *settings_of(ExecutionOptions))
 _ARGUMENTS = (
     *("model", "dataset", "config", "output", "executor", "tokenizer", "model_size"),
     *("model_revision", "cache_dir", "resume", "measure", "eval_windows", "listener"),
@@ -56,8 +56,9 @@ def expand(
     Args:
         model: a path, a hub id, ``pythia`` or ``llama`` with ``model_size``, or a loaded model of
             transformers with its ``tokenizer``, which is written to a folder of its own first.
-        dataset: a name such as ``wikitext2`` or ``pydoc``, a path, a ``datasets.Dataset``, a list
-            of strings, or a list of lists of token ids.
+        dataset: a name such as ``wikitext2``, ``pydoc`` or ``hf:owner/name``, a path, several of
+            them with weights (``a:0.7,b:0.3``), a ``datasets.Dataset``, a list of strings or of
+            rows, or a list of lists of token ids.
         config: all settings of the run; without it those of the ``preset`` (``best`` if none is
             named) and the fields' defaults.
         output: folder or URL of the expanded model; without it a folder that is deleted with the
@@ -127,7 +128,8 @@ def evaluate(
         cache_dir: folder for downloads and conversions.
         eval_windows: windows to measure on; all of the text's without it.
         listener: is told of what happens.
-        settings: ``seqlen``, ``dtype``, and fields of ``ExecutionOptions`` by name.
+        settings: ``seqlen``, ``text_column``, ``dtype``, and by name, fields of
+            ``ExecutionOptions``.
 
     Returns:
         A result whose ``metrics`` have ``perplexity``.

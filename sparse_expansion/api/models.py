@@ -52,12 +52,6 @@ class Origin:
         return ModelShell(self.fetch(), dtype=dtype)
 
 
-def text_path(name: str) -> str:
-    """The whole path of a file or folder that is there; other names as they are."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
 def named_origin(
     model: str,
     size: str | None = None,
@@ -109,9 +103,11 @@ class ModelRequest:
 
     def settings(self) -> dict[str, Any]:
         """What ``run.yaml`` has of it: by which names and paths it is asked for again."""
-        is_named = isinstance(self.model, str | Path)
+        name = str(self.model) if isinstance(self.model, str | Path) else IN_MEMORY
+        path = Path(name).expanduser()
         found = {
-            "model": text_path(str(self.model)) if is_named else IN_MEMORY,
+            # The name of a family is no path, whatever folder is called so.
+            "model": str(path.resolve()) if self.size is None and path.exists() else name,
             "model_size": self.size,
             "model_revision": self.revision,
             "cache_dir": self.cache_dir,

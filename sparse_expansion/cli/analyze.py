@@ -31,6 +31,7 @@ from sparse_expansion.cli.workplace import passing_workplace
 from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.run import RunConfig
+from sparse_expansion.config.text import TextOptions
 
 if TYPE_CHECKING:
     from sparse_expansion.model.streaming import ModelShell
@@ -53,7 +54,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(
         parser,
         CalibrationConfig,
-        names=("dataset", "seqlen", "seed"),
+        TextOptions,
+        names=("dataset", "text_column", "seqlen", "seed"),
         defaults={"dataset": None, "seqlen": None},
     )
     group = parser.add_argument_group("neurons")

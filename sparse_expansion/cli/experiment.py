@@ -29,6 +29,7 @@ from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RunConfig
+from sparse_expansion.config.text import TextOptions
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +62,13 @@ def add_experiment(
         RoutingConfig,
         CalibrationConfig,
         RunConfig,
+        TextOptions,
         names=(
             *_PRUNING,
             *(STARVED + _CLUSTERING if clusters else ()),
             *_PRECISION,
             "dataset",
+            "text_column",
             "seqlen",
             "dataset_size",
             "seed",

@@ -56,7 +56,7 @@ def text_request(args: argparse.Namespace) -> TextRequest:
     """The text that a command was given."""
     from sparse_expansion.data.texts import TextRequest
 
-    return TextRequest(dataset=args.dataset, cache_dir=args.cache_dir)
+    return TextRequest(dataset=args.dataset, cache_dir=args.cache_dir, column=args.text_column)
 
 
 def evaluation_text_windows(

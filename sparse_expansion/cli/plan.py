@@ -26,7 +26,7 @@ _EXAMPLES = """\
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_run_settings(parser, without=("dataset",))
+    add_run_settings(parser, without=("dataset", "text_column"))
     add_settings(parser, Cluster)
     add_settings(parser, ExecutionOptions, names=("activation_bytes", "device_bytes"))
 

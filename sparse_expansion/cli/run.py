@@ -20,6 +20,7 @@ from sparse_expansion.cli.shared_flags import (
     add_quantize,
 )
 from sparse_expansion.config.presets import DEFAULT_PRESET
+from sparse_expansion.config.text import TextOptions
 from sparse_expansion.config.values import RUN_SECTIONS
 
 _RUN_EXAMPLES = """\
@@ -44,7 +45,7 @@ _EXPAND_EXAMPLES = """\
 
 _COMMON = (
     *("model", "config", "preset", "sparsity", "quantize", "num_clusters", "dataset"),
-    *("dataset_size", "seqlen", "eval_windows", "executor", "output", "resume"),
+    *("dataset_size", "seqlen", "eval_windows", "executor", "output", "resume", "json"),
 )
 """What people give most often."""
 
@@ -62,6 +63,7 @@ def add_run_settings(parser: argparse.ArgumentParser, *, without: tuple[str, ...
     groups = add_settings(
         parser,
         *RUN_SECTIONS,
+        TextOptions,
         without=without,
         defaults={"seqlen": None},
         preset=DEFAULT_PRESET,

@@ -16,6 +16,7 @@ from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS, not_given
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RefinementConfig, RunConfig
+from sparse_expansion.config.text import TextOptions
 
 RUN_SECTIONS = (CompressionConfig, RoutingConfig, CalibrationConfig, RefinementConfig, RunConfig)
 """The classes of the settings that decide what a run computes."""
@@ -129,7 +130,7 @@ def known_settings() -> dict[str, Setting]:
     """The settings of a run, and of where it runs, by name."""
     return {
         name: spec
-        for section in (*RUN_SECTIONS, ExecutionOptions)
+        for section in (*RUN_SECTIONS, TextOptions, ExecutionOptions)
         for name, spec in settings_of(section).items()
         if spec.flag
     }

@@ -10,11 +10,11 @@ from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.data.local_text import check_local, read_local
 from sparse_expansion.data.memory_text import read_memory
 from sparse_expansion.data.rows import Rows
+from sparse_expansion.data.sources import HUB, NAMED, hub_name, read_hub
 from sparse_expansion.data.windows import Text
 from sparse_expansion.messages import first_line
 from sparse_expansion.run_files import IN_MEMORY
 
-NAMED = ("wikitext2", "c4", "pydoc")
 _C4_EVALUATION_DOCUMENTS = 1100
 _C4_CALIBRATION_DOCUMENTS = 20_000
 """About 9 million tokens: more than most calibrations draw from."""
@@ -42,10 +42,14 @@ def check_dataset(dataset: Any) -> None:
     if dataset in NAMED if isinstance(dataset, str) else not isinstance(dataset, Path):
         return
     path = Path(dataset).expanduser()
+    if _is_of_hub(dataset):
+        hub_name(str(dataset))
+        return
     if not path.exists():
         raise ValueError(
             f"dataset {str(dataset)!r} is neither {', '.join(NAMED)} nor an existing folder or "
-            f"file: check --dataset{did_you_mean(str(dataset), NAMED)}"
+            f"file, {HUB}owner/name, nor several with weights (a:0.7,b:0.3): check --dataset"
+            f"{did_you_mean(str(dataset), NAMED)}"
         )
     check_local(path)
 
@@ -75,6 +79,8 @@ def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None
         corpus = _wikitext2(cache_dir)
     elif dataset == "c4":
         corpus = _c4(cache_dir)
+    elif _is_of_hub(dataset):
+        corpus = Corpus(str(dataset), *read_hub(str(dataset), cache_dir, rows))
     else:
         corpus = Corpus(str(dataset), *read_local(Path(dataset).expanduser(), rows))
     for kind, text in (("calibration", corpus.calibration), ("evaluation", corpus.evaluation)):
@@ -83,6 +89,11 @@ def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None
                 f"dataset {corpus.name!r} has an empty {kind} text: give one with text"
             )
     return corpus
+
+
+def _is_of_hub(dataset: str | Path) -> bool:
+    """Whether it names a data set of the hub, and no file that is called so."""
+    return str(dataset).startswith(HUB) and not Path(dataset).exists()
 
 
 def _pydoc() -> Corpus:

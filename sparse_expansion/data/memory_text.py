@@ -39,10 +39,18 @@ def read_memory(dataset: Any, rows: Rows) -> tuple[Text, Text]:
     return split_documents(documents(dataset, rows, "dataset"))
 
 
-def read_splits(splits: Mapping[str, Any], rows: Rows) -> tuple[Text, Text]:
+def read_splits(
+    splits: Mapping[str, Any], rows: Rows, *, name: str = "dataset", most: int | None = None
+) -> tuple[Text, Text]:
     """Calibration text and evaluation text of a data set by split.
 
     Where there is no split for evaluation, that for calibration is shared out.
+
+    Args:
+        splits: rows or strings by name of the split.
+        rows: how rows become text.
+        name: of the data set, for errors.
+        most: characters of each text at which no more is read; None for all.
 
     Raises:
         ValueError: there is no split ``train``.
@@ -50,33 +58,39 @@ def read_splits(splits: Mapping[str, Any], rows: Rows) -> tuple[Text, Text]:
     train = next((name for name in TRAIN_SPLITS if name in splits), None)
     if train is None:
         raise ValueError(
-            f"dataset has the splits {', '.join(map(str, splits))}, and none called "
-            f"{TRAIN_SPLITS[0]}: give one of them"
+            f"{name} has the splits {', '.join(map(str, splits))}, and none called "
+            f"{TRAIN_SPLITS[0]}: name one of them"
         )
     held_out = next((name for name in TEST_SPLITS if name in splits), None)
-    calibration = documents(splits[train], rows, train)
+    calibration = documents(splits[train], rows, f"{name}, {train}", most=most)
     if held_out is None:
         return split_documents(calibration)
-    return " ".join(calibration), "\n\n".join(documents(splits[held_out], rows, held_out))
+    evaluation = documents(splits[held_out], rows, f"{name}, {held_out}", most=most)
+    return " ".join(calibration), "\n\n".join(evaluation)
 
 
-def documents(items: Iterable[Any], rows: Rows, name: str) -> list[str]:
+def documents(items: Iterable[Any], rows: Rows, name: str, *, most: int | None = None) -> list[str]:
     """The texts of strings or rows, without nulls.
 
     Args:
         items: strings or rows.
         rows: how rows become text.
         name: of the whole, for errors.
+        most: characters at which no more is read; None for all.
 
     Raises:
         ValueError: one is neither.
     """
     found = []
+    length = 0
     for number, item in enumerate(items, start=1):
         place = f"{name}, row {number}"
         text = rows.text_of(item, place) if isinstance(item, Mapping) else item
         if text is not None:
             found.append(checked_text(text, "text", place))
+            length += len(text)
+            if most is not None and length >= most:
+                break
     return found
 
 

@@ -222,9 +222,9 @@ def test_token_ids_are_taken_as_they_are(tokenizer):
     first = texts.calibration(num_windows=None, seqlen=10, seed=0)
     assert first.tolist() == documents[:18]
     arrays = TextRequest(dataset=[torch.tensor(ids) for ids in documents]).load(tokenizer)
-    assert torch.equal(arrays.corpus.calibration, texts.corpus.calibration)
+    assert torch.equal(arrays.corpora[0].calibration, texts.corpora[0].calibration)
     one = TextRequest(dataset=[list(range(100))]).load(tokenizer)
-    assert one.corpus.evaluation.tolist() == list(range(90, 100))
+    assert one.corpora[0].evaluation.tolist() == list(range(90, 100))
 
 
 @pytest.mark.parametrize(
