@@ -184,6 +184,26 @@ def test_the_tutorial_from_its_beginning_to_its_end(
     }
 
 
+def test_the_notebook_from_its_beginning_to_its_end(tmp_path, monkeypatch, capsys):
+    """Its cells, one after the other, as Jupyter would run them."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            # As it is kept: without what a run of it left.
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    plain, routed = (names["made"][count].metrics for count in (1, 8))
+    assert plain["perplexity_dense"] == routed["perplexity_dense"] < 100
+    assert plain["perplexity_dense"] < routed["perplexity_expanded"] < plain["perplexity_expanded"]
+    assert names["mixed"].metrics["num_windows"] == 8
+    said = capsys.readouterr().out
+    assert "(did you mean num_clusters?)" in said and "ExpandedLinear" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_reference_of_the_modules_builds(tmp_path, monkeypatch):
     run_script(monkeypatch, "build_reference.py", tmp_path)
