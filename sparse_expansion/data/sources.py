@@ -117,18 +117,23 @@ def read_hub(dataset: str, cache_dir: str | None, rows: Rows) -> tuple[Text, Tex
 
 
 def _load(dataset: str, name: HubName, cache_dir: str | None) -> Any:
-    """The data set, streamed where that is offered, else from the cache or downloaded."""
+    """The data set, streamed from the hub or from its cache; downloaded where streams fail.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
     from datasets import load_dataset
 
     options: dict[str, Any] = {"split": name.split, "cache_dir": cache_dir}
     try:
-        return load_dataset(name.repository, name.config, streaming=True, **options)
-    except Exception:  # noqa: BLE001 - whatever keeps it from being streamed
         try:
+            return load_dataset(name.repository, name.config, streaming=True, **options)
+        except NotImplementedError:
+            # Some kinds of archives. A wrong split must not lead to a download of all the others.
             return load_dataset(name.repository, name.config, **options)
-        except Exception as error:
-            # The library reports a hub that cannot be reached as one of many exceptions.
-            raise _refusal(dataset, error) from None
+    except Exception as error:
+        # The library reports a hub that cannot be reached as one of many exceptions.
+        raise _refusal(dataset, error) from None
 
 
 def _rows(dataset: str, items: Iterable[Any]) -> Iterator[Any]:

@@ -184,6 +184,8 @@ def test_what_is_wrong_with_a_hub_data_set_is_a_line(hub, tmp_path):
     ) as caught:
         load_corpus("hf:owner/name:small@dev")
     assert "\n" not in str(caught.value)
+    # A wrong split downloads nothing.
+    assert hub.calls == [True]
     with pytest.raises(ValueError, match="hf:owner/name:small, train, row 1: not a JSON object"):
         load_corpus("hf:owner/name:small", rows=Rows("body"))
     (tmp_path / "train.jsonl").write_text('{"text": "a", "id": 1}\n{"text": ')
