@@ -110,7 +110,7 @@ class ModelRequest:
             "model": str(path.resolve()) if self.size is None and path.exists() else name,
             "model_size": self.size,
             "model_revision": self.revision,
-            "cache_dir": self.cache_dir,
+            "cache_dir": self.cache_dir and str(Path(self.cache_dir).expanduser().resolve()),
         }
         return {name: value for name, value in found.items() if value is not None}
 
