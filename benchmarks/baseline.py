@@ -36,8 +36,9 @@ from torch import nn
 from benchmarks import published
 from benchmarks.packing import median_seconds
 from benchmarks.synthetic import command
-from sparse_expansion.data.corpora import calibration_windows, load_corpus
+from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
+from sparse_expansion.data.windows import calibration_windows
 from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.model.families import LinearGroup, dense_linear
 from sparse_expansion.model.streaming import ModelShell

@@ -57,7 +57,7 @@ def code(text: str) -> str:
 def flag_rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
     """Names, default and meaning of every flag."""
     for action in parser._actions:
-        if action.help == argparse.SUPPRESS or "--help" in action.option_strings:
+        if action.help == argparse.SUPPRESS or action.dest == "help":
             continue
         names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
         if action.choices:

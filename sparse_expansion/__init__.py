@@ -14,21 +14,28 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "ExpandedLinear",
+    "Result",
     "SparseExpansionConfig",
     "SparseExpansionQuantizer",
     "__version__",
+    "evaluate",
+    "expand",
     "verify",
 ]
 
 _MODULE_OF = {
     "ExpandedLinear": "sparse_expansion.model.expansion",
+    "Result": "sparse_expansion.api",
     "SparseExpansionConfig": "sparse_expansion.model.quantizer",
     "SparseExpansionQuantizer": "sparse_expansion.model.quantizer",
+    "evaluate": "sparse_expansion.api",
+    "expand": "sparse_expansion.api",
     "verify": "sparse_expansion.model.verification",
 }
 """The modules that define the public names."""
 
 if TYPE_CHECKING:
+    from sparse_expansion.api import Result, evaluate, expand
     from sparse_expansion.model.expansion import ExpandedLinear
     from sparse_expansion.model.quantizer import SparseExpansionConfig, SparseExpansionQuantizer
     from sparse_expansion.model.verification import verify

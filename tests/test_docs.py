@@ -1,5 +1,6 @@
 """The commands and code in README and docs: all parse, and those on a local model are run."""
 
+import ast
 import json
 import re
 import runpy
@@ -13,6 +14,7 @@ from sparse_expansion.cli import main
 from sparse_expansion.cli.parser import COMMANDS, parse_arguments
 from sparse_expansion.cli.settings import execution_options, experiment_config, run_config
 from sparse_expansion.config import SparsityPattern
+from sparse_expansion.config.values import known_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,8 +49,11 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
-def test_every_command_parses(page, command):
+def test_every_command_parses(page, command, tmp_path, monkeypatch):
     """Flags that a command knows, whose values make settings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "expanded").mkdir()
+    (tmp_path / "expanded" / "run.yaml").write_text("model: ./my-model\n")
     args = parse_arguments(command)
     name = command[0]
     assert args.command == name and name in COMMANDS
@@ -152,8 +157,12 @@ def test_commands_on_a_local_model_run(
             metrics = json.loads((tmp_path / "expanded" / "metrics.json").read_text())
             assert metrics["perplexity_expanded"] > 1
     if page == "README.md":
-        (code,) = python_blocks("README.md")
-        exec(compile(code, "README.md", "exec"), {})
+        use, make = python_blocks("README.md")
+        exec(compile(use, "README.md", "exec"), {})
+        # What makes models is run in the notebook; here its settings have to be known.
+        calls = [node for node in ast.walk(ast.parse(make)) if isinstance(node, ast.Call)]
+        given = {keyword.arg for call in calls for keyword in call.keywords}
+        assert given - {"eval_windows"} <= set(known_settings()) and len(given) == 5
 
 
 def test_the_tutorial_from_its_beginning_to_its_end(
@@ -179,6 +188,26 @@ def test_the_tutorial_from_its_beginning_to_its_end(
         "neuron-3-mlp.dense_h_to_4h",
         "pruned-neurons",
     }
+
+
+def test_the_notebook_from_its_beginning_to_its_end(tmp_path, monkeypatch, capsys):
+    """Its cells, one after the other, as Jupyter would run them."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            # As it is kept: without what a run of it left.
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    plain, routed = (names["made"][count].metrics for count in (1, 8))
+    assert plain["perplexity_dense"] == routed["perplexity_dense"] < 100
+    assert plain["perplexity_dense"] < routed["perplexity_expanded"] < plain["perplexity_expanded"]
+    assert names["mixed"].metrics["num_windows"] == 8
+    said = capsys.readouterr().out
+    assert "(did you mean num_clusters?)" in said and "ExpandedLinear" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore")

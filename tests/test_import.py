@@ -71,7 +71,10 @@ def test_public_names_are_there_when_they_are_read():
         "assert set(names) <= set(dir(package)); assert 'torch' not in sys.modules; "
         "print(*(getattr(package, name).__name__ for name in names)); "
     )
-    names = "ExpandedLinear SparseExpansionConfig SparseExpansionQuantizer verify\n"
+    names = (
+        "ExpandedLinear Result SparseExpansionConfig SparseExpansionQuantizer "
+        "evaluate expand verify\n"
+    )
     assert python("-c", AS_CONSOLE_SCRIPT + code + IS_REGISTERED).stdout == names + "True\n"
 
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     # Held-out text passes through the dense model as calibration text does.
     num_windows = len(calibration) + (len(held_out) if clusters else 0)
     config = experiment_config(args, num_windows, dense.seqlen)
-    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
+    with passing_workplace(args, options, dense.origin, dense.shell.num_blocks) as place:
         found = _measure(config, dense, place, calibration, held_out, clusters, args.mean_clusters)
     rows = found.rows()
     result: dict[str, Any] = {

@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_expansion.api.models import Origin
+from sparse_expansion.api.opening import window_length
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
     begin_work,
     check_table,
     evaluation_text_windows,
-    fetch_shell,
     open_run,
+    origin,
     present,
-    window_length,
+    text_request,
 )
 from sparse_expansion.cli.settings import execution_options
 from sparse_expansion.cli.shared_flags import (
@@ -29,9 +31,9 @@ from sparse_expansion.cli.workplace import passing_workplace
 from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.run import RunConfig
+from sparse_expansion.config.text import TextOptions
 
 if TYPE_CHECKING:
-    from sparse_expansion.model.sources import ModelSource
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.studies.neuron_table import NeuronTable
 
@@ -52,7 +54,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(
         parser,
         CalibrationConfig,
-        names=("dataset", "seqlen", "seed"),
+        TextOptions,
+        names=("dataset", "text_column", "seqlen", "seed"),
         defaults={"dataset": None, "seqlen": None},
     )
     group = parser.add_argument_group("neurons")
@@ -100,13 +103,12 @@ def run(args: argparse.Namespace) -> int:
 def _describe_neurons(args: argparse.Namespace, options: ExecutionOptions) -> int:
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows} must be at least 1")
-    from sparse_expansion.data.corpora import check_dataset
     from sparse_expansion.report.figures.studies import neuron_figures
     from sparse_expansion.report.study_tables import neurons_table
 
-    check_dataset(args.dataset)
-    source, shell, models = _open_models(args)
-    table = _neuron_table(args, options, source, shell, models)
+    text_request(args).check()
+    model, shell, models = _open_models(args)
+    table = _neuron_table(args, options, model, shell, models)
     summary, correlations = table.summary(), table.correlations()
     result = {"tokens": table.num_tokens, "linears": summary, "correlations": correlations}
     present(
@@ -119,42 +121,41 @@ def _describe_neurons(args: argparse.Namespace, options: ExecutionOptions) -> in
     return 0
 
 
-def _open_models(args: argparse.Namespace) -> tuple[ModelSource, ModelShell, dict[str, Path]]:
+def _open_models(args: argparse.Namespace) -> tuple[Origin, ModelShell, dict[str, Path]]:
     """The dense model, and the folders of those to compare it with, by role."""
-    from sparse_expansion.model.sources import resolve_name
     from sparse_expansion.model.streaming import ModelShell
     from sparse_expansion.run_folder import read_identity
     from sparse_expansion.studies.neuron_table import EXPANDED, ONE_CLUSTER
 
-    source = resolve_name(args.folder)
+    model = origin(args, args.folder)
     begin_work(args)
-    shell = fetch_shell(args, source)
+    shell = model.shell(args.dtype)
     models = {}
     if shell.expansion is not None:
         models[EXPANDED] = shell.folder
         dense = args.dense
         if dense is None:
             dense = read_identity(open_run(str(shell.folder)))["model"]
-        source = resolve_name(dense)
-        shell = fetch_shell(args, source)
+        model = origin(args, dense)
+        shell = model.shell(args.dtype)
     if args.one_cluster is not None:
         other = open_run(args.one_cluster).local_path().resolve()
         if ModelShell(other).expansion is None:
             raise ValueError(f"{other} is not an expanded model (--one-cluster)")
         models[ONE_CLUSTER] = other
-    return source, shell, models
+    return model, shell, models
 
 
 def _neuron_table(
     args: argparse.Namespace,
     options: ExecutionOptions,
-    source: ModelSource,
+    model: Origin,
     shell: ModelShell,
     models: dict[str, Path],
 ) -> NeuronTable:
     from sparse_expansion.studies.neuron_table import describe_neurons
 
-    seqlen = window_length(args, shell.config)
+    seqlen = window_length(args.seqlen, shell.config)
     windows = evaluation_text_windows(args, shell, seqlen, args.windows)
     calibration = CalibrationConfig(
         dataset=args.dataset,
@@ -165,7 +166,7 @@ def _neuron_table(
         data_shards=1,
     )
     config = RunConfig(calibration=calibration, dtype=args.dtype)
-    with passing_workplace(args, options, source, shell.num_blocks) as place:
+    with passing_workplace(args, options, model, shell.num_blocks) as place:
         return describe_neurons(
             shell, windows, models, config, place.store, place.executor, place.observer
         )

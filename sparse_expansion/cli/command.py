@@ -21,3 +21,6 @@ class Command:
     """Gives the subcommand's parser its flags."""
     run: Callable[[argparse.Namespace], int]
     """Does the work, and returns the exit code."""
+    common: tuple[str, ...] = ()
+    """Names of the flags that ``--help`` shows; empty where it shows all, and there is no
+    ``--help-all``."""

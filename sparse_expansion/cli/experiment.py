@@ -6,14 +6,10 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparse_expansion.api.models import Origin
+from sparse_expansion.api.opening import check_eval_windows, window_length
 from sparse_expansion.cli.flags import add_settings
-from sparse_expansion.cli.opening import (
-    begin_work,
-    check_eval_windows,
-    check_table,
-    fetch_shell,
-    window_length,
-)
+from sparse_expansion.cli.opening import begin_work, check_table, origin, text_request
 from sparse_expansion.cli.settings import (
     STARVED,
     calibration_size,
@@ -33,11 +29,11 @@ from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RunConfig
+from sparse_expansion.config.text import TextOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from sparse_expansion.model.sources import ModelSource
     from sparse_expansion.model.streaming import ModelShell
 
 CALIBRATION_WINDOWS = 32
@@ -66,11 +62,13 @@ def add_experiment(
         RoutingConfig,
         CalibrationConfig,
         RunConfig,
+        TextOptions,
         names=(
             *_PRUNING,
             *(STARVED + _CLUSTERING if clusters else ()),
             *_PRECISION,
             "dataset",
+            "text_column",
             "seqlen",
             "dataset_size",
             "seed",
@@ -118,7 +116,7 @@ def check_experiment(args: argparse.Namespace) -> tuple[ExecutionOptions, Compre
 class DenseModel:
     """The model that an experiment is made on."""
 
-    source: ModelSource
+    origin: Origin
     shell: ModelShell
     seqlen: int
     """Tokens in a window."""
@@ -130,16 +128,13 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
     Raises:
         ValueError: it is an expanded one, or the dataset or the model is unknown.
     """
-    from sparse_expansion.data.corpora import check_dataset
-    from sparse_expansion.model.sources import resolve_name
-
-    check_dataset(args.dataset)
-    source = resolve_name(args.model, args.model_size)
+    text_request(args).check()
+    model = origin(args, args.model, args.model_size)
     begin_work(args)
-    shell = fetch_shell(args, source)
+    shell = model.shell(args.dtype)
     if shell.expansion is not None:
         raise ValueError(f"{shell.folder} is an expanded model: experiments need the dense one")
-    return DenseModel(source, shell, window_length(args, shell.config))
+    return DenseModel(model, shell, window_length(args.seqlen, shell.config))
 
 
 def experiment_windows(
@@ -153,17 +148,13 @@ def experiment_windows(
         hold_out_of_calibration: whether windows to measure on are of the calibration text too, as
             for a choice, which must not know the evaluation text.
     """
-    from sparse_expansion.data.corpora import calibration_windows, load_corpus
-    from sparse_expansion.data.tokenization import encoder, load_tokenizer
+    from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.prepare import check_vocabulary, evaluation_tokens
 
-    corpus = load_corpus(args.dataset, cache_dir=args.cache_dir)
-    encode = encoder(load_tokenizer(dense.shell.folder))
+    texts = text_request(args).load(load_tokenizer(dense.shell.folder))
     vocabulary = int(dense.shell.config.vocab_size)
     size = calibration_size(args)
-    windows = calibration_windows(
-        corpus.calibration,
-        encode,
+    windows = texts.calibration(
         num_windows=size + hold_out_of_calibration * args.eval_windows,
         seqlen=dense.seqlen,
         seed=args.seed,
@@ -173,10 +164,6 @@ def experiment_windows(
         calibration, held_out = windows.split((size, args.eval_windows))
         return calibration, held_out
     held_out = evaluation_tokens(
-        corpus.evaluation,
-        encode,
-        seqlen=dense.seqlen,
-        max_windows=args.eval_windows,
-        vocabulary=vocabulary,
+        texts, seqlen=dense.seqlen, max_windows=args.eval_windows, vocabulary=vocabulary
     )
     return windows, held_out

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from sparse_expansion.api.opening import check_output
 from sparse_expansion.cli.command import Command
-from sparse_expansion.cli.opening import (
-    check_output,
-    open_run,
-    print_result,
-    silence_transformers,
-)
+from sparse_expansion.cli.opening import open_run, print_result
+from sparse_expansion.cli.progress import silence_transformers
 from sparse_expansion.cli.shared_flags import add_run_folder
 from sparse_expansion.jobs.export_formats import DENSE, FORMATS
 

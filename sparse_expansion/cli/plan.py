@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from sparse_expansion.api.opening import window_length
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
-from sparse_expansion.cli.opening import print_result, silence_transformers, window_length
+from sparse_expansion.cli.opening import origin, print_result
+from sparse_expansion.cli.progress import silence_transformers
 from sparse_expansion.cli.run import add_run_settings
-from sparse_expansion.cli.settings import field_values, planned_cluster, run_config
+from sparse_expansion.cli.settings import planned_cluster, run_config
 from sparse_expansion.config.calibration import ALL_WINDOWS, CalibrationConfig
 from sparse_expansion.config.cluster import Cluster
 from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.config.values import field_values
 
 _EXAMPLES = """\
   sparse-expansion plan --model ./llama-2-13b --calibration-inputs dense --data-shards 64 \\
@@ -23,7 +26,7 @@ _EXAMPLES = """\
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    add_run_settings(parser, without=("dataset",))
+    add_run_settings(parser, without=("dataset", "text_column"))
     add_settings(parser, Cluster)
     add_settings(parser, ExecutionOptions, names=("activation_bytes", "device_bytes"))
 
@@ -35,17 +38,17 @@ def run(args: argparse.Namespace) -> int:
             f"--dataset-size {ALL_WINDOWS}: plan reads no text, give the number of windows"
         )
     cluster = planned_cluster(args)
-    from sparse_expansion.model.sources import fetch_config, resolve_name
+    from sparse_expansion.model.sources import fetch_config
 
-    source = resolve_name(args.model, args.model_size)
+    source = origin(args, args.model, args.model_size).source
     silence_transformers(args.verbose)
     from sparse_expansion.jobs.forecast import forecast
     from sparse_expansion.report.tables import plan_table
 
     model_config = fetch_config(source, cache_dir=args.cache_dir, revision=args.model_revision)
-    options = field_values(ExecutionOptions, args)
+    options = field_values(ExecutionOptions, vars(args))
     result = forecast(
-        run_config(args, window_length(args, model_config)),
+        run_config(args, window_length(args.seqlen, model_config)),
         model_config,
         cluster,
         activation_bytes=options["activation_bytes"],

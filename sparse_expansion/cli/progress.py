@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from sparse_expansion.api.listener import Listener
+from sparse_expansion.cli.signals import catch_signals
 from sparse_expansion.messages import printable
 
 if TYPE_CHECKING:
@@ -19,16 +21,25 @@ LEAST_SHARE = 0.02
 """Share of the work that is done before an ETA is given."""
 
 
-class ProgressLine:
+class ProgressLine(Listener):
     """Blocks done, stage, share of the work, time elapsed, and the ETA."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         self.stream = sys.stderr if stream is None else stream
+        self._verbose = verbose
         self.is_terminal = self.stream.isatty()
         self._title = ""
         self._num_blocks = 0
         self._begin = self._last = 0.0
         self._width = 0
+
+    def opens(self) -> None:
+        """Keep transformers quiet."""
+        silence_transformers(self._verbose)
+
+    def joined(self) -> None:
+        """Put our handlers of signals in place again: Ray's dump a stack and die."""
+        catch_signals()
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -88,6 +99,15 @@ class ProgressLine:
         if self.is_terminal and self._width:
             self.stream.write("\r" + " " * self._width + "\r")
             self._width = 0
+
+
+def silence_transformers(verbose: bool) -> None:
+    """Keep transformers' own bars and advice from hiding ours."""
+    if not verbose:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def _clock(seconds: float) -> str:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.studies.pruned_neurons import prune_neurons
 
     calibration, held_out = experiment_windows(args, dense)
-    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
+    with passing_workplace(args, options, dense.origin, dense.shell.num_blocks) as place:
         found = prune_neurons(
             dense.shell,
             calibration,

@@ -6,31 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from sparse_expansion.config import values
 from sparse_expansion.config.calibration import ALL_WINDOWS, CalibrationConfig
 from sparse_expansion.config.cluster import Cluster
-from sparse_expansion.config.compression import QUANTIZED_BITS, UNIFORM, CompressionConfig
+from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.execution import ExecutionOptions
-from sparse_expansion.config.fields import settings_of
 from sparse_expansion.config.routing import RoutingConfig
-from sparse_expansion.config.run import RefinementConfig, RunConfig
+from sparse_expansion.config.run import RunConfig
 
 STARVED = ("min_tokens_per_expert", "shrink_hessians")
 """Settings of experts that have few tokens of their own."""
-
-
-def field_values(section: type, args: argparse.Namespace) -> dict[str, Any]:
-    """Values of the fields that the command has flags of, by name.
-
-    Raises:
-        ValueError: a text does not parse.
-    """
-    found = {}
-    for name, spec in settings_of(section).items():
-        if spec.flag and name in args:
-            value = getattr(args, name)
-            is_text = spec.parse is not None and isinstance(value, str)
-            found[name] = spec.parse(value) if spec.parse and is_text else value
-    return found
 
 
 def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
@@ -43,38 +28,7 @@ def run_config(args: argparse.Namespace, seqlen: int) -> RunConfig:
     Raises:
         ValueError: a value is out of bounds, or flags contradict each other.
     """
-    compression = field_values(CompressionConfig, args)
-    if args.bits is not None and not args.quantize:
-        raise ValueError(f"--bits {args.bits} needs --quantize: add it, or drop --bits")
-    for name in ("group_size", "symmetric"):
-        if compression[name] and not args.quantize:
-            flag = settings_of(CompressionConfig)[name].flag
-            raise ValueError(f"{flag} needs --quantize: add it, or drop {flag}")
-    if args.quantize and args.bits is None:
-        compression["bits"] = QUANTIZED_BITS
-    if compression["sparsity"].group is not None and isinstance(compression["layer_sparsity"], str):
-        # N:M leaves no choice, so that nothing is measured.
-        compression["layer_sparsity"] = UNIFORM
-    calibration = field_values(CalibrationConfig, args)
-    calibration |= {"seqlen": seqlen, "whole_text": calibration["dataset_size"] == ALL_WINDOWS}
-    if calibration["whole_text"]:
-        # Known once the text is read.
-        calibration["dataset_size"] = 1
-    return RunConfig(
-        compression=CompressionConfig(**compression),
-        routing=_routing(args),
-        calibration=CalibrationConfig(**calibration),
-        refinement=RefinementConfig(**field_values(RefinementConfig, args)),
-        **field_values(RunConfig, args),
-    )
-
-
-def _routing(args: argparse.Namespace, **changes: Any) -> RoutingConfig:
-    values = field_values(RoutingConfig, args) | changes
-    values["fit_tokens"] = max(values["fit_tokens"], 1)
-    if args.no_pca:
-        values["pca_reduction_factor"] = None
-    return RoutingConfig(**values)
+    return values.run_config(vars(args), seqlen)
 
 
 def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -> RunConfig:
@@ -89,11 +43,11 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
     Raises:
         ValueError: a value is out of bounds.
     """
-    compression = field_values(CompressionConfig, args)
+    compression = values.field_values(CompressionConfig, vars(args))
     routing = RoutingConfig()
     counts = cluster_counts(args)
     if counts:
-        routing = _routing(args, num_clusters=max(counts))
+        routing = values.routing_config(vars(args), num_clusters=max(counts))
     else:
         # Without clusters there is no group to be drawn towards.
         for name in STARVED:
@@ -109,7 +63,7 @@ def experiment_config(args: argparse.Namespace, num_windows: int, seqlen: int) -
             calibration_inputs="dense",
             data_shards=1,
         ),
-        **field_values(RunConfig, args),
+        **values.field_values(RunConfig, vars(args)),
     )
 
 
@@ -132,7 +86,7 @@ def calibration_size(args: argparse.Namespace) -> int:
     Raises:
         ValueError: it is not a number.
     """
-    size = field_values(CalibrationConfig, args)["dataset_size"]
+    size = values.field_values(CalibrationConfig, vars(args))["dataset_size"]
     if size == ALL_WINDOWS:
         raise ValueError(f"--dataset-size {ALL_WINDOWS}: give the number of windows")
     return int(size)
@@ -144,7 +98,7 @@ def execution_options(args: argparse.Namespace) -> ExecutionOptions:
     Raises:
         ValueError: a value is out of bounds, or flags contradict each other.
     """
-    return ExecutionOptions(**field_values(ExecutionOptions, args))
+    return ExecutionOptions(**values.field_values(ExecutionOptions, vars(args)))
 
 
 def planned_cluster(args: argparse.Namespace) -> Cluster:
@@ -153,7 +107,7 @@ def planned_cluster(args: argparse.Namespace) -> Cluster:
     Raises:
         ValueError: a value is out of bounds.
     """
-    return Cluster(**field_values(Cluster, args))
+    return Cluster(**values.field_values(Cluster, vars(args)))
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.compression import QUANTIZED_BITS
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS
+from sparse_expansion.config.text import TextOptions
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,8 @@ def add_text(parser: argparse.ArgumentParser, *names: str) -> None:
     add_settings(
         parser,
         CalibrationConfig,
-        names=("dataset", "seqlen", *names),
+        TextOptions,
+        names=("dataset", "seqlen", "text_column", *names),
         defaults={"seqlen": None},
     )
 
@@ -58,6 +60,15 @@ def add_text(parser: argparse.ArgumentParser, *names: str) -> None:
 def add_execution(parser: argparse.ArgumentParser) -> None:
     """Where and with what units of work run."""
     add_settings(parser, ExecutionOptions)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A file of settings."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings by name in a YAML file, such as the run.yaml of a run; flags override them.",
+    )
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:

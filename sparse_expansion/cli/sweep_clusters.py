@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     calibration, held_out = experiment_windows(args, dense)
     # Held-out text passes through the dense model as calibration text does.
     windows = torch.cat([calibration, held_out])
-    with passing_workplace(args, options, dense.source, dense.shell.num_blocks) as place:
+    with passing_workplace(args, options, dense.origin, dense.shell.num_blocks) as place:
         found = sweep_clusters(
             dense.shell,
             windows,

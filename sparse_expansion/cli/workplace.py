@@ -9,13 +9,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparse_expansion.cli.opening import open_executor
+from sparse_expansion.api.models import Origin
+from sparse_expansion.api.opening import open_executor
 from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
     from sparse_expansion.execution.base import Executor, Observer
-    from sparse_expansion.model.sources import ModelSource
     from sparse_expansion.store import Store
 
 
@@ -30,22 +30,22 @@ class Workplace:
 
 @contextmanager
 def passing_workplace(
-    args: argparse.Namespace, options: ExecutionOptions, source: ModelSource, num_blocks: int
+    args: argparse.Namespace, options: ExecutionOptions, model: Origin, num_blocks: int
 ) -> Iterator[Workplace]:
     """A folder that is thrown away, an executor, and progress on stderr.
 
     Args:
         args: of a command that runs units.
         options: where and with what they run.
-        source: the dense model.
+        model: the dense one.
         num_blocks: of the model, for the progress.
     """
     from sparse_expansion.store import Store
 
     with (
         tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where,
-        closing(ProgressLine()) as line,
-        closing(open_executor(args, options, store=where, source=source)) as executor,
+        closing(ProgressLine(verbose=args.verbose)) as line,
+        closing(open_executor(model, options, store=where, listener=line)) as executor,
     ):
         line.start(args.command, num_blocks)
         yield Workplace(Store(where), executor, line.update)

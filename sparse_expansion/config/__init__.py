@@ -35,6 +35,7 @@ from sparse_expansion.config.run import (
 )
 from sparse_expansion.config.sizes import format_size, parse_size
 from sparse_expansion.config.sparsity import SparsityPattern
+from sparse_expansion.config.text import TextOptions
 
 __all__ = [
     "ALLOCATIONS",
@@ -63,6 +64,7 @@ __all__ = [
     "RoutingConfig",
     "RunConfig",
     "SparsityPattern",
+    "TextOptions",
     "digest",
     "format_size",
     "parse_size",

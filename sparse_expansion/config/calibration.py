@@ -37,7 +37,8 @@ class CalibrationConfig:
         "wikitext2",
         "Text to work on: wikitext2, c4, pydoc (the documentation of the installed Python, which "
         "needs no network), a folder with train or valid and test files (.txt, .jsonl, .parquet), "
-        "or one such file.",
+        "one such file, hf:owner/name[:config][@split] on the hub, or several with weights, as "
+        "a:0.7,b:0.3.",
         short=("-d",),
         metavar="DATA",
         group="data",

@@ -51,6 +51,10 @@ class Setting:
     """Heading of the flag in the help."""
     kind: type
     """Type of the value."""
+    optional: bool
+    """Whether the value may be None."""
+    items: type | None
+    """Type of the items where the value may be a tuple; None where it may not."""
 
     def text_of(self, value: Any) -> str:
         """A value as it would be given, and what it means where that is not plain to see."""
@@ -116,13 +120,14 @@ def settings_of(section: type) -> dict[str, Setting]:
             notes = dict(field.metadata[_KEY])
             if notes["flag"] is None:
                 notes["flag"] = "--" + field.name.replace("_", "-")
-            kind = _value_type(hints[field.name])
-            found[field.name] = Setting(default=field.default, kind=kind, **notes)
+            hint = hints[field.name]
+            options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            tuples = [get_args(option)[0] for option in options if get_origin(option) is tuple]
+            found[field.name] = Setting(
+                default=field.default,
+                kind=next(option for option in options if option is not NoneType),
+                optional=NoneType in options,
+                items=tuples[0] if tuples else None,
+                **notes,
+            )
     return found
-
-
-def _value_type(hint: Any) -> Any:
-    """The type of a value that is there: ``int`` of ``int | None``."""
-    if get_origin(hint) in (Union, UnionType):
-        return next(option for option in get_args(hint) if option is not NoneType)
-    return hint

@@ -68,7 +68,13 @@ class RoutingConfig:
         metavar="N",
         group="experts",
     )
-    max_iterations: int = setting(100, "Lloyd iterations of a KMeans run at most.", flag="")
+    max_iterations: int = setting(
+        100,
+        "Lloyd iterations of a KMeans run at most.",
+        flag="--kmeans-iterations",
+        metavar="N",
+        group="experts",
+    )
     fit_tokens: int = setting(
         65536,
         "KMeans is fitted on at most so many calibration tokens, evenly spaced.",

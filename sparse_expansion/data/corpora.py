@@ -1,19 +1,20 @@
-"""Text to token windows: hub datasets, the offline ``pydoc`` corpus, local folders and files."""
+"""Texts by name: hub data sets, the offline ``pydoc`` corpus, local folders and files, memory."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.data.local_text import check_local, read_local
-from sparse_expansion.data.tokenization import Encode
+from sparse_expansion.data.memory_text import read_memory
+from sparse_expansion.data.rows import Rows
+from sparse_expansion.data.sources import HUB, NAMED, hub_name, read_hub
+from sparse_expansion.data.windows import Text
 from sparse_expansion.messages import first_line
+from sparse_expansion.run_files import IN_MEMORY
 
-NAMED = ("wikitext2", "c4", "pydoc")
 _C4_EVALUATION_DOCUMENTS = 1100
 _C4_CALIBRATION_DOCUMENTS = 20_000
 """About 9 million tokens: more than most calibrations draw from."""
@@ -25,53 +26,74 @@ class Corpus:
 
     name: str
     """The name of the data set, or the path of a local one."""
-    calibration: str
+    calibration: Text
     """The text that a model is calibrated on."""
-    evaluation: str
+    evaluation: Text
     """The text that perplexity is measured on."""
 
 
-def check_dataset(dataset: str) -> None:
+def check_dataset(dataset: Any) -> None:
     """Reject a wrong ``--dataset`` before any long work.
 
     Raises:
         ValueError: the data set is neither a known name nor an existing folder or file that can
-            hold text.
+            hold text, nor in memory.
     """
-    if dataset in NAMED:
+    if dataset in NAMED if isinstance(dataset, str) else not isinstance(dataset, Path):
         return
     path = Path(dataset).expanduser()
+    if _is_of_hub(dataset):
+        hub_name(str(dataset))
+        return
     if not path.exists():
         raise ValueError(
-            f"dataset {dataset!r} is neither {', '.join(NAMED)} nor an existing folder or file: "
-            "check --dataset"
+            f"dataset {str(dataset)!r} is neither {', '.join(NAMED)} nor an existing folder or "
+            f"file, {HUB}owner/name, nor several with weights (a:0.7,b:0.3): check --dataset"
+            f"{did_you_mean(str(dataset), NAMED)}"
         )
     check_local(path)
 
 
-def load_corpus(dataset: str, *, cache_dir: str | None = None) -> Corpus:
+def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None = None) -> Corpus:
     """Read the calibration text and the evaluation text of a data set.
 
     The lines of WikiText-2 are joined as in GPTQ and SparseGPT: training lines by a space, test
     lines by a blank line. The first nine tenths of a single local file are the calibration text,
     and the rest is the evaluation text.
 
+    Args:
+        dataset: name, path, or what ``read_memory`` takes.
+        cache_dir: the folder of downloads; ``None`` for the library's own.
+        rows: how rows become text.
+
     Raises:
         ValueError: the text is missing or empty, or the hub cannot be reached.
     """
     check_dataset(dataset)
-    if dataset == "pydoc":
+    rows = rows or Rows()
+    if not isinstance(dataset, str | Path):
+        corpus = Corpus(IN_MEMORY, *read_memory(dataset, rows))
+    elif dataset == "pydoc":
         corpus = _pydoc()
     elif dataset == "wikitext2":
         corpus = _wikitext2(cache_dir)
     elif dataset == "c4":
         corpus = _c4(cache_dir)
+    elif _is_of_hub(dataset):
+        corpus = Corpus(str(dataset), *read_hub(str(dataset), cache_dir, rows))
     else:
-        corpus = Corpus(dataset, *read_local(Path(dataset).expanduser()))
+        corpus = Corpus(str(dataset), *read_local(Path(dataset).expanduser(), rows))
     for kind, text in (("calibration", corpus.calibration), ("evaluation", corpus.evaluation)):
-        if not text.strip():
-            raise ValueError(f"dataset {dataset!r} has an empty {kind} text: give one with text")
+        if not (text.strip() if isinstance(text, str) else len(text)):
+            raise ValueError(
+                f"dataset {corpus.name!r} has an empty {kind} text: give one with text"
+            )
     return corpus
+
+
+def _is_of_hub(dataset: str | Path) -> bool:
+    """Whether it names a data set of the hub, and no file that is called so."""
+    return str(dataset).startswith(HUB) and not Path(dataset).exists()
 
 
 def _pydoc() -> Corpus:
@@ -146,67 +168,3 @@ def _hub_texts(
             f"({line}): run once with a network, or give --dataset pydoc (offline) or a folder "
             "with train.txt and test.txt"
         ) from None
-
-
-def calibration_windows(
-    text: str, encode: Encode, *, num_windows: int, seqlen: int, seed: int
-) -> torch.Tensor:
-    """``num_windows`` random windows of the tokenised text, ``[N, L]`` int64.
-
-    Windows start anywhere and may overlap, as in GPTQ and SparseGPT. The same seed gives the same
-    windows.
-
-    Raises:
-        ValueError: the text has too few tokens for one window.
-    """
-    tokens = encode(text)
-    if len(tokens) <= seqlen:
-        raise ValueError(
-            f"the calibration text has {len(tokens)} tokens, {seqlen + 1} are needed for a window "
-            f"of {seqlen}: give a longer text or a smaller --seqlen"
-        )
-    generator = random.Random(seed)
-    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(num_windows)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
-
-
-def whole_windows(
-    text: str, encode: Encode, *, seqlen: int, kind: str, most: int | None = None
-) -> torch.Tensor:
-    """All windows ``[N, L]`` of the tokenised text, end to end; the remainder is dropped.
-
-    Args:
-        text: to be tokenised.
-        encode: does so.
-        seqlen: tokens in a window.
-        kind: of the text, for the error.
-        most: windows; all of them if None.
-
-    Raises:
-        ValueError: the text of this ``kind`` has too few tokens for one window.
-    """
-    tokens = encode(text, most=None if most is None else most * seqlen)
-    count = len(tokens) // seqlen
-    if count == 0:
-        raise ValueError(
-            f"the {kind} text has {len(tokens)} tokens, {seqlen} are needed for a window: give "
-            "a longer text or a smaller --seqlen"
-        )
-    return tokens[: count * seqlen].reshape(count, seqlen)
-
-
-def evaluation_windows(
-    text: str, encode: Encode, *, seqlen: int, max_windows: int | None
-) -> torch.Tensor:
-    """The first ``max_windows`` windows ``[N, L]`` of the tokenised text, end to end, or all.
-
-    Raises:
-        ValueError: the text has too few tokens for one window, or for ``max_windows``.
-    """
-    windows = whole_windows(text, encode, seqlen=seqlen, kind="evaluation", most=max_windows)
-    if max_windows is not None and max_windows > len(windows):
-        raise ValueError(
-            f"--eval-windows {max_windows} of {seqlen} tokens need {max_windows * seqlen} tokens, "
-            f"the evaluation text has {len(windows)} windows: use --eval-windows {len(windows)}"
-        )
-    return windows[:max_windows]

@@ -1,4 +1,4 @@
-"""Text of local files: .txt, .jsonl with a field ``text``, .parquet with a column ``text``.
+"""Text of local files: .txt, and .jsonl and .parquet with rows of text or of conversations.
 
 Nulls are skipped; whatever else is not a string of Unicode text is refused, with its place.
 """
@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from sparse_expansion.data.rows import Rows, split_documents
 from sparse_expansion.messages import first_line
 from sparse_expansion.plain_files import check_plain
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_NAMES = ("train", "valid", "validation")
 TEST_NAMES = ("test",)
-EVALUATION_SHARE = 10
-"""One of so many documents of a single file is for evaluation."""
 
 
 def check_local(path: Path) -> None:
@@ -36,33 +34,18 @@ def check_local(path: Path) -> None:
         check_plain(path)
 
 
-def read_local(path: Path) -> tuple[str, str]:
+def read_local(path: Path, rows: Rows) -> tuple[str, str]:
     """Calibration text and evaluation text of a folder with a file for each, or of a single file.
 
-    The first nine tenths of a single file's documents are the calibration text. Where it is one
-    document alone, it is cut at white space behind nine tenths of its characters.
+    The documents of a single file are shared out as ``split_documents`` does.
 
     Raises:
         ValueError: a file cannot be read, or holds something else than text.
     """
     if path.is_dir():
         calibration, evaluation = _find(path, TRAIN_NAMES), _find(path, TEST_NAMES)
-        return _read(calibration, " "), _read(evaluation, "\n\n")
-    records = _records(path)
-    filled = [record for record in records if record.strip()]
-    if len(filled) == 1:
-        return _cut(filled[0])
-    cut = max(1, len(records) * (EVALUATION_SHARE - 1) // EVALUATION_SHARE)
-    return " ".join(records[:cut]), "\n\n".join(records[cut:])
-
-
-def _cut(text: str) -> tuple[str, str]:
-    """A text in two, at the first white space behind nine tenths of it."""
-    place = len(text) * (EVALUATION_SHARE - 1) // EVALUATION_SHARE
-    rest = text[place:].split(maxsplit=1)
-    if len(rest) == 2:
-        place = len(text) - len(rest[1])
-    return text[:place], text[place:]
+        return _read(calibration, " ", rows), _read(evaluation, "\n\n", rows)
+    return split_documents(_records(path, rows))
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path:
@@ -83,9 +66,9 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _read(path: Path, separator: str) -> str:
+def _read(path: Path, separator: str, rows: Rows) -> str:
     """The text of a file; ``separator`` joins documents that have no lines of their own."""
-    return _text(path) if path.suffix == ".txt" else separator.join(_records(path))
+    return _text(path) if path.suffix == ".txt" else separator.join(_records(path, rows))
 
 
 def _text(path: Path) -> str:
@@ -100,8 +83,8 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: convert it") from None
 
 
-def _records(path: Path) -> list[str]:
-    """The documents of a file: the lines of .txt, the ``text`` fields of .jsonl and .parquet.
+def _records(path: Path, rows: Rows) -> list[str]:
+    """The documents of a file: the lines of .txt, the rows of .jsonl and .parquet.
 
     Raises:
         ValueError: the file has no readable text.
@@ -109,28 +92,29 @@ def _records(path: Path) -> list[str]:
     if path.suffix == ".txt":
         # Lines end with a line feed alone: other separators stand inside texts.
         return _text(path).split("\n")
-    return list(_jsonl(path) if path.suffix == ".jsonl" else _parquet(path))
+    return list(_jsonl(path, rows) if path.suffix == ".jsonl" else _parquet(path, rows))
 
 
-def _jsonl(path: Path) -> Iterator[str]:
-    """The ``text`` fields of a file with one JSON object per line; blank lines are skipped.
+def _jsonl(path: Path, rows: Rows) -> Iterator[str]:
+    """The texts of a file with one JSON object per line; blank lines are skipped.
 
     Raises:
-        ValueError: a line is not a JSON object with a ``text``, or that is no text.
+        ValueError: a line is not a JSON object with a text.
     """
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}, line {number}: not a JSON object with a 'text'") from None
-        if value is not None:
-            yield _checked(value, f"{path}, line {number}")
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        found = rows.text_of(row, f"{path}, line {number}")
+        if found is not None:
+            yield found
 
 
-def _parquet(path: Path) -> Iterator[str]:
-    """The column ``text`` of a Parquet file.
+def _parquet(path: Path, rows: Rows) -> Iterator[str]:
+    """The texts of a Parquet file, of which one column is read.
 
     Raises:
         ValueError: there is no such column, it cannot be read, or it holds something else.
@@ -138,36 +122,15 @@ def _parquet(path: Path) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    name, hint = rows.column_in(()), ""
     try:
-        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
+        columns = pyarrow.parquet.read_schema(path).names
+        name, hint = rows.column_in(columns), rows.hint(columns)
+        values = pyarrow.parquet.read_table(path, columns=[name]).column(name).to_pylist()
     except (pyarrow.ArrowException, KeyError, OSError) as error:
         line = first_line(error)
-        raise ValueError(f"{path} has no readable column 'text': {line}") from None
-    for number, value in enumerate(column.to_pylist(), start=1):
-        if value is not None:
-            yield _checked(value, f"{path}, row {number}")
-
-
-def _checked(value: Any, place: str) -> str:
-    """A value that is text, as it is.
-
-    Raises:
-        ValueError: it is something else, or has half of a surrogate pair in it.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: 'text' is {_kind(value)}, and not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(value[error.start]):04X}"
-        raise ValueError(
-            f"{place}: character {error.start} of 'text' is half of a surrogate pair ({code}), "
-            "which is no text: write it as UTF-8, or leave it out"
-        ) from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for people."""
-    kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list"}
-    return {**kinds, dict: "a mapping", bytes: "bytes"}.get(type(value), type(value).__name__)
+        raise ValueError(f"{path} has no readable column {name!r}: {line}{hint}") from None
+    for number, value in enumerate(values, start=1):
+        found = rows.text_of({name: value}, f"{path}, row {number}")
+        if found is not None:
+            yield found

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sparse_expansion.data.rows import Chat, Messages
 from sparse_expansion.messages import first_line
 
 
@@ -46,6 +47,17 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         line = first_line(error)
         raise ValueError(f"{folder} has no readable tokenizer: {line}") from None
+
+
+def chat_of(tokenizer: Any) -> Chat | None:
+    """A function that makes a conversation's text; None where the tokenizer has no template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+
+    def chat(messages: Messages) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    return chat
 
 
 def encoder(tokenizer: Any, *, piece: int = PIECE, overlap: int = OVERLAP) -> Encode:

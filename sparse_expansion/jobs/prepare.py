@@ -11,13 +11,8 @@ from typing import Any
 import torch
 
 from sparse_expansion.config import CalibrationConfig, RunConfig, digest
-from sparse_expansion.data.corpora import (
-    calibration_windows,
-    evaluation_windows,
-    load_corpus,
-    whole_windows,
-)
-from sparse_expansion.data.tokenization import Encode, encoder, load_tokenizer
+from sparse_expansion.data.texts import TextRequest, Texts
+from sparse_expansion.data.tokenization import load_tokenizer
 from sparse_expansion.model.families import check_seqlen
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.expansion import expansion_units
@@ -40,16 +35,15 @@ class Prepared:
     """All units of the expansion, those that an earlier session finished too."""
     identity: dict[str, Any]
     """What the output folder is claimed for: settings, model, weights, tokens, and their digest."""
-    evaluation_text: str
-    encode: Encode
+    texts: Texts
+    """What the model is calibrated on, and what perplexity is measured on."""
 
 
 def prepare(
     config: RunConfig,
     folder: Path,
     *,
-    dataset: str,
-    cache_dir: str | None,
+    text: TextRequest,
     model_name: str,
 ) -> tuple[Prepared, torch.Tensor]:
     """Read the model's structure, the tokenizer and the text, and plan the expansion.
@@ -57,8 +51,7 @@ def prepare(
     Args:
         config: the settings that were asked for.
         folder: the dense model's local folder.
-        dataset: name, folder or file of the text.
-        cache_dir: where downloaded texts are kept, None for the default.
+        text: to be read.
         model_name: how the result names the dense model.
 
     Returns:
@@ -74,26 +67,21 @@ def prepare(
     shape = model_shape(shell)
     config.check_layers(shape.num_layers)
     check_seqlen(config.calibration.seqlen, shell.config)
-    corpus = load_corpus(dataset, cache_dir=cache_dir)
-    encode = encoder(load_tokenizer(folder))
-    windows = _draw_windows(config.calibration, corpus.calibration, encode)
+    texts = text.load(load_tokenizer(folder))
+    windows = _draw_windows(config.calibration, texts)
     check_vocabulary(windows, int(shell.config.vocab_size))
     calibration = replace(config.calibration, dataset_size=len(windows))
     calibration = replace(calibration, data_shards=calibration.num_shards)
     config = replace(config, calibration=calibration)
     identity = _identity(config, model_name, shell.files.fingerprint(), tokens_digest(windows))
     units = expansion_units(config, shape)
-    return Prepared(config, shell, units, identity, corpus.evaluation, encode), windows
+    return Prepared(config, shell, units, identity, texts), windows
 
 
-def _draw_windows(calibration: CalibrationConfig, text: str, encode: Encode) -> torch.Tensor:
+def _draw_windows(calibration: CalibrationConfig, texts: Texts) -> torch.Tensor:
     """The calibration windows ``[N, L]`` that the settings ask for."""
-    if calibration.whole_text:
-        return whole_windows(text, encode, seqlen=calibration.seqlen, kind="calibration")
-    return calibration_windows(
-        text,
-        encode,
-        num_windows=calibration.dataset_size,
+    return texts.calibration(
+        num_windows=None if calibration.whole_text else calibration.dataset_size,
         seqlen=calibration.seqlen,
         seed=calibration.seed,
     )
@@ -137,15 +125,10 @@ def check_vocabulary(tokens: torch.Tensor, vocabulary: int) -> None:
 
 
 def evaluation_tokens(
-    text: str,
-    encode: Encode,
-    *,
-    seqlen: int,
-    max_windows: int | None,
-    vocabulary: int,
+    texts: Texts, *, seqlen: int, max_windows: int | None, vocabulary: int
 ) -> torch.Tensor:
     """Windows ``[N, L]`` of the evaluation text, their ids checked against the vocabulary."""
-    windows = evaluation_windows(text, encode, seqlen=seqlen, max_windows=max_windows)
+    windows = texts.evaluation(seqlen=seqlen, max_windows=max_windows)
     check_vocabulary(windows, vocabulary)
     return windows
 

@@ -8,6 +8,7 @@ registers anything.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.config.checks import has_form
+from sparse_expansion.config.nearest import did_you_mean
+from sparse_expansion.config.values import known_settings
 from sparse_expansion.model.expansion import (
     FLOAT32_MODULES,
     ExpandedLinear,
@@ -87,7 +90,11 @@ class SparseExpansionConfig(QuantizationConfigMixin):
         }
         wrong = [name for name, (value, form) in given.items() if not has_form(value, form)]
         for name in (*wrong, *sorted(unknown)):
-            what = "is of another form than it should be" if name in wrong else "is unknown"
+            what = (
+                "is of another form than it should be"
+                if name in wrong
+                else _what_it_is(name, given)
+            )
             raise ValueError(
                 f"quantization_config: {name!r} {what}: load the model with the release of "
                 "sparse-expansion that wrote it, or download it again"
@@ -120,6 +127,14 @@ class SparseExpansionConfig(QuantizationConfigMixin):
                 f"quantization_config is not one that this version knows ({error}): load it with "
                 "the release of sparse-expansion that wrote it"
             ) from None
+
+
+def _what_it_is(name: str, known: Iterable[str]) -> str:
+    """What to say of an argument that the configuration does not have."""
+    if name in known_settings():
+        # This class describes a model that there is, and makes none.
+        return f"is unknown, it is a setting of sparse_expansion.expand(..., {name}=...)"
+    return f"is unknown{did_you_mean(name, [*known, 'format_version', 'expert_residency'])}"
 
 
 def expand_model(

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sparse_expansion.cli.flags import NotGiven, default_text
+from sparse_expansion.cli.main import main
 from sparse_expansion.cli.parser import COMMANDS, command_parsers
 from sparse_expansion.config import (
     CalibrationConfig,
@@ -16,10 +17,18 @@ from sparse_expansion.config import (
     RefinementConfig,
     RoutingConfig,
     RunConfig,
+    TextOptions,
 )
 from sparse_expansion.config.fields import settings_of
 
-RUN = (CompressionConfig, RoutingConfig, CalibrationConfig, RefinementConfig, RunConfig)
+RUN = (
+    CompressionConfig,
+    RoutingConfig,
+    CalibrationConfig,
+    RefinementConfig,
+    RunConfig,
+    TextOptions,
+)
 WHOLE_SECTIONS = {
     "run": (*RUN, ExecutionOptions),
     "expand": (*RUN, ExecutionOptions),
@@ -55,7 +64,7 @@ def lines_of(text, flag):
 def test_every_setting_is_in_the_help_once_with_its_default(command, help_of):
     text = help_of(command)
     actions = {action.dest: action for action in command_parsers()[1][command]._actions}
-    missing = {"dataset"} if command == "plan" else set()
+    missing = {"dataset", "text_column"} if command == "plan" else set()
     count = 0
     for section in WHOLE_SECTIONS[command]:
         for name, spec in settings_of(section).items():
@@ -112,9 +121,52 @@ def test_defaults_in_the_help_are_those_of_the_command(command, flag, default, h
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_has_a_sentence(command):
     for action in command_parsers()[1][command]._actions:
-        if "--help" not in action.option_strings:
+        if action.dest != "help":
             assert action.help and action.help[0].isupper() and action.help.endswith(".")
             assert "default" not in action.help.lower()
+
+
+@pytest.mark.parametrize("command", ["run", "expand"])
+def test_the_help_shows_a_dozen_flags_and_help_all_the_rest(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = {}
+    for flag in ("--help", "--help-all", "--help_all"):
+        assert main([command, flag]) == 0
+        texts[flag] = capsys.readouterr().out
+    count = {flag: len(re.findall(r"^  -", text, re.M)) for flag, text in texts.items()}
+    assert 12 <= count["--help"] <= 16 and count["--help-all"] > 50
+    for flag in ("--model", "--dataset", "--num-clusters", "--output", "--help-all"):
+        assert len(lines_of(texts["--help"], flag)) == 1
+    assert not lines_of(texts["--help"], "--stall-timeout") and "examples:" in texts["--help"]
+    assert texts["--help_all"] == texts["--help-all"]
+    parser = command_parsers()[1][command]
+    dests = {action.dest for action in parser._actions}
+    assert set(parser.common) - dests <= {"eval_windows"}
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (
+            "run --model m --num-cluster 4",
+            "arguments: --num-cluster 4 (did you mean --num-clusters?)",
+        ),
+        ("run --model m --Sparsty=0.5", "(did you mean --sparsity?)"),
+        ("run --model m --pruner amdm", "(did you mean admm?)"),
+        ("run --model m --preset papr", "(did you mean paper?)"),
+        ("rnu --model m", "(did you mean run?)"),
+        ("reprt x", "(did you mean report?)"),
+        ("report x --htlm y", "(did you mean --html?)"),
+        ("run --model m --zzz", "arguments: --zzz (see"),
+        ("run --model m extra", "arguments: extra (see"),
+        ("run --sparsity 0.5", "arguments are required: -m/--model (see"),
+        ("expand --model m", "arguments are required: --output (see"),
+    ],
+)
+def test_a_typo_is_answered_with_what_was_meant(line, hint, capsys):
+    assert main(line.split()) == 2
+    (answer,) = capsys.readouterr().err.splitlines()
+    assert hint in answer
 
 
 def test_parsing_imports_nothing_heavy():
@@ -129,5 +181,5 @@ def test_parsing_imports_nothing_heavy():
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
     )
     assert "sparsity 3.0 is outside 0 to 1" in done.stderr
-    for name in ("torch", "transformers", "numpy", "ray", "sklearn"):
+    for name in ("torch", "transformers", "numpy", "ray", "sklearn", "yaml"):
         assert f"'{name}'" not in done.stdout

@@ -7,13 +7,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from sparse_expansion.data.corpora import (
-    calibration_windows,
-    check_dataset,
-    evaluation_windows,
-    load_corpus,
-    whole_windows,
-)
+from sparse_expansion.data.corpora import check_dataset, load_corpus
+from sparse_expansion.data.windows import calibration_windows, evaluation_windows, whole_windows
 
 
 def words(text, *, most=None):

@@ -22,6 +22,7 @@ from sparse_expansion.config import (
     RoutingConfig,
     RunConfig,
 )
+from sparse_expansion.data.texts import TextRequest
 from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.execution.ray.executor import RayExecutor
 from sparse_expansion.jobs.expand import expand
@@ -130,7 +131,7 @@ class Run:
         self.store = Store(output)
         self.settings = settings
         self.prepared, self.windows = prepare(
-            settings, folder, dataset=str(text), cache_dir=None, model_name="m"
+            settings, folder, text=TextRequest(dataset=str(text)), model_name="m"
         )
         claim(self.store, self.prepared, self.windows, resume=True)
         self.spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)

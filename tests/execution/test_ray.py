@@ -132,9 +132,7 @@ def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_fo
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
     local = LocalExecutor(run.spec)
     run.expand(local)
-    tokens = evaluation_tokens(
-        run.prepared.evaluation_text, run.prepared.encode, seqlen=48, max_windows=7, vocabulary=512
-    )
+    tokens = evaluation_tokens(run.prepared.texts, seqlen=48, max_windows=7, vocabulary=512)
 
     def perplexity(model, executor, **split):
         nll, windows = evaluate(

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from sparse_expansion.cli import main
 from sparse_expansion.config import CalibrationConfig, CompressionConfig, SparsityPattern
-from sparse_expansion.data.corpora import calibration_windows, load_corpus
+from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
+from sparse_expansion.data.windows import calibration_windows
 from sparse_expansion.jobs.allocation import split_windows
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.run_folder import write_windows

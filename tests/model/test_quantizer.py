@@ -173,8 +173,12 @@ def test_config_from_a_newer_format_is_refused():
         SparseExpansionConfig(format_version=99)
     with pytest.raises(ValueError, match="expert_residency"):
         SparseExpansionConfig(expert_residency="cloud")
-    with pytest.raises(ValueError, match="'bits' is unknown"):
+    with pytest.raises(ValueError, match="'bits' is unknown, it is a setting of .*expand"):
         SparseExpansionConfig(bits=3)
+    with pytest.raises(
+        ValueError, match="'expert_residence' is unknown .did you mean expert_resid"
+    ):
+        SparseExpansionConfig(expert_residence="dense")
     for name, value in {"groups": [3], "routing": "x", "cache_bytes": "1", "verify": 0}.items():
         with pytest.raises(ValueError, match=f"'{name}' is of another form"):
             SparseExpansionConfig(**{name: value})

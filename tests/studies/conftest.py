@@ -3,8 +3,9 @@
 import pytest
 
 from sparse_expansion.cli import main
-from sparse_expansion.data.corpora import calibration_windows, evaluation_windows, load_corpus
+from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
+from sparse_expansion.data.windows import calibration_windows, evaluation_windows
 from tests.tiny import SMALL_RUN
 
 

@@ -10,8 +10,9 @@ import torch
 from sparse_expansion.algorithms import neurons
 from sparse_expansion.cli import main
 from sparse_expansion.data.activations import GroupInputs
-from sparse_expansion.data.corpora import evaluation_windows, load_corpus
+from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
+from sparse_expansion.data.windows import evaluation_windows
 from sparse_expansion.model.streaming import ModelShell
 
 ON = ["--windows", "4", "--seqlen", "48", "--threads", "1"]

@@ -11,6 +11,7 @@ from sparse_expansion.config import (
     RoutingConfig,
     RunConfig,
 )
+from sparse_expansion.data.texts import TextRequest
 from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.jobs.expand import expand
 from sparse_expansion.jobs.measurements import Measurements
@@ -43,7 +44,7 @@ def make(
         refinement=refinement or RefinementConfig(),
         experts_per_unit=experts_per_unit,
     )
-    prepared, windows = prepare(config, folder, dataset=str(text), cache_dir=None, model_name="m")
+    prepared, windows = prepare(config, folder, text=TextRequest(dataset=str(text)), model_name="m")
     store = Store(output)
     claim(store, prepared, windows, resume=resume)
     spec = WorkerSpec(

@@ -1,0 +1,141 @@
+"""Measuring the perplexity of a dense or expanded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparse_expansion.api.listener import Listener
+from sparse_expansion.api.models import ModelRequest, Origin
+from sparse_expansion.api.opening import (
+    check_devices,
+    check_eval_windows,
+    open_executor,
+    window_length,
+)
+from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.config.run import RunConfig
+from sparse_expansion.config.values import field_values
+
+if TYPE_CHECKING:
+    from sparse_expansion.data.texts import TextRequest
+    from sparse_expansion.model.streaming import ModelShell
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """What is asked for; wrong settings are answered when it is made, before anything is read."""
+
+    model: ModelRequest
+    dataset: Any
+    """See ``TextRequest``."""
+    values: Mapping[str, Any]
+    """Of ``seqlen``, which may be None, ``text_column``, ``dtype``, and where the units run."""
+    eval_windows: int | None = None
+    """Windows to measure on; None for all."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        seqlen = self.values["seqlen"]
+        if seqlen is not None and seqlen < 2:
+            raise ValueError(f"--seqlen {seqlen} must be at least 2 tokens")
+        _ = self.options
+        check_eval_windows(self.eval_windows)
+
+    @property
+    def options(self) -> ExecutionOptions:
+        """Where and with what its units run."""
+        return ExecutionOptions(**field_values(ExecutionOptions, self.values))
+
+
+def run_evaluation(job: EvaluationJob, listener: Listener) -> dict[str, Any]:
+    """Measure, and give the perplexity with what belongs to it.
+
+    Raises:
+        ValueError: what was asked for cannot be done.
+    """
+    from sparse_expansion.data.texts import TextRequest
+
+    text = TextRequest(
+        dataset=job.dataset,
+        cache_dir=job.model.cache_dir,
+        column=job.values["text_column"],
+    )
+    text.check()
+    listener.opens()
+    check_devices(job.options.executor, job.options.device)
+    with job.model.opened(job.options.scratch) as origin:
+        return _measure(job, origin, text, listener)
+
+
+def open_model(origin: Origin, dtype: str, listener: Listener) -> ModelShell:
+    """The model without its blocks; an expanded one's tensors are checked against its manifest."""
+    from sparse_expansion.model.manifest import MANIFEST_NAME
+    from sparse_expansion.model.verification import check_finite, verify
+
+    listener.say(f"model {origin.name}")
+    shell = origin.shell(dtype)
+    if shell.expansion is not None and (shell.folder / MANIFEST_NAME).exists():
+        listener.say(f"{verify(shell.folder)} tensors agree with their digests")
+    elif shell.expansion is not None:
+        listener.say(f"no {MANIFEST_NAME}, as save_pretrained leaves it: no digests to check")
+    if shell.expansion is not None:
+        check_finite(shell.files)
+    return shell
+
+
+def _measure(
+    job: EvaluationJob, origin: Origin, text: TextRequest, listener: Listener
+) -> dict[str, Any]:
+    from sparse_expansion.data.tokenization import load_tokenizer
+    from sparse_expansion.jobs.evaluate import evaluate
+    from sparse_expansion.jobs.measurements import Measurements, measure_ceilings
+    from sparse_expansion.jobs.prepare import evaluation_tokens
+
+    measured = Measurements()
+    config = RunConfig(dtype=job.values["dtype"])
+    shell = open_model(origin, config.dtype, listener)
+    seqlen = window_length(job.values["seqlen"], shell.config)
+    tokens = evaluation_tokens(
+        text.load(load_tokenizer(shell.folder)),
+        seqlen=seqlen,
+        max_windows=job.eval_windows,
+        vocabulary=int(shell.config.vocab_size),
+    )
+    with closing(
+        open_executor(origin, job.options, store=str(shell.folder), listener=listener)
+    ) as executor:
+        if job.options.profile:
+            listener.say("measuring the ceilings of a worker")
+            measure_ceilings(executor, config, measured)
+        listener.start("evaluate", shell.num_blocks)
+        nll, per_window = evaluate(
+            "dense",
+            tokens,
+            config,
+            shell,
+            executor,
+            listener.update,
+            measured,
+            model_bytes=shell.files.num_bytes,
+            num_shards=executor.num_workers,
+            num_ranges=job.options.eval_pipeline,
+        )
+    result: dict[str, Any] = {
+        "model": origin.name,
+        "is_expanded": shell.expansion is not None,
+        "perplexity": nll.perplexity,
+        "num_eval_tokens": nll.num_tokens,
+        "num_windows": len(per_window),
+        "seqlen": seqlen,
+        "dataset": text.name,
+        "seconds": measured.seconds["evaluate_dense"],
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        **measured.machine(),
+    }
+    profile = measured.profile()
+    if profile is not None:
+        result["profile"] = profile
+    return result

@@ -1,0 +1,32 @@
+"""Who hears what a job does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparse_expansion.execution.base import Progress
+
+
+class Listener:
+    """Hears what a job does, and does nothing with it: others override what they want."""
+
+    def opens(self) -> None:
+        """The settings are in order; what follows loads libraries, downloads and computes."""
+
+    def joined(self) -> None:
+        """Ray was joined, which puts its own handlers of signals in place."""
+
+    def say(self, text: str) -> None:
+        """Something happened, in a line for people."""
+
+    def start(self, title: str, num_blocks: int) -> None:
+        """A phase begins.
+
+        Args:
+            title: of the phase.
+            num_blocks: of the model.
+        """
+
+    def update(self, progress: Progress) -> None:
+        """A unit of the phase has ended."""

@@ -1,0 +1,141 @@
+"""What jobs check before their work, and what they open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_expansion.api.listener import Listener
+from sparse_expansion.api.models import Origin
+from sparse_expansion.config.execution import ExecutionOptions
+
+if TYPE_CHECKING:
+    from sparse_expansion.execution.base import Executor
+
+
+def check_devices(executor: str, device: str, kmeans: str | None = None) -> None:
+    """See that what is asked for is there.
+
+    Args:
+        executor: a name of ``config.execution.EXECUTORS``.
+        device: to compute on.
+        kmeans: what is to run KMeans; None where none runs.
+
+    Raises:
+        ValueError: the device is unknown, or this machine has none, or not what is to run KMeans.
+    """
+    from sparse_expansion.algorithms.kmeans import check_backend
+    from sparse_expansion.work.spec import check_device
+
+    # On a cluster the workers have the devices, and this process may have none.
+    if executor == "local":
+        check_device(device)
+        if kmeans is not None:
+            check_backend(kmeans)
+
+
+def window_length(seqlen: int | None, model_config: Any) -> int:
+    """Tokens in a window: what was asked for, or what is usual for the model's family.
+
+    Raises:
+        ValueError: the model has fewer positions, or it is less than 2.
+    """
+    from sparse_expansion.model.families import check_seqlen, default_seqlen
+
+    found = default_seqlen(model_config) if seqlen is None else int(seqlen)
+    check_seqlen(found, model_config)
+    return found
+
+
+def open_executor(
+    origin: Origin, options: ExecutionOptions, *, store: str, listener: Listener
+) -> Executor:
+    """The executor that was asked for.
+
+    Args:
+        origin: of the dense model.
+        options: where and with what units run.
+        store: folder or URL of the run.
+        listener: is told when Ray was joined.
+    """
+    from sparse_expansion.work.spec import WorkerSpec
+
+    spec = WorkerSpec(
+        store=store,
+        source=origin.source,
+        cache_dir=origin.cache_dir,
+        revision=origin.revision,
+        device=options.device,
+        threads=options.threads,
+        activation_bytes=options.activation_bytes,
+        device_bytes=options.device_bytes,
+        scratch=options.scratch,
+    )
+    if options.executor == "local":
+        from sparse_expansion.execution.local import LocalExecutor
+
+        return LocalExecutor(spec)
+    from sparse_expansion.execution.ray.executor import RayExecutor
+
+    executor = RayExecutor(spec, options)
+    listener.joined()
+    return executor
+
+
+def check_output(output: str) -> None:
+    """Answer a folder that cannot be made as bad input, and not as a failure after an hour.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    if "://" in output:
+        return
+    path = Path(output).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {output} is a file: choose a folder")
+    parent = _nearest_folder(path)
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output}: {parent} is not writable")
+
+
+def check_room(output: str, needed: int) -> None:
+    """Answer a disk that has no room for a run before it begins, and not after hours.
+
+    Args:
+        output: folder or URL of the run; what it holds already is counted.
+        needed: bytes of the finished folder, and of what is there besides until then.
+
+    Raises:
+        ValueError: there is no room.
+    """
+    if "://" in output:
+        return
+    from sparse_expansion.report.formatting import format_bytes
+
+    path = Path(output).expanduser().resolve()
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(_nearest_folder(path)).free
+    if needed > held + free:
+        raise ValueError(
+            f"--output {output} needs {format_bytes(needed - held)} more, its disk has "
+            f"{format_bytes(free)}: free some, or choose another folder"
+        )
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the one above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_eval_windows(count: int | None) -> None:
+    """Answer a number of windows on which nothing can be measured.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"--eval-windows {count} must be at least 1")
