@@ -15,7 +15,7 @@ from tests import tiny
 
 @pytest.mark.parametrize(("clusters", "layers", "width"), [(1, 2, 1024), (8, 1, 768)])
 def test_memory_is_foretold_within_a_fifth(
-    tmp_path, tokenizer, text_folder, clusters, layers, width, capsys
+    tmp_path, tokenizer, long_text_folder, clusters, layers, width, capsys
 ):
     """Wide enough that the arrays, not the libraries, decide."""
     sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4}
@@ -28,7 +28,14 @@ def test_memory_is_foretold_within_a_fifth(
     flags += "--layer-sparsity uniform" if layers > 1 else ""
     assert main(["plan", *flags.split()]) == 0
     plan = json.loads(capsys.readouterr().out)
-    output = ["--dataset", str(text_folder), "--output", str(tmp_path / "out"), "--threads", "2"]
+    output = [
+        "--dataset",
+        str(long_text_folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--threads",
+        "2",
+    ]
     output += ["--device", "cpu"]
     # In a process of its own, whose peak is that of this run.
     line = [sys.executable, "-m", "sparse_expansion.cli", "expand", *flags.split(), *output]
