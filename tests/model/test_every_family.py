@@ -76,6 +76,16 @@ def test_the_streamed_model_is_transformers_own(model_type, dense):
     assert [shell.architecture] == model.config.architectures
 
 
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gptj"])
+def test_positions_are_not_rounded_with_the_weights(model_type, tmp_path):
+    """GPT-J computes its table of positions in the dtype that it is built in."""
+    tiny.random_model(model_type).bfloat16().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = stream(ModelShell(tmp_path), TOKENS)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, logits(model, TOKENS))
+
+
 @EVERY_FAMILY
 def test_expands_loads_and_generates(model_type, dense, expanded):
     output = expanded(model_type)
