@@ -11,11 +11,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.cli import main
 from sparse_expansion.model.expansion import ExpandedLinear
+from sparse_expansion.model.families import FAMILIES
 from sparse_expansion.model.streaming import ModelShell
 from tests import tiny
 from tests.model.running import expand, expanded_linears, logits, stream
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
+PLAIN_FORMS = [form for form in sorted(tiny.CONFIGS) if "/" not in form]
+EVERY_TYPE = pytest.mark.parametrize("model_type", PLAIN_FORMS)
+# Guards are by the names of linears, which are an entry's.
+EVERY_ENTRY = pytest.mark.parametrize("model_type", [each.model_types[0] for each in FAMILIES])
 TOKENS = torch.randint(1, 500, (2, 40), generator=torch.Generator().manual_seed(3))
 QUICK = "--data-shards 1 --layer-sparsity uniform --experts-per-unit 3".split()
 ONE_DENSE_EXPERT = (
@@ -86,7 +91,7 @@ def test_positions_are_not_rounded_with_the_weights(model_type, tmp_path):
     assert torch.equal(found, logits(model, TOKENS))
 
 
-@EVERY_FAMILY
+@EVERY_TYPE
 def test_expands_loads_and_generates(model_type, dense, expanded):
     output = expanded(model_type)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -122,7 +127,7 @@ def test_one_dense_expert_is_the_dense_model_and_exports_as_it(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@EVERY_FAMILY
+@EVERY_ENTRY
 def test_a_program_that_does_not_know_the_format_refuses_it(
     model_type, expanded, tmp_path, monkeypatch
 ):
