@@ -83,6 +83,11 @@ def _exportable(shell: ModelShell, form: str) -> CompressionConfig:
     if form == PACK_QUANTIZED:
         if compression.bits is None:
             raise ValueError(f"{shell.folder} is not quantized: export it with --format {DENSE}")
+        if shell.family.is_transposed:
+            raise ValueError(
+                f"compressed-tensors has no form for the transposed linears of "
+                f"{shell.config.model_type}: export it with --format {DENSE}"
+            )
         _pack_to_int32()
     return compression
 
@@ -134,7 +139,8 @@ def _block_tensors(
         if form == PACK_QUANTIZED:
             found = _packed(linear, shell.dtype, symmetric=symmetric)
         else:
-            found = {"weight": linear.unpack(0, shell.dtype)}
+            W_OD = linear.unpack(0, shell.dtype)
+            found = {"weight": W_OD.T.contiguous() if shell.family.is_transposed else W_OD}
         tensors.update({f"{prefix}{name}.{key}": value for key, value in found.items()})
     return tensors
 

@@ -28,12 +28,22 @@ def for_both_generations(config: dict[str, Any], family: Family) -> dict[str, An
     found = {**config, "torch_dtype": config.get("dtype")}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
-        older = dict(family.rope_names)
-        found |= {older[name]: value for name, value in rope.items() if name in older}
-        scaling = {name: value for name, value in rope.items() if name not in older}
+        places = [name.rpartition(".")[::2] for name, _ in family.rope_names]
+        for (kind, leaf), (_, older) in zip(places, family.rope_names, strict=True):
+            settings = _rope_settings(rope, kind)
+            found |= {older: settings[leaf]} if leaf in settings else {}
+        renamed = [leaf for _, leaf in places]
+        first = _rope_settings(rope, places[0][0])
+        scaling = {name: value for name, value in first.items() if name not in renamed}
         is_plain = scaling.get("rope_type", "default") == "default"
         found["rope_scaling"] = None if is_plain else scaling
     return found
+
+
+def _rope_settings(rope: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Settings of rotary positions, of one kind of attention where kinds have their own."""
+    found = rope.get(kind) if kind else rope
+    return found if isinstance(found, dict) else {}
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:

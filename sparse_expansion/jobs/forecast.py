@@ -19,7 +19,7 @@ from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes,
 from sparse_expansion.config import MEASURED, Cluster, RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
-from sparse_expansion.model.families import block_list, family_of, linear_shape
+from sparse_expansion.model.families import family_of, linear_shape, plain_blocks
 from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
@@ -144,7 +144,7 @@ def _describe(config: RunConfig, model_config: Any) -> _Model:
     """The dense model on the meta device, and the stored bytes of its experts and routers."""
     family = family_of(model_config.model_type)
     model = build_without_weights(model_config)
-    blocks = block_list(model, family)
+    blocks = plain_blocks(model, family)
     block, num_layers = blocks[0], len(blocks)
     config.check_layers(num_layers)
     item = _item_bytes(config, model_config)

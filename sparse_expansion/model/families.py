@@ -2,9 +2,9 @@
 
 How to add a family: append a ``Family`` to ``FAMILIES``. It names the module path of the decoder
 blocks, a block's attention, and the MLP linears of a block, those that read the same input
-together. An architecture whose attention returns a bare tensor says so, and one whose attention is
-not made of the usual q, k, v and o projections brings a count of its weights. Then add a tiny
-configuration of it to the tests, which check every family.
+together. An architecture whose attention returns a bare tensor says so, one whose attention is
+not made of the usual q, k, v and o projections brings a count of its weights, and so on for what
+has a default below. Then add a tiny configuration of it to the tests, which check every family.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 AttentionOutput = Literal["tuple", "tensor"]
 """The form in which a block's attention returns its output: first of a tuple, or by itself."""
@@ -49,6 +50,21 @@ def projection_weights(config: Any) -> int:
     return 2 * int(config.hidden_size) * head_dim * (heads + key_value_heads)
 
 
+def _falcon_attention_weights(config: Any) -> int:
+    """Weights of Falcon's fused projection and of the one after attention, biases not counted.
+
+    Its older form counts as many heads of keys as of queries in the config, whatever there are.
+    """
+    heads = int(config.num_attention_heads)
+    key_value_heads = heads
+    if config.new_decoder_architecture:
+        key_value_heads = int(config.num_kv_heads)
+    elif config.multi_query:
+        key_value_heads = 1
+    head_dim = int(config.hidden_size) // heads
+    return 2 * int(config.hidden_size) * head_dim * (heads + key_value_heads)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture's adapter."""
@@ -67,10 +83,18 @@ class Family:
     """The form in which a block's attention returns its output."""
     attention_weights: Callable[[Any], int] = projection_weights
     """Counts the weights of one block's attention, given the model's config."""
+    is_transposed: bool = False
+    """Whether the MLP's linears are of the kind ``Conv1D``, whose weights are ``[D, O]``."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Pairs of name prefixes that files and transformers versions use for the same module."""
-    rope_names: tuple[tuple[str, str], ...] = (("rope_theta", "rope_theta"),)
-    """Settings of rotary positions, and their names in configs of transformers 4."""
+    rope_names: tuple[tuple[str, str], ...] = (
+        ("rope_theta", "rope_theta"),
+        ("partial_rotary_factor", "partial_rotary_factor"),
+    )
+    """Settings of rotary positions, and their names in configs of transformers 4.
+
+    Where kinds of attention differ in them, the kind stands before a dot; version 4 knows a scaling
+    of the kind that is named first."""
 
 
 _GATED_MLP = (
@@ -89,11 +113,57 @@ FAMILIES: tuple[Family, ...] = (
         rope_names=(("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")),
     ),
     Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        model_types=(
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "cohere",
+            "cohere2",
+            "gemma2",
+            "granite",
+            "olmo2",
+            "smollm3",
+            "stablelm",
+        ),
         blocks="model.layers",
         attention="self_attn",
         groups=_GATED_MLP,
         default_seqlen=4096,
+    ),
+    Family(
+        model_types=("falcon",),
+        blocks="transformer.h",
+        attention="self_attention",
+        groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
+        default_seqlen=2048,
+        attention_weights=_falcon_attention_weights,
+    ),
+    Family(
+        model_types=("gemma3_text",),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=_GATED_MLP,
+        default_seqlen=4096,
+        rope_names=(
+            ("full_attention.rope_theta", "rope_theta"),
+            ("sliding_attention.rope_theta", "rope_local_base_freq"),
+        ),
+    ),
+    Family(
+        model_types=("gpt2",),
+        blocks="transformer.h",
+        attention="attn",
+        groups=(LinearGroup(("mlp.c_fc",)), LinearGroup(("mlp.c_proj",))),
+        default_seqlen=1024,
+        is_transposed=True,
+    ),
+    Family(
+        model_types=("gptj",),
+        blocks="transformer.h",
+        attention="attn",
+        groups=(LinearGroup(("mlp.fc_in",)), LinearGroup(("mlp.fc_out",))),
+        default_seqlen=2048,
     ),
     Family(
         model_types=("opt",),
@@ -101,6 +171,20 @@ FAMILIES: tuple[Family, ...] = (
         attention="self_attn",
         groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",))),
         default_seqlen=2048,
+    ),
+    Family(
+        model_types=("phi",),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=(LinearGroup(("mlp.fc1",)), LinearGroup(("mlp.fc2",))),
+        default_seqlen=2048,
+    ),
+    Family(
+        model_types=("phi3",),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=(LinearGroup(("mlp.gate_up_proj",)), LinearGroup(("mlp.down_proj",))),
+        default_seqlen=4096,
     ),
 )
 
@@ -169,6 +253,26 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
             f"{type(model).__name__} has no block list {family.blocks!r}: the family's entry in "
             "sparse_expansion/model/families.py does not fit this transformers version"
         )
+    return blocks
+
+
+def plain_blocks(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The model's decoder blocks, with linears of PyTorch in place of transformers' own kind.
+
+    The blocks are changed: a ``Conv1D`` gets an ``nn.Linear`` of its shape in its place, on the
+    meta device, whose weight ``[O, D]`` is the transposed one.
+
+    Raises:
+        ValueError: the module path does not lead to a list of blocks.
+    """
+    blocks = list(block_list(model, family))
+    for block in blocks:
+        for name in (name for group in family.groups for name in group.linears):
+            with contextlib.suppress(AttributeError):
+                old = block.get_submodule(name)
+                if isinstance(old, Conv1D):
+                    new = nn.Linear(old.nx, old.nf, device="meta", dtype=old.weight.dtype)
+                    block.set_submodule(name, new)
     return blocks
 
 

@@ -69,7 +69,14 @@ def build_without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
     named = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **named)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **named)
+        # Positions that were computed in the weights' dtype are rounded. Transformers makes what
+        # files do not hold once more when it loads a model, in float32.
+        with torch.no_grad():
+            for module in model.modules():
+                if module._non_persistent_buffers_set:
+                    model._init_weights(module)
+        return model
     except Exception as error:
         # Settings that fit nothing end in whatever a module makes of them.
         raise ValueError(f"config.json describes no model: {one_line(error)}") from None

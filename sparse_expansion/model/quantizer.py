@@ -30,7 +30,7 @@ from sparse_expansion.model.expansion import (
     guard_tensors,
 )
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
-from sparse_expansion.model.families import block_list, family_of
+from sparse_expansion.model.families import family_of, plain_blocks
 from sparse_expansion.model.verification import verify_loaded
 
 Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
@@ -148,7 +148,7 @@ def expand_model(
     family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
     cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
     compression, routing = config.compression_config(), config.routing_config()
-    for layer, block in enumerate(block_list(model, family)):
+    for layer, block in enumerate(plain_blocks(model, family)):
         expand_block(
             block,
             tuple(tuple(group) for group in config.groups),
@@ -181,6 +181,11 @@ class SparseExpansionQuantizer(HfQuantizer):
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
         model.expert_cache = expand_model(model, self.quantization_config, dtype)
+        for module in model.modules():
+            if any(isinstance(child, ExpandedLinear) for child in module.children()):
+                # All of it is in the files. Transformers would draw weights of GPT-2's MLP anew,
+                # by names that are no longer there.
+                module._is_hf_initialized = True
         return model
 
     def get_state_dict_and_metadata(

@@ -28,7 +28,7 @@ from sparse_expansion.model.checkpoint import (
 )
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
-from sparse_expansion.model.families import Family, block_list, family_of
+from sparse_expansion.model.families import Family, family_of, plain_blocks
 from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
 
@@ -63,12 +63,12 @@ class ModelShell:
         if self.expansion is not None:
             with init_empty_weights(include_buffers=False):
                 self.expert_cache = expand_model(self._model, self.expansion, self.dtype)
-        self._blocks = list(block_list(self._model, self.family))
         parent, _, self._blocks_name = self.family.blocks.rpartition(".")
         self._blocks_parent = self._model.get_submodule(parent)
         base = self._model.base_model_prefix
         self._prefixes = ("", f"{base}.") if base else ("",)
         check_shapes(self._model.state_dict(), self.file_name, self.files.shapes, self.folder)
+        self._blocks = plain_blocks(self._model, self.family)
         self._recorders = [BlockRecorder(block) for block in self._blocks]
         self._put_in_place(nn.ModuleList(self._recorders))
         self._is_loaded = False
@@ -151,10 +151,15 @@ class ModelShell:
             self.block_prefix(layer) + name for layer in range(self.num_blocks) for name in linears
         ]
 
+    @property
+    def _dense_weights(self) -> set[str]:
+        """Names inside a block of the weights that an expansion replaces."""
+        return {f"{name}.weight" for group in self.family.groups for name in group.linears}
+
     def trunk_names(self) -> list[str]:
         """The model's names of all tensors but dense MLP weights; tied tensors are named once."""
         names = [name for name in self._model.state_dict() if self.file_name(name)]
-        linears = {f"{name}.weight" for group in self.family.groups for name in group.linears}
+        linears = self._dense_weights
         for layer, block in enumerate(self._blocks):
             prefix = self.block_prefix(layer)
             names += [prefix + name for name in block.state_dict() if name not in linears]
@@ -173,6 +178,8 @@ class ModelShell:
         if found is None:
             raise ValueError(f"{self.folder} has no tensor {name!r}: the checkpoint is incomplete")
         tensor = self.files.read(found)
+        if self.family.is_transposed and name.endswith(tuple(self._dense_weights)):
+            tensor = tensor.T.contiguous()
         if not tensor.is_floating_point():
             return tensor
         keep = self.expansion is not None and any(part in name for part in FLOAT32_MODULES)

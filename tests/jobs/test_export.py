@@ -62,6 +62,17 @@ ROPES = {
         {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ),
+    "gemma3_text": (
+        {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
     "opt": (None, {}),
 }
 

@@ -8,40 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_expansion
 from sparse_expansion.cli import main
-from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.model.quantizer import SparseExpansionConfig
 from sparse_expansion.model.streaming import ModelShell
-from tests import tiny
 from tests.model.running import expand, stream
-
-
-@pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
-def test_every_family_expands_loads_and_generates(model_type, tmp_path, tokenizer, text_folder):
-    folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer)
-    output = expand(folder, text_folder, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(output)
-    tokens = torch.randint(1, 500, (2, 24))
-    with torch.no_grad():
-        logits = model(tokens).logits
-    torch.testing.assert_close(logits, stream(ModelShell(output), tokens), rtol=1e-4, atol=1e-4)
-    generated = model.generate(tokens, max_new_tokens=4, do_sample=False)
-    assert generated.shape == (2, 28)
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, ExpandedLinear)
-    }
-    wanted = {
-        name.rsplit(".", 1)[-1]
-        for group in ModelShell(folder).family.groups
-        for name in group.linears
-    }
-    assert names == wanted
 
 
 def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
@@ -53,22 +26,6 @@ def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, before)
-
-
-@pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
-def test_a_program_that_does_not_know_the_format_refuses_it(
-    model_type, tmp_path, tokenizer, text_folder, monkeypatch
-):
-    """In place of a model with made-up weights and a warning. Saved again it still is refused."""
-    folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer)
-    output = expand(folder, text_folder, tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "again")
-    for known in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-        monkeypatch.delitem(known, "sparse_expansion")
-    for name in (output, tmp_path / "again"):
-        for loader in (AutoModelForCausalLM, AutoModel):
-            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-                loader.from_pretrained(name)
 
 
 def test_a_folder_of_before_loads_without_a_word(expanded, tmp_path, caplog):
