@@ -1,6 +1,7 @@
 """The expanded model in transformers: loading, generation, saving again."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -55,9 +56,18 @@ def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
         assert torch.equal(again(tokens).logits, before)
 
 
+@pytest.fixture
+def transformers_says(caplog):
+    """What transformers logs, which goes past the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
 def test_a_program_that_does_not_know_the_format_refuses_it(
-    model_type, tmp_path, tokenizer, text_folder, monkeypatch
+    model_type, tmp_path, tokenizer, text_folder, monkeypatch, transformers_says
 ):
     """In place of a model with made-up weights and a warning. Saved again it still is refused."""
     folder = tiny.save_random(model_type, tmp_path / "dense", tokenizer)
@@ -69,6 +79,9 @@ def test_a_program_that_does_not_know_the_format_refuses_it(
         for loader in (AutoModelForCausalLM, AutoModel):
             with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
                 loader.from_pretrained(name)
+            # Among the tensors that it cannot place, transformers lists one that says what to do.
+            assert "Before loading, import sparse_expansion" in transformers_says.text
+            transformers_says.clear()
 
 
 def test_a_folder_of_before_loads_without_a_word(expanded, tmp_path, caplog):
