@@ -8,6 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := demo
 RESULTS := $(DEMO)/expanded
 
+# Processes that tests are dealt out to: one more than there are processors, for those that use Ray
+# wait for others most of the time.
+PROCESSES = $(shell $(PYTHON) -c "import os; print(1 + os.cpu_count())")
+
 .PHONY: demo test cluster-setup lint format docs clean
 
 # torch first and by itself: what comes after takes the build that is there.
@@ -31,9 +35,9 @@ demo: $(VENV)/.smollm2
 	  --dataset-size 24 --seqlen 512 --eval-windows 16 --output $(RESULTS)
 	$(BIN)/python benchmarks/generate.py $(RESULTS) "The for statement is used to"
 
-# A process per core; see tests/conftest.py for how tests are dealt out.
+# See tests/conftest.py for how tests are dealt out.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 # The set-up commands of cluster.yaml, in a home and an environment of their own.
 cluster-setup: $(VENV)/.installed

@@ -29,6 +29,8 @@ from sparse_expansion.types import MODEL_DTYPES
 
 FLOAT32_MODULES = ("router", "grid")
 """Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
+GUARD_HINT = "Before loading, import sparse_expansion"
+"""The name of a guard that no weight stands behind, see ``guard_tensors``."""
 STORED_TOKENS = 8
 """Most tokens that a CPU multiplies with the stored streams, one after another."""
 
@@ -257,12 +259,14 @@ def guard_tensors(linears: Iterable[str], dtype: torch.dtype) -> dict[str, torch
 
     A reader that does not know the format finds them of another shape than the weights that it
     looks for, and refuses the model. Without them transformers warns, and makes the weights up.
+    One more has a name that says what to do: transformers lists the tensors that it cannot place.
 
     Args:
         linears: module paths of the expanded linears.
         dtype: of the model.
     """
-    return {guard_name(name): torch.empty(0, dtype=dtype) for name in linears}
+    names = [GUARD_HINT, *(guard_name(name) for name in linears)]
+    return {name: torch.empty(0, dtype=dtype) for name in names}
 
 
 def guard_name(linear: str) -> str:

@@ -23,6 +23,7 @@ from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.values import known_settings
 from sparse_expansion.model.expansion import (
     FLOAT32_MODULES,
+    GUARD_HINT,
     ExpandedLinear,
     check_dtype,
     expand_block,
@@ -176,10 +177,17 @@ class SparseExpansionQuantizer(HfQuantizer):
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
         model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_MODULES}
+        if getattr(model, "dtype_plan", None) is not None:
+            # The first versions of transformers 5 have made it out of those already.
+            model.dtype_plan.update(dict.fromkeys(FLOAT32_MODULES, torch.float32))
         linears = [name for group in self.quantization_config.groups for name in group]
-        guards = {rf"{re.escape(guard_name('.' + name))}$" for name in linears}
-        ignored = model._keys_to_ignore_on_load_unexpected or set()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
+        guards = [rf"{re.escape(guard_name('.' + name))}$" for name in linears]
+        # None or a list in some versions of transformers, a set in others, and so when it is read.
+        ignored = model._keys_to_ignore_on_load_unexpected
+        ignored = [] if ignored is None else ignored
+        model._keys_to_ignore_on_load_unexpected = type(ignored)(
+            [*ignored, *guards, re.escape(GUARD_HINT)]
+        )
         model.expert_cache = expand_model(model, self.quantization_config, dtype)
         for module in model.modules():
             if any(isinstance(child, ExpandedLinear) for child in module.children()):

@@ -1,6 +1,7 @@
 """Every family from end to end: streamed, expanded, loaded, saved again, exported."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -127,9 +128,18 @@ def test_one_dense_expert_is_the_dense_model_and_exports_as_it(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.fixture
+def transformers_says(caplog):
+    """What transformers logs, which goes past the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @EVERY_ENTRY
 def test_a_program_that_does_not_know_the_format_refuses_it(
-    model_type, expanded, tmp_path, monkeypatch
+    model_type, expanded, tmp_path, monkeypatch, transformers_says
 ):
     """In place of a model with made-up weights and a warning. Saved again it still is refused."""
     output = expanded(model_type)
@@ -139,9 +149,14 @@ def test_a_program_that_does_not_know_the_format_refuses_it(
     assert torch.equal(logits(again, TOKENS), logits(model, TOKENS))
     for known in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(known, "sparse_expansion")
+    # The command line had it say errors alone.
+    transformers_says.set_level(logging.WARNING, "transformers")
     for loader, name in ((AutoModelForCausalLM, output), (AutoModel, tmp_path / "again")):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             loader.from_pretrained(name)
+        # Among the tensors that it cannot place, transformers lists one that says what to do.
+        assert "Before loading, import sparse_expansion" in transformers_says.text
+        transformers_says.clear()
 
 
 @EVERY_FAMILY
