@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sparse_expansion.config import RunConfig
+from sparse_expansion.messages import first_line
+from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit, UnitReport
 
 Observer = Callable[["Progress"], None]
@@ -184,6 +186,13 @@ class Schedule:
                 self._enqueue(dependent)
             elif dependent in self.waiting:
                 self.waiting[dependent].add(key)
+
+
+def failure_text(unit: Unit, error: Exception) -> str:
+    """What a user is told of a unit that failed: an error that was meant for users, or its kind."""
+    if isinstance(error, CompressionError):
+        return str(error)
+    return f"{unit.key}: {type(error).__name__}: {first_line(error)}"
 
 
 def reads_captured(unit: Unit) -> bool:

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import wait
 
 from sparse_expansion.config import RunConfig
-from sparse_expansion.execution.base import Observer, Progress, Schedule, unit_order
+from sparse_expansion.execution.base import (
+    Observer,
+    Progress,
+    Schedule,
+    failure_text,
+    unit_order,
+)
+from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit, UnitReport
 from sparse_expansion.work.spec import WorkerSpec
 from sparse_expansion.work.worker import Computed, Worker
@@ -85,7 +92,13 @@ class _LocalRun:
             raise AssertionError("the graph of units has a cycle")
         self.worker.forget_before(self.schedule.first_open_layer)
         started = time.time()
-        computed = self.worker.run(unit, self.config, self.schedule.start(unit.key))
+        try:
+            computed = self.worker.run(unit, self.config, self.schedule.start(unit.key))
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            # Some settings of a model's config are only found to be wrong by its own code.
+            raise CompressionError(failure_text(unit, error)) from error
         if computed.written is None:
             self._finish(unit, computed, started)
         else:

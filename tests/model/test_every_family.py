@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -187,3 +188,17 @@ def test_blocks_with_windows_and_positions_of_their_own_are_called_with_them(mod
         for layer in range(shell.num_blocks):
             hidden = shell.call(0, TOKENS).run(shell.load_block(layer), hidden)
     assert not torch.allclose(shell.head(TOKENS, hidden), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_setting_that_only_the_models_code_finds_wrong_is_one_line(
+    dense, short_text, tmp_path, capsys
+):
+    folder = tmp_path / "m"
+    shutil.copytree(dense("falcon"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout": None}))
+    where = ["--model", str(folder), "--dataset", str(short_text), "--seqlen", "16"]
+    assert main(["evaluate", *where, "--eval-windows", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert "TypeError: '<' not supported" in error and "error: evaluate" in error

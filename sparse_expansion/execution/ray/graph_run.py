@@ -23,7 +23,7 @@ from ray.exceptions import (
 )
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
-from sparse_expansion.execution.base import Observer, Progress, Schedule
+from sparse_expansion.execution.base import Observer, Progress, Schedule, failure_text
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
 from sparse_expansion.execution.ray.attempts import Attempts
@@ -31,7 +31,6 @@ from sparse_expansion.execution.ray.liveness import ClusterWatch, Vigil, stalled
 from sparse_expansion.execution.ray.metrics import RunMetrics
 from sparse_expansion.execution.ray.pool import WorkerPool
 from sparse_expansion.messages import first_line
-from sparse_expansion.types import CompressionError
 from sparse_expansion.units import Unit, UnitReport
 
 _LOST_WORKER = (
@@ -273,11 +272,7 @@ class GraphRun:
         """The unit failed for its own reason: try again, in the end set it aside."""
         self._put_back(call.unit)
         _log.warning("%s failed on %s: %s", call.unit.key, call.handle.name, first_line(error))
-        message = (
-            str(error)
-            if isinstance(error, CompressionError)
-            else (f"{call.unit.key}: {type(error).__name__}: {first_line(error)}")
-        )
+        message = failure_text(call.unit, error)
         self._count_attempt(call.unit, message, limit=self.options.max_attempts, error=error)
 
     def _count_attempt(
