@@ -27,12 +27,15 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.config.checks import parse_json
 from sparse_expansion.data.transfers import HostCopies
+from sparse_expansion.messages import first_line
 from sparse_expansion.model.manifest import tensor_record
 from sparse_expansion.plain_files import check_no_links, check_plain, read_plain, sealed
 from sparse_expansion.run_files import UNITS
 
 _FILE_FORM = {"bytes": int, "sha256": str, "tensors": {...: dict}}
 _MARKER_FORM = {"files": {...: _FILE_FORM}, "stats": dict}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The package's extras that bring what a protocol needs."""
 TEMPORARY = ".writing-"
 """How files begin that are being written."""
 
@@ -44,7 +47,7 @@ class Store:
         """Nothing is created yet.
 
         Raises:
-            ValueError: a URL chains file systems.
+            ValueError: a URL chains file systems, or needs a package that is not there.
         """
         self.root = str(root)
         if "://" not in self.root:
@@ -53,7 +56,7 @@ class Store:
         elif "::" in self.root:
             raise ValueError(f"{self.root} chains file systems by '::': give the URL of one")
         else:
-            self.fs, base = fsspec.core.url_to_fs(self.root)
+            self.fs, base = _file_system(self.root)
         self.base = str(base).rstrip("/")
         protocol = self.fs.protocol
         self.is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
@@ -271,6 +274,24 @@ class Store:
 def json_bytes(value: Any) -> bytes:
     """A JSON file's content, as it is written."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system that a URL names, and the path in it.
+
+    Raises:
+        ValueError: the protocol is unknown, or needs a package that is not there.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'sparse-expansion[{extra}]'" if extra else first_line(error)
+        raise ValueError(f"{url} needs a package for {protocol}:// URLs: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{url} cannot be used ({first_line(error)}): check the URL") from None
+    return found
 
 
 def _names_inside(files: dict[str, Any]) -> bool:

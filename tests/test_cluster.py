@@ -1,6 +1,7 @@
 """The shipped cluster files, against Ray's own schema and what they promise."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["cluster.yaml", "deploy/gcp.yaml"]
+RAYS_OWN = "ray-autoscaler-v1"
+"""The role and the instance profile that Ray makes where the head names none."""
 
 
 def load(name):
@@ -82,6 +85,36 @@ def test_ec2_knows_every_field_of_the_machines(node_type):
     assert "VolumeSize" in run_instances_errors(wrong)
 
 
+def test_a_fresh_account_has_what_the_machines_name():
+    """Ray makes a profile for the head where none is named; workers take that one."""
+    head, *workers = load("cluster.yaml")["available_node_types"].values()
+    assert "IamInstanceProfile" not in head["node_config"]
+    profiles = [worker["node_config"]["IamInstanceProfile"] for worker in workers]
+    assert profiles == [{"Name": RAYS_OWN}] * 2
+    policy = json.loads((ROOT / "deploy" / "aws-role-policy.json").read_text())
+    hand_on, look_up = policy["Statement"]
+    assert hand_on["Action"] == "iam:PassRole"
+    assert hand_on["Resource"].endswith(f":role/{RAYS_OWN}")
+    place = look_up["Resource"].split(":parameter")[1].rstrip("*")
+    images = {worker["node_config"]["ImageId"] for worker in workers}
+    assert all(image.startswith(f"resolve:ssm:{place}") for image in images)
+    command = f"aws iam put-role-policy --role-name {RAYS_OWN} "
+    page = (ROOT / "docs" / "how-to.md").read_text()
+    assert command in page and "file://deploy/aws-role-policy.json" in page
+
+
+def test_set_up_installs_what_the_clouds_buckets_need():
+    for name, extra in (("cluster.yaml", "s3"), ("deploy/gcp.yaml", "gcs")):
+        assert f'"$HOME/sparse-expansion[{extra}]"' in " ".join(load(name)["setup_commands"])
+    assert "sparse-expansion[s3,gcs]" in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def test_rayjob_ends_and_is_cleared_away():
+    spec = load("deploy/rayjob.yaml")["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert 0 < spec["ttlSecondsAfterFinished"] < spec["activeDeadlineSeconds"]
+
+
 def test_rayjob():
     job = load("deploy/rayjob.yaml")
     spec = job["spec"]["rayClusterSpec"]
@@ -95,6 +128,15 @@ def test_rayjob():
         (container,) = pod["containers"]
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        for bound in ("requests", "limits"):
+            assert container["resources"][bound]["ephemeral-storage"].endswith("Gi")
+        (variable,) = container["env"]
+        secret = variable["valueFrom"]["secretKeyRef"]
+        # Optional: models that anybody may have need none.
+        assert variable["name"] == "HF_TOKEN" and secret["optional"] is True
+    (toleration,) = group["template"]["spec"]["tolerations"]
+    assert toleration["key"] in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert "tolerations" not in spec["headGroupSpec"]["template"]["spec"]
     from sparse_expansion.cli.parser import parse_arguments
 
     parse_arguments(job["spec"]["entrypoint"].split()[1:])

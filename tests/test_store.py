@@ -2,10 +2,13 @@ import errno
 import hashlib
 import json
 import os
+import re
+import sys
 
 import pytest
 import torch
 
+from sparse_expansion.cli import main
 from sparse_expansion.report.parquet import write_table
 from sparse_expansion.run_folder import open_run, read_timeline, read_windows, write_windows
 from sparse_expansion.store import Store
@@ -193,6 +196,28 @@ def test_bad_json_is_named(store):
     store.write_bytes("run/run.json", b"{")
     with pytest.raises(ValueError, match="not valid JSON"):
         store.read_json("run/run.json")
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [("s3://b/run", "s3fs", "s3"), ("gs://b/run", "gcsfs", "gcs"), ("gcs://b/run", "gcsfs", "gcs")],
+)
+def test_a_url_says_what_is_to_be_installed(url, package, extra, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    for protocol in ("s3", "gs", "gcs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+    said = f"{url} needs a package for {url[: url.index(':')]}:// URLs: "
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Store(url)
+    # Before the model and the text are looked for: neither is there.
+    flags = ["--model", "./nowhere", "--dataset", "./nowhere.txt", "--output", url]
+    assert main(["run", *flags]) == 2
+    assert f"{said}pip install 'sparse-expansion[{extra}]'" in capsys.readouterr().err
+
+
+def test_an_unknown_protocol_is_one_line():
+    with pytest.raises(ValueError, match=r"^nfs://a/b cannot be used \(Protocol not known: nfs\)"):
+        Store("nfs://a/b")
 
 
 def test_two_colons_in_a_path_are_part_of_it(tmp_path):

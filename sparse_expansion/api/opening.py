@@ -88,9 +88,12 @@ def check_output(output: str) -> None:
     """Answer a folder that cannot be made as bad input, and not as a failure after an hour.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be made, or is a URL that needs a package that is not there.
     """
     if "://" in output:
+        from sparse_expansion.store import Store
+
+        Store(output)
         return
     path = Path(output).expanduser().resolve()
     if path.exists() and not path.is_dir():

@@ -39,8 +39,11 @@ def test_a_ray_that_runs_is_joined_as_it_is(named, running, joins, monkeypatch, 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0, "CPU": 8.0})
+    monkeypatch.setenv("HF_TOKEN", "hf_given")
     spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"))
     executor = RayExecutor(spec, ExecutionOptions(executor="ray", num_workers=2))
+    # Workers of a Ray that was started here have this process's environment anyway.
+    assert ("runtime_env" in executor.pool.options) == joins
     assert seen == {"is for one machine": not joins}
     assert executor.pool.room.startswith("1 GPU" if joins else "0.5 GPU")
 

@@ -128,6 +128,21 @@ def test_gpus_are_shared_on_a_machine_of_our_own(workers, gpus, shares, each):
     assert sized_pool(spec, own, {"GPU": 1}, shares_gpus=shares).room.startswith("0.25 GPU")
 
 
+@pytest.mark.parametrize("token", ["hf_given", ""])
+def test_workers_of_a_cluster_get_the_hubs_token(token, cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", token)
+    spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"), threads=1)
+    executor = RayExecutor(spec, ExecutionOptions(executor="ray", num_workers=1))
+    try:
+        executor.pool.ask_for(1)
+        (handle,) = executor.pool.handles.values()
+        asked = handle.actor.__ray_call__.remote(lambda _: os.environ.get("HF_TOKEN"))
+        # Without a token Ray's own environment stays: here that of a cluster that has none.
+        assert ray.get(asked, timeout=60) == (token or None)
+    finally:
+        executor.close()
+
+
 def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_folder):
     run = Run(neox_folder, text_folder, tmp_path / "o", config())
     local = LocalExecutor(run.spec)

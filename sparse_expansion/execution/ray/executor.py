@@ -25,6 +25,8 @@ from sparse_expansion.work.spec import WorkerSpec
 
 CONNECT_SECONDS = 10.0
 """Seconds after which an address that does not answer is taken for wrong."""
+_HANDED_ON = ("HF_TOKEN",)
+"""Variables that workers which this process did not start need as it has them."""
 
 
 class RayExecutor:
@@ -44,7 +46,13 @@ class RayExecutor:
         if self._owns_ray:
             self._connect(starts_ray)
         # A cluster that others started may grow, and its workers wait for GPUs of their own.
-        self.pool = sized_pool(spec, options, ray.cluster_resources(), shares_gpus=starts_ray)
+        self.pool = sized_pool(
+            spec,
+            options,
+            ray.cluster_resources(),
+            shares_gpus=starts_ray,
+            environment={} if starts_ray else _handed_on(),
+        )
         self._metrics = RunMetrics()
 
     @property
@@ -99,6 +107,7 @@ def sized_pool(
     resources: dict[str, float],
     *,
     shares_gpus: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> WorkerPool:
     """A pool as large as the cluster has room for, unless the options say otherwise.
 
@@ -107,6 +116,7 @@ def sized_pool(
         options: how many workers there are to be, and what each is to have.
         resources: what the cluster has.
         shares_gpus: whether more workers than GPUs get equal shares of them.
+        environment: variables that workers get beside those of their machines.
 
     Raises:
         ValueError: the cluster has no workers and no number is given.
@@ -139,7 +149,13 @@ def sized_pool(
         num_workers=count,
         num_gpus=gpus,
         num_cpus=threads if cpus is None else cpus,
+        environment=environment or {},
     )
+
+
+def _handed_on() -> dict[str, str]:
+    """What workers need of this process's environment, to download the same model."""
+    return {name: os.environ[name] for name in _HANDED_ON if os.environ.get(name)}
 
 
 def _is_in_cluster() -> bool:

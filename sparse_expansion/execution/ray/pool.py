@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import ray
 
@@ -14,7 +15,13 @@ class WorkerPool:
     """Actors that were asked for, by name."""
 
     def __init__(
-        self, spec: WorkerSpec, *, num_workers: int, num_gpus: float, num_cpus: float
+        self,
+        spec: WorkerSpec,
+        *,
+        num_workers: int,
+        num_gpus: float,
+        num_cpus: float,
+        environment: dict[str, str],
     ) -> None:
         """Nobody is asked for yet.
 
@@ -23,12 +30,16 @@ class WorkerPool:
             num_workers: actors at most.
             num_gpus: GPUs, or a share of one, of each.
             num_cpus: CPUs of each.
+            environment: variables that each gets beside those of its machine.
         """
         self.spec = spec
         self.num_workers = num_workers
         self.handles: dict[str, ActorHandle] = {}
         self.num_lost = 0
-        self._resources = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        self.options: dict[str, Any] = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        # An environment of its own, even an empty one, takes a worker that Ray starts for it.
+        if environment:
+            self.options["runtime_env"] = {"env_vars": environment}
         self._actor_class = ray.remote(concurrency_groups={SIGNS: 1, FILES: 1})(UnitActor)
         self._num_made = 0
 
@@ -41,7 +52,7 @@ class WorkerPool:
                 name=f"sparse-expansion-{os.getpid()}-{name}",
                 max_restarts=0,
                 max_task_retries=0,
-                **self._resources,
+                **self.options,
             ).remote(self.spec)
             self.handles[name] = ActorHandle(name, actor, actor.ready.remote())
 
@@ -64,5 +75,4 @@ class WorkerPool:
     @property
     def room(self) -> str:
         """What one actor needs, for people."""
-        needs = self._resources
-        return f"{needs['num_gpus']:g} GPU and {needs['num_cpus']:g} CPU"
+        return f"{self.options['num_gpus']:g} GPU and {self.options['num_cpus']:g} CPU"
