@@ -106,7 +106,8 @@ def _jsonl(path: Path, rows: Rows) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
+            # Numbers of thousands of digits are refused by Python, and are no text either.
             row = None
         found = rows.text_of(row, f"{path}, line {number}")
         if found is not None:

@@ -114,3 +114,6 @@ def test_json_of_great_depth_is_one_line(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(ValueError, match="line 1: not a JSON object"):
         load_corpus(str(tmp_path / "deep.jsonl"))
+    (tmp_path / "long.jsonl").write_text('{"text": %s}\n' % ("9" * 6000))
+    with pytest.raises(ValueError, match="long.jsonl, line 1: not a JSON object"):
+        load_corpus(str(tmp_path / "long.jsonl"))
