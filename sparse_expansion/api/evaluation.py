@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sparse_expansion.api.listener import Listener
 from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.api.opening import (
-    check_devices,
     check_eval_windows,
     open_executor,
+    opened,
     window_length,
 )
 from sparse_expansion.config.execution import ExecutionOptions
@@ -56,17 +56,7 @@ def run_evaluation(job: EvaluationJob, listener: Listener) -> dict[str, Any]:
     Raises:
         ValueError: what was asked for cannot be done.
     """
-    from sparse_expansion.data.texts import TextRequest
-
-    text = TextRequest(
-        dataset=job.dataset,
-        cache_dir=job.model.cache_dir,
-        column=job.values["text_column"],
-    )
-    text.check()
-    listener.opens()
-    check_devices(job.options.executor, job.options.device)
-    with job.model.opened(job.options.scratch) as origin:
+    with opened(job, listener) as (origin, text):
         return _measure(job, origin, text, listener)
 
 

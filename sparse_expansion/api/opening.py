@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparse_expansion.api.listener import Listener
-from sparse_expansion.api.models import Origin
+from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
+    from sparse_expansion.data.texts import TextRequest
     from sparse_expansion.execution.base import Executor
 
 
@@ -34,6 +37,54 @@ def check_devices(executor: str, device: str, kmeans: str | None = None) -> None
         check_device(device)
         if kmeans is not None:
             check_backend(kmeans)
+
+
+class Job(Protocol):
+    """What every job says of its model and its text."""
+
+    @property
+    def model(self) -> ModelRequest:
+        """The model that is asked for."""
+
+    @property
+    def dataset(self) -> Any:
+        """See ``TextRequest``."""
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Settings by name, ``text_column`` among them."""
+
+    @property
+    def options(self) -> ExecutionOptions:
+        """Where and with what its units run."""
+
+
+@contextmanager
+def opened(
+    job: Job, listener: Listener, *, kmeans: str | None = None
+) -> Iterator[tuple[Origin, TextRequest]]:
+    """Where a job's model is read from, and its text, once it is certain that both can be had.
+
+    Args:
+        job: that is about to begin.
+        listener: is told that it begins.
+        kmeans: see ``check_devices``.
+
+    Raises:
+        ValueError: the text, the device or the model is not there.
+    """
+    from sparse_expansion.data.texts import TextRequest
+
+    text = TextRequest(
+        dataset=job.dataset,
+        cache_dir=job.model.cache_dir,
+        column=job.values["text_column"],
+    )
+    text.check()
+    listener.opens()
+    check_devices(job.options.executor, job.options.device, kmeans)
+    with job.model.opened(job.options.scratch) as origin:
+        yield origin, text
 
 
 def window_length(seqlen: int | None, model_config: Any) -> int:
