@@ -35,10 +35,10 @@ class CalibrationConfig:
 
     dataset: str = setting(
         "wikitext2",
-        "Text to work on: wikitext2, c4, pydoc (the documentation of the installed Python, which "
-        "needs no network), a folder with train or valid and test files (.txt, .jsonl, .parquet), "
-        "one such file, hf:owner/name[:config][@split] on the hub, or several with weights, as "
-        "a:0.7,b:0.3.",
+        "Text to work on: wikitext2, c4, pydoc or stdlib (the language reference and the library's "
+        "source code of the installed Python, which need no network), a folder with train or "
+        "valid and test files (.txt, .jsonl, .parquet), one such file, "
+        "hf:owner/name[:config][@split] on the hub, or several with weights, as a:0.7,b:0.3.",
         short=("-d",),
         metavar="DATA",
         group="data",

@@ -1,7 +1,8 @@
-"""Texts by name: hub data sets, the offline ``pydoc`` corpus, local folders and files, memory."""
+"""Texts by name: hub data sets, two offline corpora, local folders and files, memory."""
 
 from __future__ import annotations
 
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None
         corpus = Corpus(IN_MEMORY, *read_memory(dataset, rows))
     elif dataset == "pydoc":
         corpus = _pydoc()
+    elif dataset == "stdlib":
+        corpus = _stdlib()
     elif dataset == "wikitext2":
         corpus = _wikitext2(cache_dir)
     elif dataset == "c4":
@@ -106,6 +109,17 @@ def _pydoc() -> Corpus:
     texts = [topics[name] for name in sorted(topics)]
     cut = len(texts) * 4 // 5
     return Corpus("pydoc", "\n\n".join(texts[:cut]), "\n\n".join(texts[cut:]))
+
+
+def _stdlib() -> Corpus:
+    """Source code of the modules at the top level of the installed Python's standard library.
+
+    Every fifth module is part of the evaluation text, the others of the calibration text.
+    """
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in modules]
+    kept = [text for number, text in enumerate(texts) if number % 5 != 4]
+    return Corpus("stdlib", "\n".join(kept), "\n".join(texts[4::5]))
 
 
 def _wikitext2(cache_dir: str | None) -> Corpus:

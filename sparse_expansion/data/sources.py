@@ -14,7 +14,7 @@ from sparse_expansion.data.rows import Rows, split_documents
 from sparse_expansion.data.windows import Text
 from sparse_expansion.messages import first_line
 
-NAMED = ("wikitext2", "c4", "pydoc")
+NAMED = ("wikitext2", "c4", "pydoc", "stdlib")
 HUB = "hf:"
 """What the names of other data sets of the hub begin with."""
 MOST_CHARACTERS = 40_000_000

@@ -1,5 +1,8 @@
+import abc
 import gzip
+import inspect
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -20,6 +23,16 @@ def test_pydoc_is_offline_english_and_split():
     assert len(corpus.calibration) > 100_000 and len(corpus.evaluation) > 50_000
     assert "statement" in corpus.calibration
     assert corpus.evaluation[:2000] not in corpus.calibration
+
+
+def test_stdlib_is_offline_source_code_and_split():
+    corpus = load_corpus("stdlib")
+    assert len(corpus.calibration) > len(corpus.evaluation) > 100_000
+    assert inspect.getsource(abc) in corpus.calibration
+    # Every fifth of the modules, which are in the order of their names: __future__ comes first.
+    names = sorted(path.stem for path in Path(abc.__file__).parent.glob("*.py"))
+    fifth = Path(abc.__file__).with_name(f"{names[4]}.py").read_text(encoding="utf-8")
+    assert corpus.evaluation.startswith(fifth) and fifth not in corpus.calibration
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
@@ -49,7 +62,7 @@ def test_a_single_file_is_split(tmp_path):
 
 
 def test_bad_datasets(tmp_path):
-    with pytest.raises(ValueError, match="neither wikitext2, c4, pydoc nor an existing"):
+    with pytest.raises(ValueError, match="neither wikitext2, c4, pydoc, stdlib nor an existing"):
         check_dataset("wikitext3")
     with pytest.raises(ValueError, match="no train or valid"):
         check_dataset(str(tmp_path))
