@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def _measure(
             listener.say("measuring the ceilings of a worker")
             measure_ceilings(executor, config, measured)
         listener.start("evaluate", shell.num_blocks)
-        nll, per_window = evaluate(
+        scores = evaluate(
             "dense",
             tokens,
             config,
@@ -116,16 +116,34 @@ def _measure(
     result: dict[str, Any] = {
         "model": origin.name,
         "is_expanded": shell.expansion is not None,
-        "perplexity": nll.perplexity,
-        "num_eval_tokens": nll.num_tokens,
-        "num_windows": len(per_window),
+        "perplexity": scores.nll.perplexity,
+        "num_eval_tokens": scores.nll.num_tokens,
+        "num_windows": len(scores.per_window),
         "seqlen": seqlen,
         "dataset": text.name,
         "seconds": measured.seconds["evaluate_dense"],
         "peak_memory_bytes": measured.peak_memory_bytes,
         **measured.machine(),
     }
+    if shell.expansion is not None:
+        result["routed"] = _routed(shell, scores.tokens_by_expert)
     profile = measured.profile()
     if profile is not None:
         result["profile"] = profile
     return result
+
+
+def _routed(shell: ModelShell, tokens_by_expert: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    from sparse_expansion.model.expansion import ExpandedLinear
+    from sparse_expansion.report.experts import expert_rows
+    from sparse_expansion.report.routed import routed_facts
+    from sparse_expansion.store import Store
+
+    widths = {
+        f"{layer}.{name}": module.in_features
+        for layer in range(shell.num_blocks)
+        for name, module in shell.meta_block(layer).named_modules()
+        if isinstance(module, ExpandedLinear)
+    }
+    # A folder that was copied or saved again has no records of the run that made it.
+    return routed_facts(tokens_by_expert, expert_rows(Store(str(shell.folder)).records()), widths)

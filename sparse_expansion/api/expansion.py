@@ -211,7 +211,7 @@ def _evaluate(
     for kind in ("dense", "expanded"):
         prefix = "dense_" if kind == "dense" else ""
         listener.start(f"evaluate {kind}", prepared.shell.num_blocks)
-        nll, _ = evaluate(
+        nll = evaluate(
             kind,
             tokens,
             prepared.config,
@@ -222,7 +222,7 @@ def _evaluate(
             model_bytes=metrics[f"{prefix}checkpoint_bytes"],
             num_shards=executor.num_workers,
             num_ranges=options.eval_pipeline,
-        )
+        ).nll
         listener.say(f"{kind} perplexity {nll.perplexity:.3f}")
         metrics[f"perplexity_{kind}"] = nll.perplexity
         metrics["num_eval_tokens"] = nll.num_tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +16,18 @@ from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.evaluation import evaluation_units
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.types import CompressionError, NllSum
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a model foretells the tokens of windows."""
+
+    nll: NllSum
+    """The sum over all windows."""
+    per_window: list[NllSum]
+    """Each window's."""
+    tokens_by_expert: dict[str, list[int]]
+    """Tokens that every expert of a group was given, by block and first linear of the group."""
 
 
 def evaluate(
@@ -29,7 +43,7 @@ def evaluate(
     num_ranges: int = 1,
     model_bytes: float = 0.0,
     pruned: str | None = None,
-) -> tuple[NllSum, list[NllSum]]:
+) -> Scores:
     """Perplexity of ``dense`` (the source) or ``expanded`` (the store's folder).
 
     Args:
@@ -44,9 +58,6 @@ def evaluate(
         num_ranges: ranges of blocks that the model is cut into.
         model_bytes: bytes of the model's weight files, for a profile.
         pruned: name of the pruned neurons to put in place of the dense ones.
-
-    Returns:
-        The sum over all windows, and each window's.
 
     Raises:
         CompressionError: a window's loss is not finite.
@@ -79,4 +90,14 @@ def evaluate(
             f"{len(per_window)} windows: its weights are damaged, or overflow in "
             f"{str(shell.dtype).removeprefix('torch.')}"
         )
-    return sum(per_window, NllSum(0.0, 0)), per_window
+    tokens: dict[str, Counter[int]] = {}
+    for unit in units:
+        for name, counts in reports[unit.key].stats.get("tokens_by_expert", {}).items():
+            tokens.setdefault(name, Counter()).update(dict(enumerate(counts)))
+    return Scores(
+        nll=sum(per_window, NllSum(0.0, 0)),
+        per_window=per_window,
+        tokens_by_expert={
+            name: [counts[expert] for expert in sorted(counts)] for name, counts in tokens.items()
+        },
+    )

@@ -133,15 +133,24 @@ def expert_summary(facts: Sequence[LinearFacts]) -> str:
 def evaluation_table(result: dict[str, Any]) -> str:
     """The result of ``evaluate``."""
     kind = "expanded" if result["is_expanded"] else "dense"
-    text = table(
-        [
-            ("model", f"{result['model']} ({kind})"),
-            ("perplexity (per token)", f"{result['perplexity']:.3f}"),
-            ("windows", f"{result['num_windows']} x {result['seqlen']} tokens"),
-            ("scored tokens", str(result["num_eval_tokens"])),
-            ("seconds", f"{result['seconds']:.1f}"),
-        ]
-    )
+    routed = result.get("routed", {})
+    rows = [
+        ("model", f"{result['model']} ({kind})"),
+        ("perplexity (per token)", f"{result['perplexity']:.3f}"),
+        ("windows", f"{result['num_windows']} x {result['seqlen']} tokens"),
+        ("scored tokens", str(result["num_eval_tokens"])),
+        ("seconds", f"{result['seconds']:.1f}"),
+    ]
+    if "used_experts" in routed:
+        rows.append(("experts in use", f"as if {routed['used_experts']:.1f} took equal shares"))
+    if "thin_share" in routed:
+        rows.append(
+            (
+                "tokens of thin experts",
+                f"{routed['thin_share']:.1%} (made on fewer tokens than inputs have features)",
+            )
+        )
+    text = table(rows)
     return f"{text}\n\n{profile_table(result['profile'])}" if "profile" in result else text
 
 

@@ -65,7 +65,7 @@ def prune_neurons(
     store.delete_folder(HIDDEN.rstrip("/"))
 
     def score(pruned: str | None) -> NllSum:
-        nll, _ = evaluate(
+        return evaluate(
             "dense",
             evaluation,
             config,
@@ -75,8 +75,7 @@ def prune_neurons(
             Measurements(),
             num_shards=executor.num_workers,
             pruned=pruned,
-        )
-        return nll
+        ).nll
 
     dense = score(None)
     rows = [

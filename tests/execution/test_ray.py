@@ -150,7 +150,7 @@ def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_fo
     tokens = evaluation_tokens(run.prepared.texts, seqlen=48, max_windows=7, vocabulary=512)
 
     def perplexity(model, executor, **split):
-        nll, windows = evaluate(
+        found = evaluate(
             model,
             tokens,
             run.settings,
@@ -160,8 +160,8 @@ def test_evaluation_equals_the_local_one(cluster, tmp_path, neox_folder, text_fo
             run.measured,
             **split,
         )
-        assert len(windows) == 7 and nll.num_tokens == 7 * 47
-        return nll.perplexity
+        assert len(found.per_window) == 7 and found.nll.num_tokens == 7 * 47
+        return found.nll.perplexity
 
     wanted = {model: perplexity(model, local) for model in ("dense", "expanded")}
     assert wanted["dense"] != wanted["expanded"]

@@ -10,6 +10,7 @@ from sparse_expansion.algorithms.hessian import merge_hessians
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.data.activations import GroupInputs
 from sparse_expansion.data.transfers import to_device
+from sparse_expansion.model.routed_tokens import counted_tokens
 from sparse_expansion.run_files import block_key, pruned_file
 from sparse_expansion.types import CompressionError, HessianSum
 from sparse_expansion.work.blocks import set_weight
@@ -40,6 +41,7 @@ def evaluate(
         pruned: name of the pruned neurons to put in place of the dense ones.
     """
     shell = context.shell(model)
+    routed: dict[str, list[int]] = {}
     windows = torch.tensor(tokens, dtype=torch.int64)
     hidden = embed_windows(context, windows, model) if hidden is None else own_copy(context, hidden)
     with torch.no_grad():
@@ -47,14 +49,17 @@ def evaluate(
             block = shell.load_block(layer)
             if pruned is not None:
                 _put_pruned(context, block, layer, pruned)
-            pass_through(context, layer, block, windows, hidden, model)
+            with counted_tokens(block) as counts:
+                pass_through(context, layer, block, windows, hidden, model)
+            routed |= {f"{layer}.{name}": tokens.tolist() for name, tokens in counts.items()}
             del block
             if shell.expansion is not None:
                 shell.expert_cache.clear()
     if layers[1] + 1 < shell.num_blocks:
-        return Done(outputs={"hidden": hidden})
+        return Done(outputs={"hidden": hidden}, stats={"tokens_by_expert": routed})
     nll = score_windows(context, windows, hidden, model)
-    return Done(stats={"nll": [(part.total, part.num_tokens) for part in nll]})
+    losses = [(part.total, part.num_tokens) for part in nll]
+    return Done(stats={"nll": losses, "tokens_by_expert": routed})
 
 
 def _put_pruned(context: WorkContext, block: nn.Module, layer: int, pruned: str) -> None:

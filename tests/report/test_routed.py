@@ -1,0 +1,82 @@
+"""Where an expanded model sends a text: hand values, and the model's own routing."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_expansion import evaluate
+from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.data.windows import evaluation_windows
+from sparse_expansion.report.experts import ExpertRow, finished_experts
+from sparse_expansion.report.routed import routed_facts
+from sparse_expansion.report.tables import evaluation_table
+from sparse_expansion.store import Store
+from tests.model.running import expanded_linears
+
+
+def row(expert, tokens):
+    return ExpertRow(0, "mlp.up+gate", "mlp.up", expert, tokens, 0.1, False, 0.01, 1, 0)
+
+
+def test_by_hand():
+    experts = [row(0, 100), row(1, 3)]
+    facts = routed_facts({"0.mlp.up": [30, 10]}, experts, {"0.mlp.up": 16})
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert facts == pytest.approx({"used_experts": math.exp(entropy), "thin_share": 0.25})
+    # A group without tokens says nothing; without records it is not known who is thin.
+    counts = {"0.mlp.up": [5, 5], "0.mlp.down": [0, 0]}
+    assert routed_facts(counts, [], {"0.mlp.up": 16}) == pytest.approx({"used_experts": 2.0})
+    assert routed_facts({}, experts, {}) == {}
+
+
+@pytest.fixture(scope="module")
+def result(measured_run, text_folder):
+    return evaluate(measured_run, text_folder, seqlen=48, eval_windows=4).metrics
+
+
+def test_a_text_is_routed_as_by_the_loaded_model(measured_run, text_folder, result):
+    model = AutoModelForCausalLM.from_pretrained(measured_run)
+    owners = [linear for linear in expanded_linears(model) if hasattr(linear, "router")]
+    shares = {}
+
+    def note(linear, inputs, output):
+        experts = linear.router.experts(inputs[0].reshape(-1, linear.in_features))
+        counts = torch.bincount(experts, minlength=len(linear.experts)).double()
+        shares[linear] = counts / counts.sum()
+
+    for linear in owners:
+        linear.register_forward_hook(note)
+    tokenizer = AutoTokenizer.from_pretrained(measured_run)
+    text = load_corpus(text_folder).evaluation
+    windows = evaluation_windows(
+        text,
+        lambda part, most=None: torch.tensor(tokenizer(part)["input_ids"]),
+        seqlen=48,
+        max_windows=4,
+    )
+    with torch.no_grad():
+        model(windows)
+    used = [math.exp(float(torch.special.entr(share).sum())) for share in shares.values()]
+    assert len(used) == len(owners) > 2
+    assert result["routed"]["used_experts"] == pytest.approx(sum(used) / len(used))
+    thin = {
+        (each.layer, each.linear, each.expert)
+        for each in finished_experts(Store(str(measured_run)))
+        if each.tokens < owners[0].in_features
+    }
+    assert bool(thin) == (result["routed"]["thin_share"] > 0)
+
+
+def test_the_table_says_it(measured_run, text_folder, tmp_path, result):
+    table = evaluation_table(result)
+    assert f"as if {result['routed']['used_experts']:.1f} took equal shares" in table
+    assert "tokens of thin experts" in table
+    copied = tmp_path / "copy"
+    shutil.copytree(measured_run, copied, ignore=shutil.ignore_patterns("units", ".sparse*"))
+    assert not Store(str(copied)).records()
+    found = evaluate(copied, text_folder, seqlen=48, eval_windows=4).metrics
+    assert found["routed"] == {"used_experts": pytest.approx(result["routed"]["used_experts"])}
+    assert "tokens of thin experts" not in evaluation_table(found)
