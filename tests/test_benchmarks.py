@@ -193,3 +193,21 @@ def test_the_quality_table_grows_and_is_not_run_twice(
     assert {row["calibration_tokens"] for row in more} == {8 * 48, 16 * 48}
     curve = (output / "tokens-0.svg").read_text()
     assert "calibration tokens" in curve and "magnitude" in curve and "384" in curve
+    mixed = "--dataset-size 8 --block-size 16 --dataset {dataset}:1,{other}:1"
+    settings |= {
+        "also": {"other": str(text_folder)},
+        "calibrations": {"both": mixed},
+        "methods": {"one cluster": "--num_clusters 1", "two": "--num_clusters 2"},
+        "seeds": [0],
+    }
+    both, text = rows_after_a_run()
+    assert (commands.count("expand"), commands.count("evaluate")) == (11, 10 + 2 + 2 * 2)
+    one, two = both[-2:]
+    # The other text is the same one, and as much of it is kept aside.
+    np.testing.assert_allclose(one["others"]["other"]["gap"], one["gap"])
+    assert (one["used_experts"], one["others"]["other"]["used_experts"]) == (1, 1)
+    assert 1 < two["used_experts"] <= 2 and "thin_share" in two["others"]["other"]
+    assert f"{two['others']['other']['gap'] / one['gap']:.3f} (0.000)" in text
+    assert "70 %, both, two, other" in text
+    bars = (output / "texts-0-0.svg").read_text()
+    assert "calibrated on" in bars and "other" in bars and "two" in bars

@@ -10,12 +10,17 @@ as Parquet and figures: mean and standard deviation over seeds of the gap (log-p
 dense model's, nats per token), and its ratio to the reference method's gap for the same point,
 calibration and seed. Where there is more than one calibration, gaps over calibration tokens are
 drawn too, a figure per point; `tokens.json` asks for 1 to 64 clusters on 16 to 256 windows.
+
+A settings file may name other texts under `also`: every row is measured on them too, with the
+share of their tokens that go to experts made on few. `off_domain.json` does so, with the text
+alone and with a mixture of it and the others (`{dataset}` stands for the text in flags).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +37,8 @@ from sparse_expansion.store import Store
 
 SETTINGS = Path(__file__).with_name("settings.json")
 ROWS = "rows.json"
+OWN_TEXT = ""
+"""The name of the text that is calibrated on, among those that are measured on."""
 Row = dict[str, Any]
 
 
@@ -43,7 +50,7 @@ def wanted(settings: dict[str, Any]) -> Iterator[Row]:
             for point, shape in settings["points"].items():
                 for method, how in settings["methods"].items():
                     if (point, method) not in left_out:
-                        yield {
+                        found = {
                             "point": point,
                             "calibration": calibration,
                             "method": method,
@@ -51,11 +58,15 @@ def wanted(settings: dict[str, Any]) -> Iterator[Row]:
                             "flags": f"{settings['common']} {size} {shape} {how} --seed {seed}",
                             "evaluation": f"{settings['common']} {settings['evaluation']}",
                         }
+                        also = settings.get("also")
+                        yield found if not also else found | {"also": also}
 
 
 def name_of(row: Row) -> tuple[Any, ...]:
     """What tells rows apart: how each is expanded, then how it is evaluated."""
-    return tuple(row[key] for key in ("flags", "evaluation", "model", "dataset", "hold_out"))
+    texts = json.dumps(row.get("also", {}), sort_keys=True)
+    named = tuple(row[key] for key in ("flags", "evaluation", "model", "dataset", "hold_out"))
+    return (*named, texts)
 
 
 def held_out(dataset: str, share: float, folder: Path) -> Path:
@@ -68,22 +79,32 @@ def held_out(dataset: str, share: float, folder: Path) -> Path:
     return folder
 
 
+def by_text(row: Row) -> Iterator[Row]:
+    """A measured row for each text that it was measured on; the first is its own."""
+    yield row | {"text": OWN_TEXT}
+    for text, found in row.get("others", {}).items():
+        yield row | found | {"text": text}
+
+
 def summary(rows: list[Row], reference: str) -> list[Row]:
     """Means over seeds of the gaps, and of their ratios to the reference's gaps seed by seed."""
-    gaps = {(r["point"], r["calibration"], r["method"], r["seed"]): r["gap"] for r in rows}
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    rows = [one for row in rows for one in by_text(row)]
+    kinds = ("text", "point", "calibration", "method")
+    gaps = {(*(row[kind] for kind in kinds), row["seed"]): row["gap"] for row in rows}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["point"], row["calibration"], row["method"]), []).append(row)
+        groups.setdefault(tuple(row[kind] for kind in kinds), []).append(row)
     found = []
-    for (point, calibration, method), same in groups.items():
+    for (text, point, calibration, method), same in groups.items():
         each = [row["gap"] for row in same]
         ratios = [
-            row["gap"] / gaps[point, calibration, reference, row["seed"]]
+            row["gap"] / gaps[text, point, calibration, reference, row["seed"]]
             for row in same
-            if (point, calibration, reference, row["seed"]) in gaps
+            if (text, point, calibration, reference, row["seed"]) in gaps
         ]
         found.append(
             {
+                "text": text,
                 "point": point,
                 "calibration": calibration,
                 "method": method,
@@ -103,11 +124,18 @@ def summary(rows: list[Row], reference: str) -> list[Row]:
 def summary_table(found: list[Row], reference: str) -> str:
     """The summary as text."""
     cells: list[tuple[str, ...]] = [
-        ("point, calibration, method", "seeds", "perplexity", "gap", f"of {reference}", "cost")
+        (
+            "point, calibration, method, text",
+            "seeds",
+            "perplexity",
+            "gap",
+            f"of {reference}",
+            "cost",
+        )
     ]
     cells += [
         (
-            f"{row['point']}, {row['calibration']}, {row['method']}",
+            ", ".join(filter(None, (row["point"], row["calibration"], row["method"], row["text"]))),
             str(row["seeds"]),
             f"{row['perplexity']:.3f}",
             f"{row['gap']:.4f} ({row['gap_deviation']:.4f})",
@@ -121,27 +149,46 @@ def summary_table(found: list[Row], reference: str) -> str:
 
 def ratios_figure(found: list[Row], calibration: str, reference: str) -> Any:
     """Ratios to the reference's gap, points beside each other, a colour per method."""
-    rows = [row for row in found if row["calibration"] == calibration]
-    points = list(dict.fromkeys(row["point"] for row in rows))
+    rows = [r for r in found if r["calibration"] == calibration and r["text"] == OWN_TEXT]
+    return bars(rows, "point", reference, title=calibration)
+
+
+def texts_figure(found: list[Row], calibration: str, point: str, reference: str) -> Any:
+    """Ratios to the reference's gap, texts beside each other, a colour per method."""
+    rows = [row for row in found if (row["calibration"], row["point"]) == (calibration, point)]
+    named = [row | {"text": row["text"] or "calibrated on"} for row in rows]
+    return bars(named, "text", reference, title=f"{point}, {calibration}")
+
+
+def bars(rows: list[Row], along: str, reference: str, *, title: str) -> Any:
+    """Ratios of rows to the reference's gap, a colour per method.
+
+    Args:
+        rows: of a summary.
+        along: what lies beside each other, ``point`` or ``text``.
+        reference: the method whose gap is 1.
+        title: of the figure.
+    """
+    points = list(dict.fromkeys(row[along] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = figure_and_axes("", f"gap over that of {reference}")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         same = [row for row in rows if row["method"] == method]
-        places = [points.index(row["point"]) + (number + 0.5) * width - 0.4 for row in same]
+        places = [points.index(row[along]) + (number + 0.5) * width - 0.4 for row in same]
         heights = [row["ratio"] for row in same]
         spread = [row["ratio_deviation"] for row in same]
         axes.bar(places, heights, width, yerr=spread, label=method, color=f"C{number}")
     axes.axhline(1, color="0.5", linestyle=":")
     axes.set_xticks(range(len(points)), points)
-    axes.set_title(calibration, fontsize="medium", loc="left")
+    axes.set_title(title, fontsize="medium", loc="left")
     figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
 def curves_figure(found: list[Row], point: str) -> Any:
     """Gap over calibration tokens, a line per method."""
-    rows = [row for row in found if row["point"] == point]
+    rows = [row for row in found if row["point"] == point and row["text"] == OWN_TEXT]
     figure, axes = figure_and_axes("calibration tokens", "gap, nats per token")
     for method in dict.fromkeys(row["method"] for row in rows):
         same = sorted(
@@ -160,25 +207,42 @@ def curves_figure(found: list[Row], point: str) -> Any:
     return figure
 
 
-def measured_row(row: Row, dataset: str, dense: float) -> Row:
-    """The row with its results: one expansion and one evaluation.
+def evaluated(row: Row, model: str | Path, dataset: str) -> dict[str, Any]:
+    """The result of `evaluate` of a dense or expanded model, as the row asks."""
+    return command("evaluate", "--model", model, "--dataset", dataset, *row["evaluation"].split())
+
+
+def measured_row(row: Row, texts: dict[str, str], dense: dict[str, float]) -> Row:
+    """The row with its results: one expansion, and an evaluation on every text.
 
     Args:
         row: a row without results.
-        dataset: the text to calibrate and to measure on.
-        dense: the dense model's perplexity on it.
+        texts: the texts to measure on by name; calibrated is on ``OWN_TEXT`` where the row's flags
+            do not say otherwise.
+        dense: the dense model's perplexities on them.
     """
+    flags = row["flags"].format_map({"dataset": texts[OWN_TEXT], **texts}).split()
     with tempfile.TemporaryDirectory() as output:
-        flags = ["--model", row["model"], "--dataset", dataset, *row["flags"].split()]
-        metrics = command("expand", *flags, "--output", output)
-        evaluation = ["--dataset", dataset, *row["evaluation"].split()]
-        scored = command("evaluate", "--model", output, *evaluation)
+        where = ["--model", row["model"], "--dataset", texts[OWN_TEXT]]
+        metrics = command("expand", *where, *flags, "--output", output)
+        scored = {text: evaluated(row, output, dataset) for text, dataset in texts.items()}
+    own = scored.pop(OWN_TEXT)
     metrics |= {
-        "perplexity_dense": dense,
-        "perplexity_expanded": scored["perplexity"],
-        "num_eval_tokens": scored["num_eval_tokens"],
+        "perplexity_dense": dense[OWN_TEXT],
+        "perplexity_expanded": own["perplexity"],
+        "num_eval_tokens": own["num_eval_tokens"],
     }
-    return row | found_in(metrics)
+    others = {
+        text: {
+            "perplexity_dense": dense[text],
+            "perplexity": result["perplexity"],
+            "gap": math.log(result["perplexity"] / dense[text]),
+            "num_eval_tokens": result["num_eval_tokens"],
+            **result["routed"],
+        }
+        for text, result in scored.items()
+    }
+    return row | found_in(metrics) | own["routed"] | {"others": others}
 
 
 def found_in(metrics: dict[str, Any]) -> Row:
@@ -193,12 +257,12 @@ def found_in(metrics: dict[str, Any]) -> Row:
     }
 
 
-def measure_missing(rows: list[Row], dataset: str, store: Store) -> list[Row]:
+def measure_missing(rows: list[Row], texts: dict[str, str], store: Store) -> list[Row]:
     """Measure the rows that the store's file lacks, and write it after each.
 
     Args:
         rows: rows without results.
-        dataset: the text to calibrate and to measure on.
+        texts: see ``measured_row``.
         store: the folder with the file.
 
     Returns:
@@ -211,11 +275,13 @@ def measure_missing(rows: list[Row], dataset: str, store: Store) -> list[Row]:
             continue
         same = [each for each in measured.values() if name_of(each)[1:] == name_of(row)[1:]]
         if same:
-            dense = same[0]["perplexity_dense"]
+            dense = {one["text"]: one["perplexity_dense"] for one in by_text(same[0])}
         else:
-            where = ["--model", row["model"], "--dataset", dataset]
-            dense = command("evaluate", *where, *row["evaluation"].split())["perplexity"]
-        measured[name_of(row)] = measured_row(row, dataset, dense)
+            dense = {
+                text: evaluated(row, row["model"], dataset)["perplexity"]
+                for text, dataset in texts.items()
+            }
+        measured[name_of(row)] = measured_row(row, texts, dense)
         store.write_json(ROWS, list(measured.values()))
     # A changed settings file leaves rows behind that it does not ask for: they stay in the file.
     return [measured[name] for name in dict.fromkeys(map(name_of, rows))]
@@ -231,6 +297,14 @@ def figures_of(found: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
         figures |= {
             f"tokens-{number}": curves_figure(found, point)
             for number, point in enumerate(settings["points"])
+        }
+    if settings.get("also"):
+        figures |= {
+            f"texts-{number}-{place}": texts_figure(
+                found, calibration, point, settings["reference"]
+            )
+            for number, calibration in enumerate(settings["calibrations"])
+            for place, point in enumerate(settings["points"])
         }
     return figures
 
@@ -250,10 +324,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = {"model": str(args.model), "dataset": args.dataset, "hold_out": args.hold_out}
     rows = [row | text for row in wanted(settings)]
     with tempfile.TemporaryDirectory() as folder:
-        dataset = args.dataset
+        texts = {OWN_TEXT: args.dataset, **settings.get("also", {})}
         if args.hold_out is not None:
-            dataset = str(held_out(args.dataset, args.hold_out, Path(folder) / "text"))
-        measured = measure_missing(rows, dataset, Store(args.output))
+            texts = {
+                name: str(held_out(dataset, args.hold_out, Path(folder) / f"text-{number}"))
+                for number, (name, dataset) in enumerate(texts.items())
+            }
+        measured = measure_missing(rows, texts, Store(args.output))
     found = summary(measured, settings["reference"])
     write_table(columns_of(found), str(args.output / "summary.parquet"))
     save(figures_of(found, settings), args.output)
