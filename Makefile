@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := demo
 RESULTS := $(DEMO)/expanded
 
-# Processes that tests are dealt out to: one more than there are processors, for those that use Ray
+# Processes that tests are dealt out to: two more than there are processors, for those that use Ray
 # wait for others most of the time.
-PROCESSES = $(shell $(PYTHON) -c "import os; print(1 + os.cpu_count())")
+PROCESSES = $(shell $(PYTHON) -c "import os; print(2 + os.cpu_count())")
 
 .PHONY: demo test cluster-setup lint format docs clean
 

@@ -180,12 +180,15 @@ def neox_folder(made_once: MadeOnce, tokenizer, long_text_folder: Path) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """How tests are dealt out to processes (`pytest -n`, `--dist loadgroup`).
 
-    A file's tests stay together, since they share what they have made; so do all that start a Ray,
-    for which two at a time would be too much for a small machine. Around all other hooks: xdist
-    reads the marks in its own, which asks to be the first.
+    A file's tests stay together, since they share what they have made; so do those that start a
+    Ray in their own process or join the shared one, for which more than one at a time would be too
+    much for a small machine. Those that start `ray` as a command, with a home and ports of their
+    own, wait for it most of the time: they are a group beside. Around all other hooks: xdist reads
+    the marks in its own, which asks to be the first.
     """
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path.relative_to(HERE))
+        ray = item.get_closest_marker("ray")
+        group = ray.kwargs.get("group", "ray") if ray else str(item.path.relative_to(HERE))
         item.add_marker(pytest.mark.xdist_group(group))
     # What takes longest first, so that no process is left with it at the end: the tests on Ray,
     # then those of documents and benchmarks, which lie in no folder of their own.

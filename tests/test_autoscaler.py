@@ -2,7 +2,6 @@
 
 import json
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from sparse_expansion.cli import main
 from sparse_expansion.config import ExecutionOptions
 from sparse_expansion.execution.ray.executor import RayExecutor
 from sparse_expansion.work.spec import WorkerSpec
-from tests.execution.ray_helpers import BIN, free_port, ray_head
+from tests.execution.ray_helpers import free_port, ray_head
+from tests.jobs import processes
 from tests.tiny import SMALL_RUN, digests
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.ray(group="ray commands")
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_TYPE = "ray.head.default"
 HEAD_ID = "f" * 51 + "00000"
@@ -89,21 +89,17 @@ def test_from_zero_up_and_back(cluster, tmp_path, neox_folder, text_folder):
         assert len(alive()) == 1 and ray.cluster_resources().get("GPU", 0) == 0
         with pytest.raises(ValueError, match="--num-workers"):
             RayExecutor(WorkerSpec(store="", source=None), ExecutionOptions(executor="ray"))
-        job = subprocess.Popen(
-            [str(BIN / "sparse-expansion"), "expand", *common, "--output", str(there)]
-            + ["--executor", "ray", "--ray-address", cluster, "--num-workers", "2"]
-            + ["--gpus-per-worker", "1", "--threads", "1", "--device", "cpu"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = ["expand", *common, "--output", str(there), "--executor", "ray"]
+        command += ["--ray-address", cluster, "--num-workers", "2", "--gpus-per-worker", "1"]
+        log = tmp_path / "log"
+        job = processes.start([*command, "--threads", "1", "--device", "cpu"], log)
         most = 0
         deadline = time.monotonic() + 150
-        while job.poll() is None:
+        while job.is_alive():
             most = max(most, len(alive()))
             assert time.monotonic() < deadline, "the job did not end"
             time.sleep(0.5)
-        assert job.returncode == 0, job.stdout.read()
+        assert job.exitcode == 0, log.read_text()
         assert most == 3
         while len(alive()) > 1:
             assert time.monotonic() < deadline, "idle nodes were kept"

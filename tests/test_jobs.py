@@ -15,7 +15,7 @@ from tests.execution.ray_helpers import BIN, free_port, ray_head
 from tests.tiny import SMALL_RUN as SMALL
 from tests.tiny import digests
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.ray(group="ray commands")
 ROOT = Path(__file__).resolve().parent.parent
 
 
