@@ -31,13 +31,16 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.report.facts import read_facts
     from sparse_expansion.report.tables import report_text
 
+    args.progress.doing("reading the run")
     facts = read_facts(open_run(args.folder))
     if args.html is not None:
+        args.progress.doing("drawing the page")
         from sparse_expansion.report.page import report_page
         from sparse_expansion.store import write_file
 
         write_file(args.html, report_page(facts, price_per_hour=args.price_per_hour).encode())
     if args.plots:
+        args.progress.doing("drawing the figures")
         from sparse_expansion.report.figures.canvas import save
         from sparse_expansion.report.figures.run import run_figures
 

@@ -14,7 +14,7 @@ import ray
 from ray._private import ray_constants, services
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
-from sparse_expansion.execution.base import Observer
+from sparse_expansion.execution.base import Observer, Working
 from sparse_expansion.execution.ray.graph_run import GraphRun
 from sparse_expansion.execution.ray.liveness import try_connection
 from sparse_expansion.execution.ray.metrics import RunMetrics
@@ -54,11 +54,22 @@ class RayExecutor:
             environment={} if starts_ray else _handed_on(),
         )
         self._metrics = RunMetrics()
+        self._graph: GraphRun | None = None
 
     @property
     def num_workers(self) -> int:
         """Workers that do units at the same time, once all have come up."""
         return self.pool.num_workers
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether every worker gets a GPU, or a share of one."""
+        return bool(self.pool.options["num_gpus"]) and self.pool.spec.device != "cpu"
+
+    def working(self) -> list[Working]:
+        """See ``Executor.working``."""
+        graph = self._graph
+        return [] if graph is None else graph.working()
 
     def _connect(self, starts_ray: bool) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -89,10 +100,13 @@ class RayExecutor:
         self, units: Sequence[Unit], config: RunConfig, observer: Observer
     ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
-        graph = GraphRun(
+        self._graph = GraphRun(
             self.pool, self.options, self._metrics, units=units, config=config, observer=observer
         )
-        return graph.loop()
+        try:
+            return self._graph.loop()
+        finally:
+            self._graph = None
 
     def close(self) -> None:
         """Give the workers back, and Ray too if it was started here."""
