@@ -31,7 +31,7 @@ def begin_work(args: argparse.Namespace) -> None:
     """
     args.progress.doing("loading libraries")
     silence_transformers(args.verbose)
-    check_devices(args.executor, args.device, getattr(args, "kmeans", None))
+    check_devices(getattr(args, "executor", "local"), args.device, getattr(args, "kmeans", None))
 
 
 def model_request(args: argparse.Namespace) -> ModelRequest:
