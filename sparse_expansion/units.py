@@ -43,6 +43,9 @@ class Unit:
     """Estimated bytes of the values it hands on."""
     cache_bytes: int = 0
     """Estimated bytes that its worker keeps for units of the same affinity."""
+    tokens: float = 0.0
+    """Tokens that it takes through the whole model; through a part of the blocks, so large a part
+    of them."""
     traffic_bytes: int = 0
     """Estimated bytes of weights, activations, sums and files that it has to read and write."""
 

@@ -229,6 +229,17 @@ def test_every_submitted_job_parses():
         parse_arguments([command, *shlex.split(line)])
 
 
+@pytest.mark.parametrize("command", ["run", "expand", "evaluate", "analyze", "allocate"])
+def test_a_job_is_its_command_on_the_jobs_own_cluster(command, monkeypatch):
+    given = []
+    monkeypatch.setattr("ray_jobs._entry.main", lambda arguments: given.append(arguments) or 7)
+    monkeypatch.setattr(sys, "argv", ["x", "--num_workers", "2"])
+    with pytest.raises(SystemExit, match="7"):
+        runpy.run_path(str(ROOT / "ray_jobs" / f"{command}.py"), run_name="__main__")
+    where = ["--executor", "ray", "--ray-address", "auto"]
+    assert given == [[command, "--num-workers", "2", *where]]
+
+
 def test_every_benchmark_that_is_named_is_there():
     named = set()
     for page in PAGES:

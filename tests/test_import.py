@@ -10,7 +10,7 @@ import pytest
 import sparse_expansion
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "transformers", "ray", "sklearn"}
+HEAVY = {"torch", "transformers", "ray", "rich", "sklearn"}
 AS_CONSOLE_SCRIPT = "import sys; sys.argv[0] = '/x/bin/sparse-expansion'; "
 IS_REGISTERED = (
     "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs; "

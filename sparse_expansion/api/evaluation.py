@@ -66,12 +66,15 @@ def open_model(origin: Origin, dtype: str, listener: Listener) -> ModelShell:
     from sparse_expansion.model.verification import check_finite, verify
 
     listener.say(f"model {origin.name}")
+    listener.doing("reading the model")
     shell = origin.shell(dtype)
     if shell.expansion is not None and (shell.folder / MANIFEST_NAME).exists():
+        listener.doing("hashing the model's tensors")
         listener.say(f"{verify(shell.folder)} tensors agree with their digests")
     elif shell.expansion is not None:
         listener.say(f"no {MANIFEST_NAME}, as save_pretrained leaves it: no digests to check")
     if shell.expansion is not None:
+        listener.doing("checking the model's numbers")
         check_finite(shell.files)
     return shell
 
@@ -88,6 +91,7 @@ def _measure(
     config = RunConfig(dtype=job.values["dtype"])
     shell = open_model(origin, config.dtype, listener)
     seqlen = window_length(job.values["seqlen"], shell.config)
+    listener.doing("tokenizing the text")
     tokens = evaluation_tokens(
         text.load(load_tokenizer(shell.folder)),
         seqlen=seqlen,
@@ -99,6 +103,7 @@ def _measure(
     ) as executor:
         if job.options.profile:
             listener.say("measuring the ceilings of a worker")
+            listener.doing("measuring the ceilings of a worker")
             measure_ceilings(executor, config, measured)
         listener.start("evaluate", shell.num_blocks)
         scores = evaluate(
@@ -110,7 +115,6 @@ def _measure(
             listener.update,
             measured,
             model_bytes=shell.files.num_bytes,
-            num_shards=executor.num_workers,
             num_ranges=job.options.eval_pipeline,
         )
     result: dict[str, Any] = {

@@ -112,7 +112,9 @@ def _expand_and_measure(
 
     options = job.options
     prepared, windows = _prepare(job, origin, text, listener)
+    listener.doing("tokenizing the evaluation text")
     tokens = _evaluation_tokens(job, prepared) if job.measures else None
+    listener.doing("preparing the output folder")
     with _output_folder(job.output) as output:
         check_room(output, disk_bytes(prepared.config, prepared.shell.config))
         store = Store(output)
@@ -142,10 +144,15 @@ def _prepare(
     from sparse_expansion.model.checkpoint import load_config
 
     listener.say(f"model {origin.name}")
+    listener.doing("fetching the model")
     folder = origin.fetch()
     seqlen = window_length(job.values["seqlen"], load_config(folder))
     prepared, windows = prepare(
-        run_config(job.values, seqlen), folder, text=text, model_name=origin.name
+        run_config(job.values, seqlen),
+        folder,
+        text=text,
+        model_name=origin.name,
+        doing=listener.doing,
     )
     if advice := slow_dtype(prepared.shell.dtype):
         listener.say(advice)
@@ -188,9 +195,11 @@ def _expand(
 
     if job.options.profile:
         listener.say("measuring the ceilings of a worker")
+        listener.doing("measuring the ceilings of a worker")
         measure_ceilings(executor, prepared.config, measured)
     listener.start("expand", prepared.shell.num_blocks)
-    expand(prepared, store, executor, listener.update, measured)
+    expand(prepared, store, executor, listener.update, measured, doing=listener.doing)
+    listener.doing("measuring the model's files")
     metrics = expansion_metrics(prepared, store, job.options.executor)
     metrics["command"] = job.command
     return metrics
@@ -220,7 +229,6 @@ def _evaluate(
             listener.update,
             measured,
             model_bytes=metrics[f"{prefix}checkpoint_bytes"],
-            num_shards=executor.num_workers,
             num_ranges=options.eval_pipeline,
         ).nll
         listener.say(f"{kind} perplexity {nll.perplexity:.3f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparse_expansion.execution.base import Progress
+    from sparse_expansion.execution.base import Executor, Progress
 
 
 class Listener:
@@ -19,6 +19,16 @@ class Listener:
 
     def say(self, text: str) -> None:
         """Something happened, in a line for people."""
+
+    def doing(self, step: str) -> None:
+        """A step that is no unit begins, such as reading the model; it may take long.
+
+        Args:
+            step: in words, such as ``reading the model``; empty where none follows.
+        """
+
+    def executes(self, executor: Executor) -> None:
+        """This is to do the units; it can be asked which of them it does."""
 
     def start(self, title: str, num_blocks: int) -> None:
         """A phase begins.

@@ -73,8 +73,10 @@ def opened(
     Raises:
         ValueError: the text, the device or the model is not there.
     """
+    listener.doing("loading libraries")
     from sparse_expansion.data.texts import TextRequest
 
+    listener.doing("looking for the text and the model")
     text = TextRequest(
         dataset=job.dataset,
         cache_dir=job.model.cache_dir,
@@ -127,11 +129,15 @@ def open_executor(
     if options.executor == "local":
         from sparse_expansion.execution.local import LocalExecutor
 
-        return LocalExecutor(spec)
+        local = LocalExecutor(spec)
+        listener.executes(local)
+        return local
+    listener.doing("starting or joining Ray")
     from sparse_expansion.execution.ray.executor import RayExecutor
 
     executor = RayExecutor(spec, options)
     listener.joined()
+    listener.executes(executor)
     return executor
 
 

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.tables import expert_summary
 
+    args.progress.doing("reading the experts' facts")
     experts = finished_experts(open_run(args.folder))
     rows = [expert.to_dict() for expert in experts]
     present(
@@ -129,6 +130,7 @@ def _open_models(args: argparse.Namespace) -> tuple[Origin, ModelShell, dict[str
 
     model = origin(args, args.folder)
     begin_work(args)
+    args.progress.doing("reading the models")
     shell = model.shell(args.dtype)
     models = {}
     if shell.expansion is not None:

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.report.parquet import columns_of, write_table
 
     check_table(args.table)
+    args.progress.doing("reading the runs")
     rows = comparison([open_run(folder) for folder in args.folders])
     if args.table:
         write_table(columns_of(rows), args.table)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
 from sparse_expansion.api.evaluation import EvaluationJob, open_model, run_evaluation
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import begin_work, model_request, origin, print_result
-from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.shared_flags import (
     add_config,
     add_eval_windows,
@@ -95,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     check_tasks(args)
     if args.tasks is not None:
         return _run_tasks(args)
-    with closing(ProgressLine(verbose=args.verbose)) as line:
-        result = run_evaluation(job, line)
+    result = run_evaluation(job, args.progress)
     from sparse_expansion.report.tables import evaluation_table
 
     print_result(args, result, evaluation_table(result), sort_keys=True)
@@ -110,29 +107,30 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
     source = origin(args, args.model, args.model_size)
     tasks = _task_names(args)
-    with closing(ProgressLine(verbose=args.verbose)) as line:
-        if args.task_path is not None:
-            # Before they are read.
-            line.say(
-                f"task files of {args.task_path} can run any code: use only those that you trust"
-            )
-        manager = known_tasks(tasks, args.task_path)
-        begin_work(args)
-        shell = open_model(source, args.dtype, line)
-        if args.threads is not None:
-            import torch
-
-            torch.set_num_threads(args.threads)
-        scores = run_tasks(
-            shell.folder,
-            tasks,
-            manager,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            batch_size=args.batch_size,
-            device=args.device,
-            dtype=args.dtype,
+    if args.task_path is not None:
+        # Before they are read.
+        args.progress.say(
+            f"task files of {args.task_path} can run any code: use only those that you trust"
         )
+    args.progress.doing("reading the tasks")
+    manager = known_tasks(tasks, args.task_path)
+    begin_work(args)
+    shell = open_model(source, args.dtype, args.progress)
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    args.progress.doing(f"running {len(tasks)} tasks")
+    scores = run_tasks(
+        shell.folder,
+        tasks,
+        manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+    )
     result = {"model": source.name, "is_expanded": shell.expansion is not None, "tasks": scores}
     print_result(args, result, tasks_table(scores), sort_keys=True)
     return 0

@@ -131,6 +131,7 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
     text_request(args).check()
     model = origin(args, args.model, args.model_size)
     begin_work(args)
+    args.progress.doing("reading the model")
     shell = model.shell(args.dtype)
     if shell.expansion is not None:
         raise ValueError(f"{shell.folder} is an expanded model: experiments need the dense one")
@@ -151,6 +152,7 @@ def experiment_windows(
     from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.prepare import check_vocabulary, evaluation_tokens
 
+    args.progress.doing("tokenizing the text")
     texts = text_request(args).load(load_tokenizer(dense.shell.folder))
     vocabulary = int(dense.shell.config.vocab_size)
     size = calibration_size(args)

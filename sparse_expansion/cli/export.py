@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     folder = open_run(args.folder).local_path()
     check_output(args.output)
     silence_transformers(args.verbose)
+    args.progress.doing("writing the exported model")
     from sparse_expansion.jobs.export import export
 
     result = export(folder, args.output, args.format)

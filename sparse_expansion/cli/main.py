@@ -9,8 +9,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from typing import TextIO
 
 from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
+from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.signals import end_cleanly, exit_code
 from sparse_expansion.messages import printable
 
@@ -27,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.line = shlex.join(["sparse-expansion", *given])
     _quieten(args.verbose)
     end_cleanly()
+    args.progress = ProgressLine(verbose=args.verbose)
     try:
-        return COMMANDS[args.command].run(args)
+        with closing(args.progress):
+            return COMMANDS[args.command].run(args)
     except BaseException as error:
         code = exit_code(error)
         return _answer(error, args) if code is None else code
@@ -86,9 +91,21 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the moment: above the bar, where there is one."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Standard error."""
+        return sys.stderr
+
+
 def _quieten(verbose: bool) -> None:
     """Keep libraries' own bars and advice from hiding ours."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(_PrintableFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, handlers=[handler])
     # What this package warns of is said: that a worker was lost, or what a run waits for.

@@ -29,8 +29,9 @@ def begin_work(args: argparse.Namespace) -> None:
         ValueError: the device that was asked for is unknown, or this machine has none, or not what
             is to run KMeans.
     """
+    args.progress.doing("loading libraries")
     silence_transformers(args.verbose)
-    check_devices(args.executor, args.device, getattr(args, "kmeans", None))
+    check_devices(getattr(args, "executor", "local"), args.device, getattr(args, "kmeans", None))
 
 
 def model_request(args: argparse.Namespace) -> ModelRequest:
@@ -73,6 +74,7 @@ def evaluation_text_windows(
     from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.prepare import evaluation_tokens
 
+    args.progress.doing("tokenizing the text")
     return evaluation_tokens(
         text_request(args).load(load_tokenizer(shell.folder)),
         seqlen=seqlen,
@@ -105,7 +107,11 @@ def check_table(path: str | None) -> None:
 
 
 def print_result(args: argparse.Namespace, result: Any, text: str, *, sort_keys: bool) -> None:
-    """Print a result to stdout: as JSON where that was asked for, else as text."""
+    """Print a result to stdout: as JSON where that was asked for, else as text.
+
+    It ends the progress, which a terminal shows in the same place.
+    """
+    args.progress.close()
     print(json.dumps(result, indent=1, sort_keys=sort_keys) if args.json else printable(text))
 
 

@@ -41,11 +41,13 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.model.sources import fetch_config
 
     source = origin(args, args.model, args.model_size).source
+    args.progress.doing("reading the model's config")
     silence_transformers(args.verbose)
     from sparse_expansion.jobs.forecast import forecast
     from sparse_expansion.report.tables import plan_table
 
     model_config = fetch_config(source, cache_dir=args.cache_dir, revision=args.model_revision)
+    args.progress.doing("planning the units")
     options = field_values(ExecutionOptions, vars(args))
     result = forecast(
         run_config(args, window_length(args.seqlen, model_config)),

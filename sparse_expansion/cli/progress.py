@@ -1,37 +1,50 @@
-"""Progress on stderr: one line that rewrites itself on a terminal, sparse lines in a log."""
+"""Progress on stderr: a bar on a terminal, plain lines in a log, and never silence for long."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TextIO
 
 from sparse_expansion.api.listener import Listener
+from sparse_expansion.cli.phase import Phase
 from sparse_expansion.cli.signals import catch_signals
 from sparse_expansion.messages import printable
 
 if TYPE_CHECKING:
-    from sparse_expansion.execution.base import Progress
+    from sparse_expansion.cli.terminal import BarState, TerminalBar
+    from sparse_expansion.execution.base import Executor, Progress, Working
 
-LOG_SECONDS = 10.0
-"""Seconds between two lines of a log."""
-TERMINAL_SECONDS = 0.2
-"""Seconds between two states of a terminal's line."""
-LEAST_SHARE = 0.02
-"""Share of the work that is done before an ETA is given."""
+LOG_SECONDS = 4.0
+"""Seconds between two lines of a log: the reader waits for five at most, and a thread may be late.
+"""
+TERMINAL_SECONDS = 0.5
+"""Seconds after which a terminal gets its bar, where nothing was told before: most commands that
+only read are done by then."""
+_DUMB = ("dumb", "unknown")
+"""Terminals that cannot rewrite a line: they get a log."""
 
 
 class ProgressLine(Listener):
-    """Blocks done, stage, share of the work, time elapsed, and the ETA."""
+    """What a command does, from its beginning until its result is printed.
+
+    A thread says what is being done where nothing else was said for a while: units may take
+    minutes, and so do steps that are no units, such as reading a model. It dies with the process.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         self.stream = sys.stderr if stream is None else stream
         self._verbose = verbose
-        self.is_terminal = self.stream.isatty()
-        self._title = ""
-        self._num_blocks = 0
-        self._begin = self._last = 0.0
-        self._width = 0
+        self.is_terminal = self.stream.isatty() and os.environ.get("TERM", "") not in _DUMB
+        self._phase = Phase("", 0, time.monotonic())
+        self._executor: Executor | None = None
+        self._bar: TerminalBar | None = None
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._last = time.monotonic()
+        threading.Thread(target=self._fill_silence, name="progress", daemon=True).start()
 
     def opens(self) -> None:
         """Keep transformers quiet."""
@@ -41,64 +54,99 @@ class ProgressLine(Listener):
         """Put our handlers of signals in place again: Ray's dump a stack and die."""
         catch_signals()
 
+    def executes(self, executor: Executor) -> None:
+        """Remember whom to ask what is being done."""
+        self._executor = executor
+
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        self._clear()
-        print(printable(text), file=self.stream, flush=True)
+        with self._lock:
+            self._print(printable(text))
+
+    def doing(self, step: str) -> None:
+        """Remember what is done besides units; it is shown where it takes long."""
+        with self._lock:
+            if not self._phase.title:
+                self._phase = Phase("", 0, time.monotonic())
+            self._phase.step = step
 
     def start(self, title: str, num_blocks: int) -> None:
         """Begin a phase."""
-        self._title, self._num_blocks = title, num_blocks
-        self._begin = time.monotonic()
-        self._last = self._begin
+        with self._lock:
+            self._phase = Phase(title, num_blocks, time.monotonic())
+            self._show_bar()
 
     def update(self, progress: Progress) -> None:
-        """Show that a unit has ended; an observer of executors."""
-        now = time.monotonic()
-        ended = progress.num_done == progress.num_total
-        interval = TERMINAL_SECONDS if self.is_terminal else LOG_SECONDS
-        if not ended and now - self._last < interval:
-            return
-        self._last = now
-        text = self._text(progress, now - self._begin)
-        if not self.is_terminal:
-            print(text, file=self.stream, flush=True)
-            return
-        self.stream.write("\r" + text.ljust(self._width))
-        self.stream.flush()
-        self._width = len(text)
-        if ended:
-            self.close()
-
-    def _text(self, progress: Progress, elapsed: float) -> str:
-        share = progress.cost_done / progress.cost_total if progress.cost_total else 1.0
-        block = (
-            f"block {progress.unit.layer + 1}/{self._num_blocks} · "
-            if (progress.unit.layer >= 0 and self._title == "expand")
-            else ""
-        )
-        parts = [
-            f"{self._title} · {block}{progress.unit.stage}",
-            f"{100 * share:.0f} %",
-            f"{_clock(elapsed)} elapsed",
-        ]
-        if share >= LEAST_SHARE:
-            parts.append(f"ETA {_clock(elapsed * (1 - share) / share)}")
-        if progress.worker != "local":
-            parts.append(progress.worker)
-        return printable(" · ".join(parts))
+        """Account for a unit that has ended; an observer of executors."""
+        with self._lock:
+            self._phase.add(progress, time.monotonic())
+            if self._phase.is_done:
+                self._print(self._words())
 
     def close(self) -> None:
-        """End the line."""
-        if self.is_terminal and self._width:
-            self.stream.write("\n")
-            self.stream.flush()
-            self._width = 0
+        """Say nothing more."""
+        with self._lock:
+            self._ended.set()
+            bar, self._bar = self._bar, None
+            if bar is not None:
+                bar.close()
 
-    def _clear(self) -> None:
-        if self.is_terminal and self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
+    def _words(self) -> str:
+        return self._phase.words(time.monotonic(), self._working())
+
+    def _working(self) -> list[Working]:
+        if self._executor is None or self._phase.is_done:
+            return []
+        return self._executor.working()
+
+    def _print(self, line: str) -> None:
+        if self._ended.is_set():
+            # What is told after the end, as by a library's thread, is a message all the same.
+            print(line, file=self.stream, flush=True)
+            return
+        self._last = time.monotonic()
+        bar = self._show_bar()
+        if bar is not None:
+            bar.say(line)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _show_bar(self) -> TerminalBar | None:
+        """The bar, which is there from now on; None where there is no terminal."""
+        if self.is_terminal and self._bar is None and not self._ended.is_set():
+            from sparse_expansion.cli.terminal import TerminalBar
+
+            self._bar = TerminalBar(self.stream, self._state)
+        return self._bar
+
+    def _state(self) -> BarState:
+        """What the bar shows."""
+        now, phase, working = time.monotonic(), self._phase, self._working()
+        return (
+            phase.place(working),
+            phase.timing(now, working),
+            phase.measures(now, working),
+            phase.share(working),
+        )
+
+    def _fill_silence(self) -> None:
+        """Have a log's lines written, or the bar shown: after that it draws itself."""
+        interval = TERMINAL_SECONDS if self.is_terminal else LOG_SECONDS
+        wait = interval
+        while not self._ended.wait(wait):
+            with self._lock:
+                wait = self._last + interval - time.monotonic()
+                if wait > 0 or self._ended.is_set():
+                    continue
+                if self.is_terminal:
+                    self._show_bar()
+                    return
+                try:
+                    self._print(self._words())
+                except (OSError, ValueError):
+                    # Nobody reads any more, or the stream is closed.
+                    return
+                wait = interval
 
 
 def silence_transformers(verbose: bool) -> None:
@@ -108,9 +156,3 @@ def silence_transformers(verbose: bool) -> None:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

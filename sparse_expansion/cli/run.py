@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
 from sparse_expansion.api.expansion import ExpansionJob, run_expansion
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import model_request, print_result
-from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.shared_flags import (
     add_config,
     add_eval_windows,
@@ -110,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
         measures=args.command == "run",
         eval_windows=getattr(args, "eval_windows", None),
     )
-    with closing(ProgressLine(verbose=args.verbose)) as line:
-        metrics = run_expansion(job, line)
+    metrics = run_expansion(job, args.progress)
     from sparse_expansion.report.tables import run_table
 
     print_result(args, metrics, run_table(metrics, args.output), sort_keys=True)

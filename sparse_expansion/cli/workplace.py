@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from sparse_expansion.api.models import Origin
 from sparse_expansion.api.opening import open_executor
-from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ def passing_workplace(
 
     with (
         tempfile.TemporaryDirectory(prefix="sparse-expansion-", dir=args.scratch) as where,
-        closing(ProgressLine(verbose=args.verbose)) as line,
-        closing(open_executor(model, options, store=where, listener=line)) as executor,
+        closing(open_executor(model, options, store=where, listener=args.progress)) as executor,
     ):
-        line.start(args.command, num_blocks)
-        yield Workplace(Store(where), executor, line.update)
+        args.progress.start(args.command, num_blocks)
+        yield Workplace(Store(where), executor, args.progress.update)

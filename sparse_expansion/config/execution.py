@@ -18,6 +18,7 @@ _RAY_ONLY = (
     "num_workers",
     "gpus_per_worker",
     "cpus_per_worker",
+    "accelerator_type",
     "object_store_bytes",
 )
 
@@ -96,6 +97,13 @@ class ExecutionOptions:
         meanings={None: "as many as threads"},
         group="execution",
     )
+    accelerator_type: str | None = setting(
+        None,
+        "Only machines with this GPU, by Ray's name for it: H100, A100, L40S.",
+        metavar="NAME",
+        meanings={None: "any"},
+        group="execution",
+    )
     max_attempts: int = setting(
         3,
         "Times that a unit is tried before it counts as failed.",
@@ -149,6 +157,10 @@ class ExecutionOptions:
         require(
             self.stall_timeout >= SHORTEST_STALL,
             f"--stall-timeout {self.stall_timeout:g} must be at least {SHORTEST_STALL:g} seconds",
+        )
+        require(
+            self.accelerator_type is None or self.device != "cpu",
+            f"--accelerator-type {self.accelerator_type} is a GPU: drop it, or --device cpu",
         )
         for name in _RAY_ONLY:
             flag = known[name].flag

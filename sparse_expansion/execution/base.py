@@ -30,12 +30,34 @@ class Progress:
     """Wall-clock second (time.time()) at which the unit started."""
 
 
+@dataclass(frozen=True)
+class Working:
+    """A unit that is being done."""
+
+    unit: Unit
+    weight: float
+    """Share of its graph's cost that it is."""
+    layer: int | None = None
+    """Block that it has come to, where it says so."""
+    share: float = 0.0
+    """Share of it that is done, as far as is known."""
+
+
 class Executor(Protocol):
     """Runs graphs of units."""
 
     @property
     def num_workers(self) -> int:
         """Workers that do units at the same time."""
+        ...
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether workers compute on GPUs."""
+        ...
+
+    def working(self) -> list[Working]:
+        """The units that are being done, in their order; may be asked by any thread."""
         ...
 
     def run(

@@ -12,6 +12,7 @@ from sparse_expansion.execution.base import (
     Observer,
     Progress,
     Schedule,
+    Working,
     failure_text,
     unit_order,
 )
@@ -29,12 +30,31 @@ class LocalExecutor:
     def __init__(self, spec: WorkerSpec) -> None:
         """The worker keeps its caches between graphs."""
         self.worker = Worker(spec)
+        self._graph: _LocalRun | None = None
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether this process computes on a GPU."""
+        return self.worker.context.device != "cpu"
+
+    def working(self) -> list[Working]:
+        """See ``Executor.working``."""
+        graph = self._graph
+        unit = None if graph is None else graph.current
+        if graph is None or unit is None:
+            return []
+        layer, share = self.worker.context.place
+        return [Working(unit, unit.cost / (graph.cost_total or 1.0), layer, share)]
 
     def run(
         self, units: Sequence[Unit], config: RunConfig, observer: Observer
     ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
-        return _LocalRun(self.worker, units, config, observer).loop()
+        self._graph = _LocalRun(self.worker, units, config, observer)
+        try:
+            return self._graph.loop()
+        finally:
+            self._graph = None
 
     def close(self) -> None:
         """Nothing to release."""
@@ -55,6 +75,8 @@ class _LocalRun:
         """Units whose files are being written, in order, and when they were started."""
         self.cost_total = sum(unit.cost for unit in units)
         self.cost_done = 0.0
+        self.current: Unit | None = None
+        """The unit that is computed, or whose files are waited for."""
 
     def loop(self) -> dict[str, UnitReport]:
         """Do all units; returns their reports by key."""
@@ -92,6 +114,7 @@ class _LocalRun:
             raise AssertionError("the graph of units has a cycle")
         self.worker.forget_before(self.schedule.first_open_layer)
         started = time.time()
+        self.current = unit
         try:
             computed = self.worker.run(unit, self.config, self.schedule.start(unit.key))
         except (OSError, ValueError):
@@ -107,6 +130,7 @@ class _LocalRun:
     def _finish(self, unit: Unit, computed: Computed, started: float) -> None:
         """Count a unit as done, once its files and its marker are whole."""
         if computed.written is not None:
+            self.current = unit
             computed.written.result()
         self.schedule.finish(unit.key, computed.outputs)
         self.reports[unit.key] = computed.report

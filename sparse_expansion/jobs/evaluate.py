@@ -12,10 +12,15 @@ import torch
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
 from sparse_expansion.jobs.measurements import Measurements
-from sparse_expansion.model.streaming import ModelShell
+from sparse_expansion.model.streaming import ModelShell, windows_together
 from sparse_expansion.planning.evaluation import evaluation_units
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.types import CompressionError, NllSum
+
+SHARD_TOKENS = 16_384
+"""Tokens of a worker's shard at least, where it gets several: each reads the whole model."""
+SHARDS_OF_WORKER = 4
+"""Shards of a worker at most."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def evaluate(
     observer: Observer,
     measured: Measurements,
     *,
-    num_shards: int = 1,
+    num_shards: int | None = None,
     num_ranges: int = 1,
     model_bytes: float = 0.0,
     pruned: str | None = None,
@@ -54,7 +59,8 @@ def evaluate(
         executor: does the units.
         observer: is told of every finished unit.
         measured: is added to.
-        num_shards: shards of the windows.
+        num_shards: shards of the windows; None for as many as workers, and on CPUs for more, so
+            that losses come in on the way.
         num_ranges: ranges of blocks that the model is cut into.
         model_bytes: bytes of the model's weight files, for a profile.
         pruned: name of the pruned neurons to put in place of the dense ones.
@@ -64,14 +70,17 @@ def evaluate(
     """
     start = time.perf_counter()
     shape = model_shape(shell)
+    seqlen = windows.shape[1]
     head_flops = 2.0 * shape.hidden_size * int(shell.config.vocab_size)
     units = evaluation_units(
         model,
         windows.tolist(),
         num_layers=shape.num_layers,
-        num_shards=num_shards,
+        num_shards=num_shards or _num_shards(windows, executor),
+        # The same windows pass together in one shard as in several: with the same bits.
+        together=1 if num_shards or executor.num_workers > 1 else windows_together(seqlen),
         num_ranges=num_ranges,
-        flops_per_token=shape.num_layers * shape.block_flops(windows.shape[1]) + head_flops,
+        flops_per_token=shape.num_layers * shape.block_flops(seqlen) + head_flops,
         model_bytes=model_bytes,
         pruned=pruned,
     )
@@ -101,3 +110,15 @@ def evaluate(
             name: [counts[expert] for expert in sorted(counts)] for name, counts in tokens.items()
         },
     )
+
+
+def _num_shards(windows: torch.Tensor, executor: Executor) -> int:
+    """Shards of the windows ``[N, L]``: as many for every worker.
+
+    A shard's losses are known when it has passed through all blocks. On a GPU reading the model
+    takes as long as a shard does, so there every worker reads it once.
+    """
+    if executor.uses_gpus:
+        return executor.num_workers
+    each = windows.numel() // (executor.num_workers * SHARD_TOKENS)
+    return executor.num_workers * max(1, min(SHARDS_OF_WORKER, each))

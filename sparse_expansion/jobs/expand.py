@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from sparse_expansion.config import MEASURED
@@ -27,6 +27,8 @@ def expand(
     executor: Executor,
     observer: Observer,
     measured: Measurements,
+    *,
+    doing: Callable[[str], None],
 ) -> None:
     """Make (or finish making) the expanded model in the store's folder.
 
@@ -36,6 +38,7 @@ def expand(
         executor: does the units.
         observer: is told of every finished unit.
         measured: is added to.
+        doing: is told of the steps that may take long.
 
     Raises:
         CompressionError: a unit failed for a reason of its own.
@@ -45,12 +48,16 @@ def expand(
     work = _Expansion(prepared, store, executor, timeline.observed_by(observer), measured)
     try:
         work.settle_sparsities()
-        work.finish_units()
+        doing("looking for what is done")
+        todo = work.open_units()
+        doing("")
+        work.finish_units(todo)
     finally:
         # What was done before a unit failed or a signal came is part of the story.
         timeline.write()
     measured.seconds["expand"] += time.perf_counter() - start
     start = time.perf_counter()
+    doing("assembling the model's folder")
     assemble(prepared, store)
     measured.seconds["assemble"] += time.perf_counter() - start
 
@@ -86,14 +93,17 @@ class _Expansion:
         self.prepared.config = replace(config, compression=compression)
         check_shares(self.prepared, self.store)
 
-    def finish_units(self) -> None:
-        """Do all units whose files are not there, or not whole."""
+    def open_units(self) -> list[Unit]:
+        """The units whose files are not there, or not whole, and those that they need."""
 
         def is_committed(unit: Unit) -> bool:
             record = self.store.record(unit.key)
             return record is not None and self.store.is_intact(record)
 
-        todo = needed_units(self.prepared.units, is_committed)
+        return needed_units(self.prepared.units, is_committed)
+
+    def finish_units(self, todo: list[Unit]) -> None:
+        """Do these units."""
         cleaner = _BlockCleaner(self.store, todo)
 
         def observe(progress: Progress) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import sparse_expansion.model.quantizer  # noqa: F401 - registers the checkpoint format
-from sparse_expansion.model.checkpoint import load_config
+from sparse_expansion.jobs.whole_model import load_whole
 from sparse_expansion.plain_files import read_plain
 
 
@@ -76,17 +72,8 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = load_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        # Who asks for tasks has checked the digests, and that the format is this package's.
-        config.quantization_config["verify"] = False
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, trust_remote_code=False
-    )
-    model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # Who asks for tasks has checked the digests, and that the format is this package's.
+    model, tokenizer = load_whole(folder, device=device, dtype=dtype, verify=False)
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=tasks,

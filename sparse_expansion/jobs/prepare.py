@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def prepare(
     *,
     text: TextRequest,
     model_name: str,
+    doing: Callable[[str], None],
 ) -> tuple[Prepared, torch.Tensor]:
     """Read the model's structure, the tokenizer and the text, and plan the expansion.
 
@@ -53,6 +55,7 @@ def prepare(
         folder: the dense model's local folder.
         text: to be read.
         model_name: how the result names the dense model.
+        doing: is told of the steps that may take long.
 
     Returns:
         The prepared run (its config knows how many windows there are) and the windows ``[N, L]``.
@@ -61,19 +64,23 @@ def prepare(
         ValueError: the model is expanded already, windows are longer than its positions, the text
             is too short, or the tokenizer belongs to another model.
     """
+    doing("reading the model")
     shell = ModelShell(folder, dtype=config.dtype)
     if shell.expansion is not None:
         raise ValueError(f"{folder} is already an expanded model: expand the dense one")
     shape = model_shape(shell)
     config.check_layers(shape.num_layers)
     check_seqlen(config.calibration.seqlen, shell.config)
+    doing("tokenizing the text")
     texts = text.load(load_tokenizer(folder))
     windows = _draw_windows(config.calibration, texts)
     check_vocabulary(windows, int(shell.config.vocab_size))
     calibration = replace(config.calibration, dataset_size=len(windows))
     calibration = replace(calibration, data_shards=calibration.num_shards)
     config = replace(config, calibration=calibration)
+    doing("hashing the model's files")
     identity = _identity(config, model_name, shell.files.fingerprint(), tokens_digest(windows))
+    doing("planning the units")
     units = expansion_units(config, shape)
     return Prepared(config, shell, units, identity, texts), windows
 

@@ -36,6 +36,11 @@ TOKENS_PER_FORWARD = 4096
 """Tokens that pass through a block together, or one window where that is more."""
 
 
+def windows_together(seqlen: int) -> int:
+    """How many windows of so many tokens pass through a block together."""
+    return max(1, TOKENS_PER_FORWARD // seqlen)
+
+
 class ModelShell:
     """A model without its blocks: embedding and head in memory, blocks read on demand.
 
@@ -228,7 +233,7 @@ class ModelShell:
 
     def batches(self, tokens_NL: torch.Tensor) -> list[slice]:
         """Slices of the windows that pass through a block together, see ``TOKENS_PER_FORWARD``."""
-        size = max(1, TOKENS_PER_FORWARD // tokens_NL.shape[1])
+        size = windows_together(tokens_NL.shape[1])
         return [
             slice(start, min(start + size, len(tokens_NL)))
             for start in range(0, len(tokens_NL), size)

@@ -19,6 +19,7 @@ def evaluation_units(
     *,
     num_layers: int,
     num_shards: int = 1,
+    together: int = 1,
     num_ranges: int = 1,
     flops_per_token: float = 1.0,
     model_bytes: float = 0.0,
@@ -34,6 +35,7 @@ def evaluation_units(
         windows: token ids of N windows.
         num_layers: blocks of the model.
         num_shards: shards of the windows, N at most.
+        together: windows that are not parted: those that pass through a block together.
         num_ranges: ranges of blocks, ``num_layers`` at most.
         flops_per_token: operations that one token takes through the whole model.
         model_bytes: bytes of the model's weight files.
@@ -42,8 +44,8 @@ def evaluation_units(
     name = model if pruned is None else f"{model}-{pruned}"
     blocks = even_parts(num_layers, num_ranges)
     units = []
-    for shard, (start, end) in enumerate(even_parts(len(windows), num_shards)):
-        part = windows[start:end]
+    for shard, (start, end) in enumerate(even_parts(-(-len(windows) // together), num_shards)):
+        part = windows[together * start : together * end]
         for position, (first, stop) in enumerate(blocks):
             params: dict[str, Any] = {"model": model, "tokens": part, "layers": (first, stop - 1)}
             if pruned is not None:
@@ -59,6 +61,7 @@ def evaluation_units(
                     layer=shard,
                     rank=position,
                     cost=flops_per_token * sum(map(len, part)) / len(blocks),
+                    tokens=sum(map(len, part)) / len(blocks),
                     traffic_bytes=int(model_bytes / len(blocks)),
                 )
             )

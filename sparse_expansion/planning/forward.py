@@ -62,6 +62,7 @@ def capture_unit(
         affinity=shard_affinity(layer, shard),
         layer=layer,
         cost=tokens * flops,
+        tokens=tokens / shape.num_layers,
         cache_bytes=captured,
         output_bytes=output_bytes,
         traffic_bytes=shape.item_bytes * shape.block_weights + 2 * hidden_bytes + captured,

@@ -54,8 +54,8 @@ def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of ``comparison`` as text."""
+def comparison_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of ``comparison`` as cells, with a header."""
     cells: list[tuple[str, ...]] = [("run", "dense", "expanded", "gap", "operations", "bytes", "")]
     cells += [
         (
@@ -69,7 +69,30 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return (
-        f"{table(cells, header=True)}\n\nperplexities per token; gap in log-perplexity; operations "
-        "of MLPs and routers per token and bytes of weight files as shares of the dense model's"
-    )
+    return cells
+
+
+COMPARED = (
+    "perplexities per token; gap in log-perplexity; operations of MLPs and routers per token and "
+    "bytes of weight files as shares of the dense model's"
+)
+"""What the columns of a comparison are."""
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of ``comparison`` as text."""
+    return f"{table(comparison_cells(rows), header=True)}\n\n{COMPARED}"
+
+
+def against_baseline(baseline: dict[str, Any], row: dict[str, Any]) -> str:
+    """How much of a baseline's gap to the dense model a run closes, in a sentence.
+
+    Args:
+        baseline: its row of ``comparison``.
+        row: the run's.
+    """
+    if baseline["gap"] <= 0:
+        return f"{baseline['name']} loses nothing that could be won back."
+    closed = 1 - row["gap"] / baseline["gap"]
+    change = f"closes {closed:.1%} of" if closed >= 0 else f"widens by {-closed:.1%}"
+    return f"{row['name']} {change} the gap that {baseline['name']} has to the dense model."

@@ -104,3 +104,13 @@ def describe_machine(metrics: dict[str, Any]) -> str:
         devices += f" (with {' and '.join(map(str, threads))} threads: not one run's bytes)"
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return f"{metrics['date']} on {devices}; {versions}"
+
+
+def describe_gap(judged: dict[str, float]) -> str:
+    """What the expanded model loses against the dense one.
+
+    Args:
+        judged: see ``comparison.gap_and_cost``.
+    """
+    relative = judged["perplexity"] / judged["perplexity_dense"] - 1
+    return f"gap to the dense model {judged['gap']:.4f} nats per token ({relative:+.1%} perplexity)"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from sparse_expansion.messages import shown
+from sparse_expansion.report.comparison import (
+    COMPARED,
+    against_baseline,
+    comparison_cells,
+    gap_and_cost,
+)
 from sparse_expansion.report.describe import describe_asked, describe_machine, describe_starved
 from sparse_expansion.report.experts import LinearFacts, count_experts
 from sparse_expansion.report.facts import RunFacts
@@ -21,12 +27,20 @@ from sparse_expansion.report.tables import summary_rows
 _PARTS = {"trunk": "shared by all experts", "experts": "experts", "router": "routers and grids"}
 
 
-def report_page(facts: RunFacts, *, price_per_hour: float | None = None) -> str:
+def report_page(
+    facts: RunFacts,
+    *,
+    price_per_hour: float | None = None,
+    compared: Sequence[dict[str, Any]] = (),
+    sample: Mapping[str, str] | None = None,
+) -> str:
     """The page of a finished or unfinished run.
 
     Args:
         facts: what the run's folder holds.
         price_per_hour: what an hour of one worker costs, to state the run's cost; None for none.
+        compared: rows of ``comparison``: a baseline's and the run's; none without a baseline.
+        sample: ``prompt``, and how the ``dense`` and the ``expanded`` model continue it.
     """
     linears, metrics = facts.linears, facts.metrics
     # Text from files is escaped; the figures are the only markup that is not the template's.
@@ -54,6 +68,9 @@ def report_page(facts: RunFacts, *, price_per_hour: float | None = None) -> str:
         settings=sorted(_flat(facts.config)),
         command=facts.command,
         machine="" if metrics is None else describe_machine(metrics),
+        compared=comparison_cells(compared) if compared else [],
+        compared_note=f"{against_baseline(*compared)} Columns: {COMPARED}." if compared else "",
+        sample=sample,
     )
 
 
@@ -61,17 +78,31 @@ def _cards(metrics: dict[str, Any], price_per_hour: float | None) -> list[dict[s
     """The numbers at the page's top, each with its label."""
     cards = []
     if "perplexity_dense" in metrics:
+        judged = gap_and_cost(metrics)
         dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
         cards += [
             {"value": f"{expanded:.3f}", "label": "perplexity per token, expanded"},
             {"value": f"{dense:.3f}", "label": "perplexity per token, dense"},
+            {
+                "value": f"{judged['gap']:.4f}",
+                "label": f"gap, nats per token ({expanded / dense - 1:+.1%} perplexity)",
+            },
         ]
     seconds = sum(metrics["seconds"].values())
+    flops = metrics["mlp_flops_per_token"]
     dense_size = format_bytes(metrics["dense_checkpoint_bytes"])
     peak_memory = format_bytes(metrics["peak_memory_bytes"])
     cards += [
         {"value": format_bytes(metrics["checkpoint_bytes"]), "label": "weight files"},
         {"value": dense_size, "label": "dense weight files"},
+        {
+            "value": f"{metrics['checkpoint_bytes'] / metrics['dense_checkpoint_bytes']:.2f} ×",
+            "label": "weight files against the dense model's",
+        },
+        {
+            "value": f"{(flops['experts'] + flops['router']) / flops['dense']:.3f} ×",
+            "label": "operations of MLPs and routers per token against dense",
+        },
         {"value": f"{seconds / 60:.1f} min", "label": "wall clock"},
         {"value": peak_memory, "label": "peak memory of a worker"},
     ]

@@ -73,7 +73,6 @@ def prune_neurons(
             executor,
             observer,
             Measurements(),
-            num_shards=executor.num_workers,
             pruned=pruned,
         ).nll
 

@@ -54,6 +54,8 @@ class WorkContext:
         self.files = WriteBehind(self.store, waiting_bytes(self.device))
         self.kept_block: tuple[tuple[int, str], nn.Module] | None = None
         """The last expanded block, with its number and the group before which it ends."""
+        self.place: tuple[int | None, float] = (None, 0.0)
+        """How far the unit in hand has come, where its stage says so: its block, and the share."""
         self._dense: tuple[int, nn.Module] | None = None
         self._shells: dict[tuple[str, str], ModelShell] = {}
 

@@ -66,6 +66,7 @@ class Worker:
         start = time.perf_counter()
         stage = stage_of(unit.stage)
         self.context.use(config)
+        self.context.place = (None, 0.0)
         if not stage.keeps_expanded_block:
             # Unpacked experts are as large as any stage's arrays: the next stage has its own.
             self.context.kept_block = None

@@ -159,4 +159,4 @@ class Run:
             if observe is not None:
                 observe(executor, progress)
 
-        expand(self.prepared, self.store, executor, observer, self.measured)
+        expand(self.prepared, self.store, executor, observer, self.measured, doing=print)

@@ -227,7 +227,7 @@ def test_experts_that_do_not_fit(content, message, tmp_path, neox_folder, long_t
     file.write_text(content)
     where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), *SMALL_RUN]
     assert main(["run", *where, "--num-clusters", "4", "--layer-clusters", str(file)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
 
 
@@ -250,7 +250,7 @@ def test_shares_that_do_not_fit(
     file.write_text(content)
     where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), *SMALL_RUN]
     assert main(["run", *where, "--sparsity", sparsity, "--layer-sparsity", str(file)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line[:6] != "model "]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_NEEDED = (
-    "accelerate datasets gguf jinja2 llvmlite matplotlib numba pandas pyarrow ray scipy "
+    "accelerate datasets gguf jinja2 llvmlite matplotlib numba pandas pyarrow ray rich scipy "
     "sentencepiece sklearn threadpoolctl xxhash"
 )
 PROGRAM = """

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_expansion.cli import main
+from sparse_expansion.report.experts import LinearFacts
 from sparse_expansion.report.figures import run, studies
 from sparse_expansion.report.figures.canvas import save
 from sparse_expansion.report.figures.comparison import perplexity_against_cost
@@ -29,7 +30,8 @@ def test_a_timeline_has_a_row_per_worker_and_a_bar_per_stretch():
         {"worker": "a", "stage": "router", "started": 110.0, "seconds": 5.0},
         {"worker": "a", "stage": "capture", "started": 120.0, "seconds": 5.0},
     ]
-    (axes,) = run.timeline(rows).axes
+    figure = run.timeline(rows)
+    (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     bars = {
         (found.get_label(), path.get_extents().x0, path.get_extents().width)
@@ -38,7 +40,41 @@ def test_a_timeline_has_a_row_per_worker_and_a_bar_per_stretch():
     }
     found = {(round(start, 6), round(width, 6)) for _, start, width in bars}
     assert found == {(0.0, 10.0), (10.0, 5.0), (20.0, 5.0)}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["capture", "router"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["capture", "router"]
+
+
+def test_the_legend_of_all_stages_is_within_the_timeline():
+    stages = (
+        "trunk embed block_gaps capture router gather reduce experts recapture refine_block advance"
+    ).split()
+    rows = [
+        {"worker": f"worker-{i % 2}@host", "stage": stage, "started": float(i), "seconds": 1.0}
+        for i, stage in enumerate(stages)
+    ]
+    figure = run.timeline(rows)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert len(legend.get_texts()) == len(stages)
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+    assert box.y0 >= figure.axes[0].get_window_extent().y1
+
+
+def test_linears_with_the_same_clusters_are_one_line():
+    shares = {"gate": (0.4, 0.1), "up": (0.4, 0.1), "down": (0.5, 0.2)}
+    facts = [
+        LinearFacts(layer, name, 4, largest, smallest, 0, 0.1 * layer, 0.01)
+        for layer in (0, 1)
+        for name, (largest, smallest) in shares.items()
+    ]
+    (axes,) = run.shares_by_block(facts).axes
+    named = {name: line for name, line in lines(axes).items() if name[0] != "_"}
+    assert named == {"gate, up": [[0, 0.4], [1, 0.4]], "down": [[0, 0.5], [1, 0.5]]}
+    assert len(axes.get_lines()) == 4
+    (axes,) = run.errors_by_block(facts).axes
+    marks = [(line.get_marker(), line.get_markersize()) for line in axes.get_lines()]
+    assert len(set(marks)) == 3 and list(lines(axes)) == ["gate", "up", "down"]
 
 
 def test_a_timeline_of_very_many_workers_shows_those_that_worked_most():
@@ -46,11 +82,12 @@ def test_a_timeline_of_very_many_workers_shows_those_that_worked_most():
         {"worker": f"w{i:06}", "stage": f"stage-{i % 90}", "started": float(i), "seconds": 1.0 + i}
         for i in range(100_000)
     ]
-    (axes,) = run.timeline(rows).axes
+    figure = run.timeline(rows)
+    (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [f"w{i:06}" for i in range(100_000 - run.MOST_SHOWN, 100_000)]
     assert f"those {run.MOST_SHOWN} of 100000 workers" in axes.get_xlabel()
-    assert len(axes.get_legend().get_texts()) <= run.MOST_SHOWN
+    assert len(figure.legends[0].get_texts()) <= run.MOST_SHOWN
 
 
 NAMES = ["$x_{", "$x_{$", "$$", r"\$\alpha", "_hidden", "a\x1b[2Jb", "<b>&\x00"]

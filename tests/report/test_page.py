@@ -2,15 +2,19 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_expansion.cli import main
 from sparse_expansion.plain_files import SEAL, sealed
+from sparse_expansion.report.comparison import against_baseline
 from sparse_expansion.report.describe import describe_machine
 from sparse_expansion.report.facts import read_facts
 from sparse_expansion.report.page import report_page
@@ -47,7 +51,7 @@ def page_of(store, **options):
 
 
 def plain(page):
-    return html.unescape(re.sub(r"<[^>]+>", " ", page))
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def test_a_finished_run(folder, tmp_path, capsys):
@@ -59,6 +63,12 @@ def test_a_finished_run(folder, tmp_path, capsys):
     for wanted in (
         f"{metrics['perplexity_expanded']:.3f}",
         f"{metrics['perplexity_dense']:.3f}",
+        f"{math.log(metrics['perplexity_expanded'] / metrics['perplexity_dense']):.4f} gap, nats",
+        f"{metrics['perplexity_expanded'] / metrics['perplexity_dense'] - 1:+.1%} perplexity",
+        f"{metrics['checkpoint_bytes'] / metrics['dense_checkpoint_bytes']:.2f} ×",
+        "operations of MLPs and routers per token against dense",
+        *metrics["versions"].values(),
+        metrics["date"],
         metrics["command"],
         describe_machine(metrics),
         f"{sum(metrics['unit_seconds'].values()):.2f}",
@@ -70,8 +80,63 @@ def test_a_finished_run(folder, tmp_path, capsys):
         "shared by all experts",
     ):
         assert wanted in text, wanted
-    assert "Unfinished" not in text
+    assert "Unfinished" not in text and "baseline" not in text and "sample" not in text
     assert page_of(Store(str(folder)), price_per_hour=3600) == page
+
+
+def most_likely(folder, prompt, count):
+    """What a model says next, one whole pass a token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    begin = tokens.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(tokens[0, begin:], skip_special_tokens=True)
+
+
+def test_a_baseline_and_a_sample(folder, llama_folder, tmp_path, capsys):
+    prompt, path = "The <b>for</b> statement", tmp_path / "report.html"
+    flags = ["--sample", prompt, "--sample-tokens", "6", "--baseline", str(folder), "--json"]
+    assert main(["report", str(folder), "--html", str(path), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sample"] == {
+        "prompt": prompt,
+        "dense": most_likely(llama_folder, prompt, 6),
+        "expanded": most_likely(folder, prompt, 6),
+    }
+    assert found["compared"][0] == found["compared"][1]
+    page = path.read_text()
+    assert "<b>for" not in page and "&lt;b&gt;for" in page
+    name = found["compared"][0]["name"]
+    assert f"{name} closes 0.0% of the gap that {name} has" in plain(page)
+    for said in found["sample"].values():
+        assert html.escape(said, quote=False) in page.replace("&#34;", '"').replace("&#39;", "'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sample", "x" * 900], "more than the model's 256 positions"),
+        (["--sample", ""], "--sample: the prompt has no tokens"),
+        (["--sample", "a", "--sample-tokens", "0"], "--sample-tokens 0 must be at least 1"),
+        (["--sample", "a", "--dense", "/nowhere"], "/nowhere does not exist"),
+        (["--baseline", "/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_samples_and_baselines_that_cannot_be_had(folder, flags, message, capsys):
+    assert main(["report", str(folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_baseline_by_hand():
+    def row(name, gap):
+        return {"name": name, "gap": gap}
+
+    assert against_baseline(row("a", 0.4), row("b", 0.1)).startswith("b closes 75.0% of the gap")
+    assert against_baseline(row("a", 0.4), row("b", 0.5)).startswith("b widens by 25.0% the gap")
+    assert against_baseline(row("a", -0.1), row("b", 0.1)).startswith("a loses nothing")
 
 
 def test_plots_are_well_formed_and_complete(page):

@@ -44,14 +44,16 @@ def make(
         refinement=refinement or RefinementConfig(),
         experts_per_unit=experts_per_unit,
     )
-    prepared, windows = prepare(config, folder, text=TextRequest(dataset=str(text)), model_name="m")
+    prepared, windows = prepare(
+        config, folder, text=TextRequest(dataset=str(text)), model_name="m", doing=print
+    )
     store = Store(output)
     claim(store, prepared, windows, resume=resume)
     spec = WorkerSpec(
         store=str(output), source=resolve_name(str(folder)), threads=1, **(worker or {})
     )
     measured = Measurements()
-    expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured)
+    expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured, doing=print)
     return store, windows, measured
 
 

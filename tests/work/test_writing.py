@@ -2,11 +2,13 @@
 
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparse_expansion.config import RunConfig
+from sparse_expansion.execution.base import Working
 from sparse_expansion.execution.local import LocalExecutor
 from sparse_expansion.store import Store
 from sparse_expansion.units import Unit, UnitReport
@@ -180,3 +182,20 @@ def test_what_was_computed_before_a_failure_is_kept(executor):
     with pytest.raises(KeyboardInterrupt):
         executor.run(units, RunConfig(), lambda progress: None)
     assert written["a"].done()
+
+
+def test_who_asks_is_told_what_is_done(executor):
+    units = [unit("a", cost=3, layer=0), unit("b", cost=1, layer=1)]
+    executor.worker.context = SimpleNamespace(place=(None, 0.0), device="cpu")
+    told = []
+
+    def on_run(key):
+        if key == "b":
+            executor.worker.context.place = (7, 0.5)
+        told.extend(executor.working())
+
+    executor.worker.on_run = on_run
+    assert executor.working() == [] and not executor.uses_gpus
+    executor.run(units, RunConfig(), lambda progress: None)
+    assert told == [Working(units[0], 0.75), Working(units[1], 0.25, 7, 0.5)]
+    assert executor.working() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,9 +13,11 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services
+from ray.util import accelerators
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
-from sparse_expansion.execution.base import Observer
+from sparse_expansion.config.nearest import did_you_mean
+from sparse_expansion.execution.base import Observer, Working
 from sparse_expansion.execution.ray.graph_run import GraphRun
 from sparse_expansion.execution.ray.liveness import try_connection
 from sparse_expansion.execution.ray.metrics import RunMetrics
@@ -25,6 +28,8 @@ from sparse_expansion.work.spec import WorkerSpec
 
 CONNECT_SECONDS = 10.0
 """Seconds after which an address that does not answer is taken for wrong."""
+_LABEL = "accelerator_type:"
+"""Beginning of the name of the resource by which Ray knows a node's type of accelerator."""
 _HANDED_ON = ("HF_TOKEN",)
 """Variables that workers which this process did not start need as it has them."""
 
@@ -36,7 +41,8 @@ class RayExecutor:
         """Join or start Ray; actors are asked for when a graph is run.
 
         Raises:
-            ValueError: the cluster cannot be reached, or has no workers and no number is given.
+            ValueError: the cluster cannot be reached, or has no workers and no number is given, or
+                nobody knows the accelerator type.
         """
         self.options = options
         # Without this an actor that asks for no GPU sees all of them.
@@ -49,16 +55,27 @@ class RayExecutor:
         self.pool = sized_pool(
             spec,
             options,
-            ray.cluster_resources(),
+            resources_of(ray.nodes(), options.accelerator_type),
             shares_gpus=starts_ray,
             environment={} if starts_ray else _handed_on(),
         )
         self._metrics = RunMetrics()
+        self._graph: GraphRun | None = None
 
     @property
     def num_workers(self) -> int:
         """Workers that do units at the same time, once all have come up."""
         return self.pool.num_workers
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether every worker gets a GPU, or a share of one."""
+        return bool(self.pool.options["num_gpus"]) and self.pool.spec.device != "cpu"
+
+    def working(self) -> list[Working]:
+        """See ``Executor.working``."""
+        graph = self._graph
+        return [] if graph is None else graph.working()
 
     def _connect(self, starts_ray: bool) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -89,16 +106,46 @@ class RayExecutor:
         self, units: Sequence[Unit], config: RunConfig, observer: Observer
     ) -> dict[str, UnitReport]:
         """See ``Executor.run``."""
-        graph = GraphRun(
+        self._graph = GraphRun(
             self.pool, self.options, self._metrics, units=units, config=config, observer=observer
         )
-        return graph.loop()
+        try:
+            return self._graph.loop()
+        finally:
+            self._graph = None
 
     def close(self) -> None:
         """Give the workers back, and Ray too if it was started here."""
         self.pool.close()
         if self._owns_ray:
             ray.shutdown()
+
+
+def resources_of(nodes: list[dict[str, Any]], accelerator_type: str | None) -> dict[str, float]:
+    """What the nodes of a cluster have together, or those of one type of accelerator.
+
+    Args:
+        nodes: as Ray lists them.
+        accelerator_type: one of Ray's names, or one that a node has as a label; None for any.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    known = {value for name, value in vars(accelerators).items() if name.isupper()}
+    found: dict[str, float] = defaultdict(float)
+    for node in nodes:
+        resources = node["Resources"] if node["Alive"] else {}
+        labels = {name.removeprefix(_LABEL) for name in resources if name.startswith(_LABEL)}
+        known |= labels
+        if accelerator_type is None or accelerator_type in labels:
+            for name, amount in resources.items():
+                found[name] += amount
+    if accelerator_type is not None and accelerator_type not in known:
+        raise ValueError(
+            f"--accelerator-type {accelerator_type}: neither Ray nor this cluster knows it"
+            f"{did_you_mean(accelerator_type, sorted(known)) or ', e.g. H100'}"
+        )
+    return dict(found)
 
 
 def sized_pool(
@@ -123,14 +170,17 @@ def sized_pool(
     """
     cluster_gpus, cluster_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     if options.num_workers is None and not cluster_cpus and not cluster_gpus:
+        kind = f" with {options.accelerator_type}" if options.accelerator_type else ""
         raise ValueError(
-            "the cluster has no workers yet: say how many to ask for, e.g. --num-workers 4 "
+            f"the cluster has no workers{kind} yet: say how many to ask for, e.g. --num-workers 4 "
             "--gpus-per-worker 1"
         )
     gpus = options.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if spec.device != "cpu" and cluster_gpus >= 1 else 0.0
-        if gpus and shares_gpus and options.num_workers is not None:
+        # Machines of a type that is asked for may still have to come.
+        wants_gpus = cluster_gpus >= 1 or options.accelerator_type is not None
+        gpus = 1.0 if spec.device != "cpu" and wants_gpus else 0.0
+        if gpus and shares_gpus and cluster_gpus and options.num_workers is not None:
             # As many workers on every GPU; Ray counts shares in ten-thousandths.
             on_each = math.ceil(options.num_workers / cluster_gpus)
             gpus = math.floor(10_000 / on_each) / 10_000
@@ -149,6 +199,7 @@ def sized_pool(
         num_workers=count,
         num_gpus=gpus,
         num_cpus=threads if cpus is None else cpus,
+        accelerator_type=options.accelerator_type,
         environment=environment or {},
     )
 

@@ -23,7 +23,14 @@ from ray.exceptions import (
 )
 
 from sparse_expansion.config import ExecutionOptions, RunConfig
-from sparse_expansion.execution.base import Observer, Progress, Schedule, failure_text
+from sparse_expansion.execution.base import (
+    Observer,
+    Progress,
+    Schedule,
+    Working,
+    failure_text,
+    unit_order,
+)
 from sparse_expansion.execution.dispatch import VALUE_SHARE, Dispatcher
 from sparse_expansion.execution.ray.actor import ActorHandle
 from sparse_expansion.execution.ray.attempts import Attempts
@@ -106,6 +113,13 @@ class GraphRun:
         self.cost_done = 0.0
         self.watch = ClusterWatch()
         self.vigil = Vigil(options.worker_timeout)
+
+    def working(self) -> list[Working]:
+        """The units that actors have, in their order."""
+        # One step for Python's threads, of which another may ask.
+        keys = list(self.schedule.running)
+        units = sorted((self.schedule.units[key] for key in keys), key=unit_order)
+        return [Working(unit, unit.cost / (self.cost_total or 1.0)) for unit in units]
 
     def loop(self) -> dict[str, UnitReport]:
         """Do all units; returns their reports by key.

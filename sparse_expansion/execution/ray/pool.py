@@ -21,6 +21,7 @@ class WorkerPool:
         num_workers: int,
         num_gpus: float,
         num_cpus: float,
+        accelerator_type: str | None,
         environment: dict[str, str],
     ) -> None:
         """Nobody is asked for yet.
@@ -30,6 +31,7 @@ class WorkerPool:
             num_workers: actors at most.
             num_gpus: GPUs, or a share of one, of each.
             num_cpus: CPUs of each.
+            accelerator_type: Ray's name of the accelerator that their machines have; None for any.
             environment: variables that each gets beside those of its machine.
         """
         self.spec = spec
@@ -37,6 +39,8 @@ class WorkerPool:
         self.handles: dict[str, ActorHandle] = {}
         self.num_lost = 0
         self.options: dict[str, Any] = {"num_gpus": num_gpus, "num_cpus": num_cpus}
+        if accelerator_type is not None:
+            self.options["accelerator_type"] = accelerator_type
         # An environment of its own, even an empty one, takes a worker that Ray starts for it.
         if environment:
             self.options["runtime_env"] = {"env_vars": environment}
@@ -75,4 +79,6 @@ class WorkerPool:
     @property
     def room(self) -> str:
         """What one actor needs, for people."""
-        return f"{self.options['num_gpus']:g} GPU and {self.options['num_cpus']:g} CPU"
+        kind = self.options.get("accelerator_type")
+        gpu = "GPU" if kind is None else f"GPU of type {kind}"
+        return f"{self.options['num_gpus']:g} {gpu} and {self.options['num_cpus']:g} CPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparse_expansion.report.figures.canvas import count_from_zero, label_axes
+from sparse_expansion.report.figures.canvas import WIDTH, count_from_zero, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def allocation(rows: Sequence[dict[str, Any]]) -> Figure:
     bars = [("gap", "gap when it\nalone is pruned", "C3"), ("sparsity", "share of zeros", "C0")]
     if "num_clusters" in rows[0]:
         bars.append(("num_clusters", "experts", "C2"))
-    figure = Figure(figsize=(6, 2.2 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.0 * len(bars)), layout="constrained")
     panels = figure.subplots(len(bars), 1, sharex=True)
     layers = [row["layer"] for row in rows]
     for axes, (name, text, color) in zip(panels, bars, strict=True):

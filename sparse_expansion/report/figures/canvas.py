@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PNG_DPI = 150
+PNG_DPI = 220
+WIDTH = 5.0
+"""Inches of a figure: its letters, of ten points, can be read where it is as wide as a phone."""
 
 
-def figure_and_axes(x: str, y: str, *, height: float = 3.4) -> tuple[Figure, Axes]:
-    """An empty plot, 8 inches wide.
+def figure_and_axes(x: str, y: str, *, height: float = 2.8) -> tuple[Figure, Axes]:
+    """An empty plot, as wide as all are.
 
     Args:
         x: label of the horizontal axis.
@@ -26,7 +28,7 @@ def figure_and_axes(x: str, y: str, *, height: float = 3.4) -> tuple[Figure, Axe
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     label_axes(axes, x, y)
     return figure, axes
@@ -38,6 +40,26 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+
+
+def legend_above(figure: Figure, *, ncols: int, title: str | None = None) -> None:
+    """A legend over the axes, which the layout makes room for: it neither hides nor is clipped.
+
+    Args:
+        figure: whose lines and bars have labels.
+        ncols: entries side by side.
+        title: of the legend.
+    """
+    figure.legend(
+        frameon=False,
+        ncols=ncols,
+        loc="outside upper center",
+        title=title,
+        fontsize="small",
+        title_fontsize="small",
+        columnspacing=1.0,
+        handlelength=1.4,
+    )
 
 
 def plain(name: str) -> str:

@@ -11,7 +11,13 @@ import numpy as np
 from sparse_expansion.report.experts import ExpertRow, LinearFacts, linear_facts
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.figures.allocation import allocation
-from sparse_expansion.report.figures.canvas import count_from_zero, figure_and_axes, plain
+from sparse_expansion.report.figures.canvas import (
+    WIDTH,
+    count_from_zero,
+    figure_and_axes,
+    legend_above,
+    plain,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +26,10 @@ MOST_SHOWN = 40
 """Workers, stages, linears or groups that a figure shows: more take minutes, unread."""
 GAP_SHARE = 0.002
 """Units of one stage on one worker that are closer than this share of the run are one bar."""
+MARKERS = "os^vDP"
+"""Marks of lines that may lie upon each other, as errors of linears with the same inputs do."""
+LEGEND_COLUMNS = 4
+"""Stages side by side in the timeline's legend."""
 
 
 def run_figures(facts: RunFacts) -> dict[str, Figure]:
@@ -55,22 +65,33 @@ def _by_linear(facts: Iterable[LinearFacts]) -> dict[str, list[LinearFacts]]:
 def errors_by_block(facts: Iterable[LinearFacts]) -> Figure:
     """Lost output energy of every linear over the blocks."""
     figure, axes = figure_and_axes("block", "lost output energy")
-    for linear, found in _by_linear(facts).items():
+    for number, (linear, found) in enumerate(_by_linear(facts).items()):
         layers, errors = [one.layer for one in found], [one.error for one in found]
-        axes.plot(layers, errors, marker="o", ms=3, label=plain(linear))
-    axes.legend(frameon=False)
+        mark = MARKERS[number % len(MARKERS)]
+        # The first are the largest: what lies upon them leaves their edge to see.
+        size = max(3, 7 - 2 * number)
+        axes.plot(layers, errors, marker=mark, ms=size, mfc="none", label=plain(linear))
+    legend_above(figure, ncols=3)
     count_from_zero(axes)
     return figure
 
 
 def shares_by_block(facts: Iterable[LinearFacts]) -> Figure:
-    """Share of the tokens in the largest and the smallest cluster over the blocks."""
+    """Share of the tokens in the largest and the smallest cluster over the blocks.
+
+    Linears with the same inputs have the same clusters: one line with all of their names.
+    """
     figure, axes = figure_and_axes("block", "share of tokens")
-    for number, (linear, found) in enumerate(_by_linear(facts).items()):
-        layers, color = [one.layer for one in found], f"C{number}"
-        axes.plot(layers, [one.largest_share for one in found], color=color, label=plain(linear))
-        axes.plot(layers, [one.smallest_share for one in found], color=color, linestyle=":")
-    axes.legend(frameon=False, title="largest (line), smallest (dots)")
+    names: dict[tuple[tuple[int, float, float], ...], list[str]] = defaultdict(list)
+    for linear, found in _by_linear(facts).items():
+        line = tuple((one.layer, one.largest_share, one.smallest_share) for one in found)
+        names[line].append(linear)
+    for number, (line, linears) in enumerate(names.items()):
+        layers, largest, smallest = zip(*line, strict=True)
+        color = f"C{number}"
+        axes.plot(layers, largest, color=color, label=plain(", ".join(linears)))
+        axes.plot(layers, smallest, color=color, linestyle=":")
+    legend_above(figure, ncols=2, title="largest (line), smallest (dots)")
     count_from_zero(axes)
     return figure
 
@@ -84,7 +105,7 @@ def cluster_sizes(experts: Iterable[ExpertRow]) -> Figure:
     for row in experts:
         tokens[row.group][row.layer][row.expert] = row.tokens
     shown = dict(list(tokens.items())[:MOST_SHOWN])
-    figure = Figure(figsize=(8, 0.8 + 1.8 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.8 + 1.8 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 1, squeeze=False, sharex=True)
     for axes, (group, layers) in zip(grid[:, 0], shown.items(), strict=True):
         shares = np.array(
@@ -119,6 +140,8 @@ def timeline(rows: Sequence[dict[str, Any]]) -> Figure:
     Args:
         rows: the rows of ``run/timeline.json``.
     """
+    from matplotlib import colormaps
+
     begin = min(row["started"] for row in rows)
     whole = max(row["started"] + row["seconds"] for row in rows) - begin
     spans: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -129,20 +152,22 @@ def timeline(rows: Sequence[dict[str, Any]]) -> Figure:
         worked[row["worker"]] += row["seconds"]
     workers = sorted(sorted(worked, key=lambda name: (-worked[name], name))[:MOST_SHOWN])
     stages = list(spans)[:MOST_SHOWN]
-    figure, axes = figure_and_axes("seconds", "", height=1.6 + 0.35 * len(workers))
+    rows_of_legend = -(-len(stages) // LEGEND_COLUMNS)
+    height = 1.2 + 0.22 * rows_of_legend + 0.35 * len(workers)
+    figure, axes = figure_and_axes("seconds", "", height=height)
+    colors = colormaps["tab20"]
     for number, stage in enumerate(stages):
-        seen = False
+        # The ten strong ones first, then their pale forms.
+        color, seen = colors((2 * number + number // 10) % 20), False
         for place, worker in enumerate(workers):
             bars = merged_spans(spans[stage].get(worker, ()), GAP_SHARE * whole)
             if bars:
                 label = None if seen else plain(stage)
-                axes.broken_barh(bars, (place - 0.4, 0.8), color=f"C{number}", label=label)
+                axes.broken_barh(bars, (place - 0.4, 0.8), color=color, label=label)
                 seen = True
     axes.set_yticks(range(len(workers)), [plain(worker) for worker in workers])
     if len(worked) > len(workers):
         axes.set_xlabel(f"seconds; those {len(workers)} of {len(worked)} workers that worked most")
     axes.invert_yaxis()
-    axes.legend(
-        frameon=False, ncols=min(8, len(stages)), loc="upper center", bbox_to_anchor=(0.5, 1.35)
-    )
+    legend_above(figure, ncols=LEGEND_COLUMNS)
     return figure

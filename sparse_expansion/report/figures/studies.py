@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_expansion.report.figures.canvas import figure_and_axes, plain
+from sparse_expansion.report.figures.canvas import WIDTH, figure_and_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def neuron_distributions(
     """One neuron's outputs on the same tokens: dense (filled) and each of the others."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.6 + 1.5 * len(others)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.5 * len(others)), layout="constrained")
     grid = figure.subplots(len(others), 1, squeeze=False, sharex=True)
     low, high = np.quantile(dense, [0.001, 0.999])
     edges = np.linspace(low, high, 81)

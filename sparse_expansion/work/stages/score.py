@@ -44,8 +44,12 @@ def evaluate(
     routed: dict[str, list[int]] = {}
     windows = torch.tensor(tokens, dtype=torch.int64)
     hidden = embed_windows(context, windows, model) if hidden is None else own_copy(context, hidden)
+    is_last = layers[1] + 1 == shell.num_blocks
+    # Scoring counts as a block.
+    steps = layers[1] + 1 - layers[0] + is_last
     with torch.no_grad():
         for layer in range(layers[0], layers[1] + 1):
+            context.place = (layer, (layer - layers[0]) / steps)
             block = shell.load_block(layer)
             if pruned is not None:
                 _put_pruned(context, block, layer, pruned)
@@ -55,8 +59,9 @@ def evaluate(
             del block
             if shell.expansion is not None:
                 shell.expert_cache.clear()
-    if layers[1] + 1 < shell.num_blocks:
+    if not is_last:
         return Done(outputs={"hidden": hidden}, stats={"tokens_by_expert": routed})
+    context.place = (layers[1], 1 - 1 / steps)
     nll = score_windows(context, windows, hidden, model)
     losses = [(part.total, part.num_tokens) for part in nll]
     return Done(stats={"nll": losses, "tokens_by_expert": routed})
@@ -99,6 +104,7 @@ def block_gaps(
     streams: list[torch.Tensor] = []
     with torch.no_grad():
         for layer in range(shell.num_blocks):
+            context.place = (layer, layer / shell.num_blocks)
             block = shell.load_block(layer)
             for hidden in streams:
                 pass_through(context, layer, block, to_score, hidden)
