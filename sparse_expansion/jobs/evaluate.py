@@ -60,7 +60,7 @@ def evaluate(
         num_layers=shape.num_layers,
         num_shards=num_shards,
         num_ranges=num_ranges,
-        flops_per_token=shape.num_layers * shape.block_flops(windows.shape[1]) + head_flops,
+        flops_per_token=shape.all_block_flops(windows.shape[1]) + head_flops,
         model_bytes=model_bytes,
         pruned=pruned,
     )

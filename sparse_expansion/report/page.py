@@ -9,8 +9,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from sparse_expansion.messages import shown
-from sparse_expansion.report.describe import describe_asked, describe_machine, describe_starved
-from sparse_expansion.report.experts import LinearFacts, count_experts
+from sparse_expansion.report.describe import (
+    describe_asked,
+    describe_machine,
+    describe_mixtures,
+    describe_starved,
+)
+from sparse_expansion.report.experts import LinearFacts, count_experts, count_mixtures
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.figures.allocation import allocation
 from sparse_expansion.report.figures.canvas import svg
@@ -113,5 +118,6 @@ def _clusters(facts: RunFacts) -> str:
     counts = count_experts(facts.experts)
     return (
         "Share of the calibration tokens in the largest and the smallest cluster of every linear. "
-        f"{describe_starved(counts)}; {counts.raised} needed more than the asked damping."
-    )
+        f"{describe_starved(counts)}; {counts.raised} needed more than the asked damping. "
+        f"{describe_mixtures(count_mixtures(facts.experts))}"
+    ).rstrip()
