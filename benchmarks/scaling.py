@@ -26,7 +26,7 @@ LLAMA_2_13B = ModelShape(
     5120,
     (
         GroupShape("mlp.gate_proj+up_proj", 5120, 2 * 13824, num_linears=2),
-        GroupShape("mlp.down_proj", 13824, 5120),
+        GroupShape("mlp.down_proj", 13824, 5120, level=1),
     ),
     item_bytes=2,
 )

@@ -50,6 +50,7 @@ MAYBE_IN_METRICS = {
     "starved_experts": int,
     "raised_damping": int,
     "mlp_flops_per_token": {...: NUMBER},
+    "mixtures": {"experts": int, "starved": int, "without_tokens": int},
     "refinement": {"trained_blocks": int},
     "profile": {"stages": {...: _WORK_FORM}},
     "devices": [str],

@@ -115,6 +115,21 @@ def route(X_TD: torch.Tensor, router: Router) -> torch.Tensor:
     return torch.addmm(offset_K, inputs, matrix.T, alpha=-2).argmin(dim=1)
 
 
+def few_centroids(Z_TP: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Centroids ``[K, P]`` for fewer tokens than clusters: each token, and the first one again.
+
+    What is there again gets no token: on equal distances the lowest number wins. Without any token
+    all are at the origin, and the first gets whatever comes.
+
+    Args:
+        Z_TP: projected inputs, fewer than ``num_clusters``.
+        num_clusters: K.
+    """
+    first_P = Z_TP[0] if len(Z_TP) else Z_TP.new_zeros(Z_TP.shape[1])
+    again = first_P.expand(num_clusters - len(Z_TP), -1)
+    return torch.cat([Z_TP.float(), again.float()])
+
+
 def balance_clusters(
     Z_TP: torch.Tensor, centroids_KP: torch.Tensor, *, least: float
 ) -> torch.Tensor:

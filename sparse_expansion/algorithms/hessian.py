@@ -154,6 +154,8 @@ def regularise_hessian(
 
     An expert with fewer tokens than ``CompressionConfig.min_tokens`` would be fitted to these
     tokens alone: it takes its whole group's sums and so becomes the plain expert of no cluster.
+    Where the group has no token, as an expert of a mixture may, all features count alike: what is
+    pruned then are the smallest weights.
 
     Args:
         part: sums over the expert's own tokens.
@@ -163,6 +165,9 @@ def regularise_hessian(
     Returns:
         The sums, and the share of the group in them (0 to 1).
     """
+    if not group.num_tokens and not part.num_tokens:
+        width = part.sum_DD.shape[0]
+        return replace(part, sum_DD=torch.eye(width, device=part.sum_DD.device)), 1.0
     if part.num_tokens < compression.min_tokens(part.sum_DD.shape[0]):
         cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
         return replace(group, cross_DD=cross_DD), 1.0

@@ -124,8 +124,11 @@ def _measure(
     from sparse_expansion.algorithms.allocation import clusters_by_error
     from sparse_expansion.jobs.allocation import measure, measure_clusters
     from sparse_expansion.planning.shapes import model_shape
+    from sparse_expansion.planning.studies import check_no_mixture
 
     shape = model_shape(dense.shell)
+    if clusters:
+        check_no_mixture(shape)
     found = measure(
         config,
         shape,
@@ -135,7 +138,7 @@ def _measure(
         observer=place.observer,
     )
     if clusters:
-        groups = dense.shell.family.groups
+        groups = dense.shell.groups(0)
         found.errors = measure_clusters(
             config,
             shape,

@@ -118,9 +118,9 @@ class CalibrationConfig:
         """Whether a block's later groups wait for the compressed groups before them."""
         return self.calibration_inputs == "sequential"
 
-    def is_paired(self, group: int) -> bool:
-        """Whether a block's group of this number has the dense block's inputs beside its own."""
-        return self.is_sequential and group > 0
+    def is_paired(self, level: int) -> bool:
+        """Whether a block's groups of this level have the dense block's inputs beside their own."""
+        return self.is_sequential and level > 0
 
     @property
     def num_shards(self) -> int:

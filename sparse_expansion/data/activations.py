@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_expansion.data.transfers import host_tensor, is_on_device, num_bytes
+from sparse_expansion.data.transfers import host_tensor, is_on_device, num_bytes, put
 from sparse_expansion.model.families import AttentionOutput, LinearGroup
 
 
@@ -176,6 +176,57 @@ def _reserve(descriptor: int, size: int) -> None:
         os.truncate(descriptor, size)
 
 
+class CapturedRows:
+    """Activations of a shard by name, put together from the batches that its windows pass in."""
+
+    def __init__(self, buffers: ActivationBuffers, num_tokens: int) -> None:
+        """Start without any.
+
+        Args:
+            buffers: to allocate from.
+            num_tokens: tokens of the shard.
+        """
+        self._buffers = buffers
+        self._num_tokens = num_tokens
+        self._whole: dict[str, torch.Tensor] = {}
+        self._pieces: dict[str, list[torch.Tensor]] = {}
+
+    def put(self, name: str, X_TD: torch.Tensor, rows: slice | None) -> None:
+        """Keep one batch's activations.
+
+        Args:
+            name: of the activations.
+            X_TD: those of the batch.
+            rows: their place among the shard's tokens; None where only some tokens have any, so
+                that their number is not known before all batches have passed.
+        """
+        if rows is None:
+            piece = self._buffers.allocate(tuple(X_TD.shape), X_TD.dtype)
+            put(piece, X_TD)
+            self._pieces.setdefault(name, []).append(piece)
+            return
+        if name not in self._whole:
+            shape = (self._num_tokens, X_TD.shape[1])
+            self._whole[name] = self._buffers.allocate(shape, X_TD.dtype)
+        put(self._whole[name][rows], X_TD)
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """All of them ``[T, D]``, once transfers have settled; each to be given back."""
+        found, self._whole = self._whole, {}
+        while self._pieces:
+            name, pieces = self._pieces.popitem()
+            if len(pieces) == 1:
+                found[name] = pieces[0]
+                continue
+            shape = (sum(map(len, pieces)), pieces[0].shape[1])
+            joined = self._buffers.allocate(shape, pieces[0].dtype)
+            for piece, part in zip(pieces, joined.split(list(map(len, pieces))), strict=True):
+                part.copy_(piece)
+                self._buffers.release(piece)
+            found[name] = joined
+        return found
+
+
 class AllInputsSeenError(Exception):
     """The block was stopped because all the inputs that were asked for have been collected."""
 
@@ -195,7 +246,8 @@ class GroupInputs:
                 the last group.
         """
         self.inputs: dict[str, torch.Tensor] = {}
-        """The latest input of every group by its name, ``[T, D]``."""
+        """The latest input of every group by its name, ``[T, D]``; of an expert of a mixture that
+        got no token it may be an earlier run's, see ``take``."""
         self._last = groups[-1].name if stop else None
         self._handles = [
             block.get_submodule(group.linears[0]).register_forward_pre_hook(self._hook(group.name))
@@ -211,6 +263,11 @@ class GroupInputs:
                 raise AllInputsSeenError
 
         return hook
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The inputs of one run, and no longer here; not of a group that no token reached."""
+        found, self.inputs = self.inputs, {}
+        return found
 
     def __enter__(self) -> GroupInputs:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,7 +64,7 @@ def check_shares(prepared: Prepared, store: Store) -> None:
         compression = prepared.config.compression.at(unit.layer)
         for tensors in (file["tensors"] for file in record["files"].values()):
             for name, described in tensors.items():
-                linear, _, stream = name.removeprefix(shell.block_prefix(unit.layer)).partition(
+                linear, _, stream = name.removeprefix(shell.block_prefix(unit.layer)).rpartition(
                     ".experts."
                 )
                 rows, width = linear_shape(shell.meta_block(unit.layer), linear)
@@ -120,7 +121,7 @@ def _model_config(prepared: Prepared) -> dict[str, Any]:
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "groups": [list(group.linears) for group in shell.family.groups],
+        "groups": shell.group_names(),
         "compression": asdict(prepared.config.compression),
         "routing": asdict(prepared.config.routing),
     }
@@ -139,7 +140,7 @@ def information_bytes(prepared: Prepared) -> float:
     total = 0.0
     for layer in range(shell.num_blocks):
         compression, routing = config.compression.at(layer), config.routing.at(layer)
-        for group in shell.family.groups:
+        for group in shell.groups(layer):
             for position, linear in enumerate(group.linears):
                 rows, width = linear_shape(shell.meta_block(layer), linear)
                 layout = PackedLayout.of(rows, width, compression)
@@ -153,13 +154,11 @@ def information_bytes(prepared: Prepared) -> float:
 def dense_bytes(shell: ModelShell) -> int:
     """Bytes of the dense model's parameters in the run's dtype."""
     trunk = {shell.file_name(name) for name in shell.trunk_names()}
-    expanded = tuple(
-        f"{linear}.weight" for group in shell.family.groups for linear in group.linears
-    )
+    counted = {*trunk, *shell.dense_weights()}
     return sum(
-        shell.files.read(name).numel() * shell.dtype.itemsize
+        math.prod(shell.files.shapes[name]) * shell.dtype.itemsize
         for name in shell.files.names()
-        if name in trunk or name.endswith(expanded)
+        if name in counted
     )
 
 

@@ -80,7 +80,7 @@ def evaluate(
         # The same windows pass together in one shard as in several: with the same bits.
         together=1 if num_shards or executor.num_workers > 1 else windows_together(seqlen),
         num_ranges=num_ranges,
-        flops_per_token=shape.num_layers * shape.block_flops(seqlen) + head_flops,
+        flops_per_token=shape.all_block_flops(seqlen) + head_flops,
         model_bytes=model_bytes,
         pruned=pruned,
     )

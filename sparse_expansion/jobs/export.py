@@ -88,6 +88,11 @@ def _exportable(shell: ModelShell, form: str) -> CompressionConfig:
                 f"compressed-tensors has no form for the transposed linears of "
                 f"{shell.config.model_type}: export it with --format {DENSE}"
             )
+        if shell.family.mixture is not None:
+            raise ValueError(
+                "no reader loads packed experts of a mixture by themselves: export "
+                f"{shell.config.model_type} with --format {DENSE}"
+            )
         _pack_to_int32()
     return compression
 
@@ -128,20 +133,23 @@ def _block_tensors(
     expanded = {
         name: module for name, module in block.named_modules() if isinstance(module, ExpandedLinear)
     }
+    # Guards are under the names that the source's files have, and so is what is in their place.
     tensors = {
-        prefix + name: tensor
+        shell.stored_name(prefix + name): tensor
         for name, tensor in block.state_dict().items()
         if not any(name.startswith(f"{linear}.") for linear in expanded)
     }
     for name, linear in expanded.items():
         if linear.bias is not None:
-            tensors[f"{prefix}{name}.bias"] = linear.bias
+            tensors[shell.stored_name(f"{prefix}{name}.bias")] = linear.bias
         if form == PACK_QUANTIZED:
             found = _packed(linear, shell.dtype, symmetric=symmetric)
         else:
             W_OD = linear.unpack(0, shell.dtype)
             found = {"weight": W_OD.T.contiguous() if shell.family.is_transposed else W_OD}
-        tensors.update({f"{prefix}{name}.{key}": value for key, value in found.items()})
+        tensors.update(
+            {shell.stored_name(f"{prefix}{name}.{key}"): value for key, value in found.items()}
+        )
     return tensors
 
 

@@ -19,12 +19,13 @@ from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes,
 from sparse_expansion.config import MEASURED, Cluster, RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
-from sparse_expansion.model.families import family_of, linear_shape, plain_blocks
+from sparse_expansion.model.families import block_groups, family_of, linear_shape
 from sparse_expansion.model.fit import build_without_weights
+from sparse_expansion.model.plain_blocks import plain_blocks
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.memory import ParameterCounts, WorkerRoom, worker_memory
-from sparse_expansion.planning.shapes import ModelShape, group_shape
+from sparse_expansion.planning.shapes import ModelShape, shape_of_blocks
 from sparse_expansion.units import Unit
 from sparse_expansion.work.registry import stage_of
 from sparse_expansion.work.spec import captured_bytes
@@ -49,7 +50,7 @@ class _Model:
     @property
     def trunk_bytes(self) -> int:
         """Stored bytes of what is neither expert nor router."""
-        weights = self.parameters.total - self.shape.num_layers * self.shape.mlp_weights
+        weights = self.parameters.total - self.shape.all_mlp_weights
         return weights * self.shape.item_bytes
 
     @property
@@ -107,12 +108,16 @@ def forecast(
     flops: Counter[str] = Counter()
     for unit in graph.units:
         flops[unit.stage] += int(unit.cost)
-    first_block = [unit for unit in graph.expanding if unit.layer == 0]
+    blocks: dict[int, list[Unit]] = {layer: [] for layer in range(shape.num_layers)}
+    for unit in graph.expanding:
+        blocks.get(unit.layer, []).append(unit)
+    largest = max(shape.kinds, key=lambda kind: kind.mlp_weights)
     result = {
         "model_type": model_config.model_type,
         "num_layers": shape.num_layers,
         "groups": [
-            {"name": group.name, "width": group.width, "rows": group.rows} for group in shape.groups
+            {"name": group.name, "width": group.width, "rows": group.rows}
+            for group in largest.groups
         ],
         "parameters": model.parameters.total,
         "units": dict(Counter(unit.stage for unit in graph.units)),
@@ -124,8 +129,10 @@ def forecast(
         "expert_bytes": model.expert_bytes,
         "router_bytes": model.router_bytes,
         "memory_bytes": _memory(config, model, cluster, room),
-        "value_bytes_per_block": _value_bytes(first_block),
-        "captured_bytes_per_block": sum(unit.cache_bytes for unit in first_block),
+        "value_bytes_per_block": max(map(_value_bytes, blocks.values())),
+        "captured_bytes_per_block": max(
+            sum(unit.cache_bytes for unit in units) for units in blocks.values()
+        ),
         "config": config.to_dict(),
     }
     result |= _time(config, graph, cluster, model, captured_bytes(activation_bytes))
@@ -145,33 +152,25 @@ def _describe(config: RunConfig, model_config: Any) -> _Model:
     family = family_of(model_config.model_type)
     model = build_without_weights(model_config)
     blocks = plain_blocks(model, family)
-    block, num_layers = blocks[0], len(blocks)
-    config.check_layers(num_layers)
+    config.check_layers(len(blocks))
     item = _item_bytes(config, model_config)
+    shape = shape_of_blocks(blocks, family, model_config, item)
     expert_bytes = routing_bytes = 0
-    for group in family.groups:
-        for rows, width in (linear_shape(block, name) for name in group.linears):
-            for layer in range(num_layers):
-                here = config.at(layer)
+    for layer, block in enumerate(blocks):
+        here = config.at(layer)
+        for group in block_groups(block, family):
+            for rows, width in (linear_shape(block, name) for name in group.linears):
                 layout = PackedLayout.of(rows, width, here.compression)
                 expert_bytes += here.routing.num_clusters * layout.num_bytes(item)
-            routing_bytes += num_layers * grid_bytes(rows, width, config.compression)
-        width = group_shape(block, group).width
-        routing_bytes += sum(
-            router_bytes(width, config.routing.at(layer)) for layer in range(num_layers)
-        )
-    groups = tuple(group_shape(block, group) for group in family.groups)
+                routing_bytes += grid_bytes(rows, width, config.compression)
+            routing_bytes += router_bytes(width, here.routing)
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     return _Model(
-        shape=ModelShape(
-            num_layers,
-            int(model_config.hidden_size),
-            groups,
-            item,
-            family.attention_weights(model_config),
-        ),
+        shape=shape,
         parameters=ParameterCounts(
             total=_count_parameters(model, model_config),
-            block=sum(parameter.numel() for parameter in block.parameters()),
+            block=max(sizes),
+            all_blocks=sum(sizes),
         ),
         expert_bytes=expert_bytes,
         router_bytes=routing_bytes,

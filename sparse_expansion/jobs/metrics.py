@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from sparse_expansion.jobs.assemble import checkpoint_bytes, dense_bytes
@@ -10,7 +11,7 @@ from sparse_expansion.jobs.prepare import Prepared
 from sparse_expansion.planning.costs import mlp_flops_per_token
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.process_memory import peak_memory_bytes
-from sparse_expansion.report.experts import count_experts, expert_rows
+from sparse_expansion.report.experts import count_experts, count_mixtures, expert_rows
 from sparse_expansion.store import Store
 from sparse_expansion.work.registry import Stage
 from sparse_expansion.work.stages.make import experts, refine_block
@@ -25,7 +26,8 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         executor: name of the executor that did its units.
     """
     records = store.records()
-    counts = count_experts(expert_rows(_of_stage(prepared, records, experts)))
+    rows = expert_rows(_of_stage(prepared, records, experts))
+    counts, mixtures = count_experts(rows), count_mixtures(rows)
     return {
         "config": prepared.config.to_dict(),
         "model": prepared.identity["model"],
@@ -36,6 +38,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "num_experts": counts.experts,
         "mlp_flops_per_token": mlp_flops_per_token(prepared.config, model_shape(prepared.shell)),
         "starved_experts": counts.starved,
+        **({"mixtures": asdict(mixtures)} if mixtures.experts else {}),
         **_refinement(_of_stage(prepared, records, refine_block)),
         "raised_damping": counts.raised,
         "checkpoint_bytes": checkpoint_bytes(store),

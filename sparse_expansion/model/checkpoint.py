@@ -86,6 +86,12 @@ class CheckpointFiles:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
 
+    def read_row(self, name: str, row: int) -> torch.Tensor:
+        """A tensor's part ``[row]`` on the CPU, and nothing else of it."""
+        with safe_open(str(self._file_of[name]), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_slice(name)[row]
+        return tensor
+
     def fingerprint(self) -> str:
         """32 hex digits of a SHA-256 over all that defines the model.
 

@@ -2,21 +2,21 @@
 
 How to add a family: append a ``Family`` to ``FAMILIES``. It names the module path of the decoder
 blocks, a block's attention, and the MLP linears of a block, those that read the same input
-together. An architecture whose attention returns a bare tensor says so, one whose attention is
-not made of the usual q, k, v and o projections brings a count of its weights, and so on for what
-has a default below. Then add a tiny configuration of it to the tests, which check every family.
+together, and the level at which they stand. An architecture whose attention returns a bare tensor
+says so, one whose attention is not made of the usual q, k, v and o projections brings a count of
+its weights, one whose blocks may be mixtures of experts names their parts, and so on for what has a
+default below. Then add a tiny configuration of it to the tests, which check every family.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 AttentionOutput = Literal["tuple", "tensor"]
 """The form in which a block's attention returns its output: first of a tuple, or by itself."""
@@ -27,7 +27,15 @@ class LinearGroup:
     """Linears of a block that share one input, hence one router and one Hessian."""
 
     linears: tuple[str, ...]
-    """The names of the linears inside the block."""
+    """The names of the linears inside the block; in a family's entry ``*`` stands for the number of
+    every expert of a mixture."""
+    level: int = 0
+    """How many groups of the block its input has passed through."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the linears are those of a mixture's experts, which see some tokens each."""
+        return ".experts." in self.linears[0]
 
     @property
     def name(self) -> str:
@@ -66,6 +74,33 @@ def _falcon_attention_weights(config: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Names inside a block whose MLP may be a mixture of experts.
+
+    Files have every expert's linears by themselves; transformers keeps those of all experts in two
+    parameters, ``gate_up_proj [E, 2 F, D]`` and ``down_proj [E, D, F]``.
+    """
+
+    experts: str = "mlp.experts"
+    """The module path of the experts."""
+    gate: str = "gate_proj"
+    """What files call an expert's linear whose output goes through the activation function."""
+    up: str = "up_proj"
+    """What files call the linear whose output is multiplied with that."""
+    down: str = "down_proj"
+    """What files call the linear of that product."""
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear groups of every expert."""
+        each = f"{self.experts}.*"
+        return (
+            LinearGroup((f"{each}.{self.gate}", f"{each}.{self.up}")),
+            LinearGroup((f"{each}.{self.down}",), level=1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture's adapter."""
 
@@ -76,7 +111,8 @@ class Family:
     attention: str
     """The name of a block's attention, which comes before its MLP."""
     groups: tuple[LinearGroup, ...]
-    """The linear groups of a block's MLP, in the order in which data passes through them."""
+    """The linear groups of a block's MLP, in the order in which data passes through them; with a
+    ``mixture`` those of every kind of block, which ``block_groups`` chooses from."""
     default_seqlen: int
     """Tokens per window where nobody asks for another number."""
     attention_output: AttentionOutput = "tuple"
@@ -85,8 +121,10 @@ class Family:
     """Counts the weights of one block's attention, given the model's config."""
     is_transposed: bool = False
     """Whether the MLP's linears are of the kind ``Conv1D``, whose weights are ``[D, O]``."""
+    mixture: Mixture | None = None
+    """Where blocks may have experts of which a router chooses a few for every token."""
     aliases: tuple[tuple[str, str], ...] = ()
-    """Pairs of name prefixes that files and transformers versions use for the same module."""
+    """Pairs of parts of names that files and transformers versions use for the same module."""
     rope_names: tuple[tuple[str, str], ...] = (
         ("rope_theta", "rope_theta"),
         ("partial_rotary_factor", "partial_rotary_factor"),
@@ -99,15 +137,20 @@ class Family:
 
 _GATED_MLP = (
     LinearGroup(("mlp.gate_proj", "mlp.up_proj")),
-    LinearGroup(("mlp.down_proj",)),
+    LinearGroup(("mlp.down_proj",), level=1),
 )
+_SHARED_EXPERT = (
+    LinearGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+    LinearGroup(("mlp.shared_expert.down_proj",), level=1),
+)
+_MIXTRAL = Mixture(gate="w1", up="w3", down="w2")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
         attention="attention",
-        groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
+        groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",), level=1)),
         default_seqlen=2048,
         aliases=(("embed_out.", "lm_head."),),
         rope_names=(("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")),
@@ -135,7 +178,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("falcon",),
         blocks="transformer.h",
         attention="self_attention",
-        groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",))),
+        groups=(LinearGroup(("mlp.dense_h_to_4h",)), LinearGroup(("mlp.dense_4h_to_h",), level=1)),
         default_seqlen=2048,
         attention_weights=_falcon_attention_weights,
     ),
@@ -154,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gpt2",),
         blocks="transformer.h",
         attention="attn",
-        groups=(LinearGroup(("mlp.c_fc",)), LinearGroup(("mlp.c_proj",))),
+        groups=(LinearGroup(("mlp.c_fc",)), LinearGroup(("mlp.c_proj",), level=1)),
         default_seqlen=1024,
         is_transposed=True,
     ),
@@ -162,28 +205,45 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gptj",),
         blocks="transformer.h",
         attention="attn",
-        groups=(LinearGroup(("mlp.fc_in",)), LinearGroup(("mlp.fc_out",))),
+        groups=(LinearGroup(("mlp.fc_in",)), LinearGroup(("mlp.fc_out",), level=1)),
         default_seqlen=2048,
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         attention="self_attn",
-        groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",))),
+        groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",), level=1)),
         default_seqlen=2048,
     ),
     Family(
         model_types=("phi",),
         blocks="model.layers",
         attention="self_attn",
-        groups=(LinearGroup(("mlp.fc1",)), LinearGroup(("mlp.fc2",))),
+        groups=(LinearGroup(("mlp.fc1",)), LinearGroup(("mlp.fc2",), level=1)),
         default_seqlen=2048,
     ),
     Family(
         model_types=("phi3",),
         blocks="model.layers",
         attention="self_attn",
-        groups=(LinearGroup(("mlp.gate_up_proj",)), LinearGroup(("mlp.down_proj",))),
+        groups=(LinearGroup(("mlp.gate_up_proj",)), LinearGroup(("mlp.down_proj",), level=1)),
+        default_seqlen=4096,
+    ),
+    Family(
+        model_types=("mixtral",),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=_MIXTRAL.groups,
+        mixture=_MIXTRAL,
+        default_seqlen=4096,
+        aliases=((".block_sparse_moe.", ".mlp."),),
+    ),
+    Family(
+        model_types=("olmoe", "qwen2_moe", "qwen3_moe"),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=(*_GATED_MLP, *_SHARED_EXPERT, *Mixture().groups),
+        mixture=Mixture(),
         default_seqlen=4096,
     ),
 )
@@ -256,24 +316,54 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def plain_blocks(model: nn.Module, family: Family) -> list[nn.Module]:
-    """The model's decoder blocks, with linears of PyTorch in place of transformers' own kind.
+def numbered_groups(
+    block: nn.Module, family: Family, groups: tuple[LinearGroup, ...]
+) -> tuple[LinearGroup, ...]:
+    """Those of a family's groups that a block has, and experts' groups once for every expert.
 
-    The blocks are changed: a ``Conv1D`` gets an ``nn.Linear`` of its shape in its place, on the
-    meta device, whose weight ``[O, D]`` is the transposed one.
+    Args:
+        block: of the form that ``plain_blocks`` gives it.
+        family: of the model; without a mixture its blocks have all groups.
+        groups: as of the family's entry.
+
+    Returns:
+        The groups by level; an entry's order among those of one level, experts by number.
+    """
+    if family.mixture is None:
+        return groups
+    found: list[LinearGroup] = []
+    for group in groups:
+        each = [group]
+        if group.is_routed:
+            experts: Any = ()
+            with contextlib.suppress(AttributeError):
+                experts = block.get_submodule(family.mixture.experts)
+            each = [
+                replace(group, linears=tuple(name.replace("*", str(e)) for name in group.linears))
+                for e in range(len(experts))
+            ]
+        found += [one for one in each if _has_module(block, one.linears[0])]
+    return tuple(sorted(found, key=lambda group: group.level))
+
+
+def block_groups(block: nn.Module, family: Family) -> tuple[LinearGroup, ...]:
+    """The linear groups of a block's MLP, by level: the inputs of later levels pass earlier ones.
 
     Raises:
-        ValueError: the module path does not lead to a list of blocks.
+        ValueError: the block has none of its family's groups.
     """
-    blocks = list(block_list(model, family))
-    for block in blocks:
-        for name in (name for group in family.groups for name in group.linears):
-            with contextlib.suppress(AttributeError):
-                old = block.get_submodule(name)
-                if isinstance(old, Conv1D):
-                    new = nn.Linear(old.nx, old.nf, device="meta", dtype=old.weight.dtype)
-                    block.set_submodule(name, new)
-    return blocks
+    found = numbered_groups(block, family, family.groups)
+    if not found:
+        linear_shape(block, family.groups[0].linears[0])
+    return found
+
+
+def _has_module(block: nn.Module, name: str) -> bool:
+    try:
+        block.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def linear_shape(block: nn.Module, name: str) -> tuple[int, int]:

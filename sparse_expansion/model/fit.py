@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_expansion.messages import one_line
 
-_MOST_BLOCKS, _MOST_WIDTH = 1 << 13, 1 << 25
+_MOST_BLOCKS, _MOST_WIDTH, _MOST_EXPERTS = 1 << 13, 1 << 25, 1 << 12
 """Bounds of what a config may ask for: far beyond any model, and built in seconds."""
 _WIDTHS = (
     "hidden_size",
@@ -24,6 +24,10 @@ _WIDTHS = (
     "num_key_value_heads",
     "head_dim",
 )
+_MIXTURE_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
+"""Widths that mean nothing where no block is a mixture, and may be any then."""
+_EXPERTS = ("num_experts", "num_local_experts")
+"""How many experts mixtures have; 0 is none."""
 _OWN_ATTENTION = ("eager", "sdpa")
 """Attentions that are PyTorch's and transformers' own; others are fetched, or need packages."""
 
@@ -38,12 +42,18 @@ def check_config(config: Any, path: Path) -> None:
     Raises:
         ValueError: it is such a one.
     """
-    bounds = {"num_hidden_layers": _MOST_BLOCKS, **dict.fromkeys(_WIDTHS, _MOST_WIDTH)}
-    for name, bound in bounds.items():
+    bounds = {
+        "num_hidden_layers": (1, _MOST_BLOCKS),
+        **dict.fromkeys(_WIDTHS, (1, _MOST_WIDTH)),
+        **dict.fromkeys(_MIXTURE_WIDTHS, (0, _MOST_WIDTH)),
+        **dict.fromkeys(_EXPERTS, (0, _MOST_EXPERTS)),
+    }
+    for name, (least, most) in bounds.items():
         value = getattr(config, name, None)
-        if isinstance(value, int) and not 1 <= value <= bound:
+        if isinstance(value, int) and not least <= value <= most:
             raise ValueError(
-                f"{path} has {name} {value}, models have 1 to {bound}: download the model again"
+                f"{path} has {name} {value}, models have {least} to {most}: download the model "
+                "again"
             )
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, *_OWN_ATTENTION):
@@ -98,7 +108,11 @@ def check_sizes(
     """
     # The streams of experts are long, and say nothing of widths.
     widest = max(
-        (max(shape, default=0) for name, shape in shapes.items() if ".experts." not in name),
+        (
+            max(shape, default=0)
+            for name, shape in shapes.items()
+            if ".experts." not in name or len(shape) > 1
+        ),
         default=0,
     )
     for name in _WIDTHS:

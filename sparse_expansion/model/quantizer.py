@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,7 +32,8 @@ from sparse_expansion.model.expansion import (
     guard_tensors,
 )
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
-from sparse_expansion.model.families import family_of, plain_blocks
+from sparse_expansion.model.families import LinearGroup, family_of, numbered_groups
+from sparse_expansion.model.plain_blocks import MixtureExperts, plain_blocks
 from sparse_expansion.model.verification import verify_loaded
 
 Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
@@ -149,10 +151,11 @@ def expand_model(
     family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
     cache = ExpertCache(None if config.expert_residency == "dense" else config.cache_bytes)
     compression, routing = config.compression_config(), config.routing_config()
+    groups = tuple(LinearGroup(tuple(group)) for group in config.groups)
     for layer, block in enumerate(plain_blocks(model, family)):
         expand_block(
             block,
-            tuple(tuple(group) for group in config.groups),
+            tuple(group.linears for group in numbered_groups(block, family, groups)),
             compression.at(layer),
             routing.at(layer),
             cache=cache,
@@ -167,6 +170,7 @@ class SparseExpansionQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: SparseExpansionConfig
+    _has_mixture = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
@@ -181,7 +185,10 @@ class SparseExpansionQuantizer(HfQuantizer):
             # The first versions of transformers 5 have made it out of those already.
             model.dtype_plan.update(dict.fromkeys(FLOAT32_MODULES, torch.float32))
         linears = [name for group in self.quantization_config.groups for name in group]
-        guards = [rf"{re.escape(guard_name('.' + name))}$" for name in linears]
+        # A star is the number of an expert of a mixture.
+        guards = [
+            re.escape(guard_name("." + name)).replace(r"\*", r"\d+") + "$" for name in linears
+        ]
         # None or a list in some versions of transformers, a set in others, and so when it is read.
         ignored = model._keys_to_ignore_on_load_unexpected
         ignored = [] if ignored is None else ignored
@@ -190,11 +197,22 @@ class SparseExpansionQuantizer(HfQuantizer):
         )
         model.expert_cache = expand_model(model, self.quantization_config, dtype)
         for module in model.modules():
+            self._has_mixture |= isinstance(module, MixtureExperts)
             if any(isinstance(child, ExpandedLinear) for child in module.children()):
                 # All of it is in the files. Transformers would draw weights of GPT-2's MLP anew,
                 # by names that are no longer there.
                 module._is_hf_initialized = True
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """How names in the files become names in the model: experts of mixtures stay separate."""
+        if self._has_mixture:
+            # All that is left of these is guards.
+            weight_conversions = [
+                one for one in weight_conversions if not isinstance(one, WeightConverter)
+            ]
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return found
 
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any
@@ -215,5 +233,8 @@ class SparseExpansionQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the model: experts are operators in one graph."""
-        return True
+        """Whether ``generate`` may compile the model: experts are operators in one graph.
+
+        A mixture's loop over those of its experts that have tokens is not.
+        """
+        return not self._has_mixture

@@ -28,9 +28,18 @@ from sparse_expansion.model.checkpoint import (
 )
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
-from sparse_expansion.model.families import Family, family_of, plain_blocks
+from sparse_expansion.model.families import (
+    Family,
+    LinearGroup,
+    block_groups,
+    block_list,
+    family_of,
+    numbered_groups,
+)
 from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
+from sparse_expansion.model.plain_blocks import plain_blocks, separate_experts
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
+from sparse_expansion.model.stored_tensors import StoredTensors
 
 TOKENS_PER_FORWARD = 4096
 """Tokens that pass through a block together, or one window where that is more."""
@@ -70,12 +79,18 @@ class ModelShell:
                 self.expert_cache = expand_model(self._model, self.expansion, self.dtype)
         parent, _, self._blocks_name = self.family.blocks.rpartition(".")
         self._blocks_parent = self._model.get_submodule(parent)
-        base = self._model.base_model_prefix
-        self._prefixes = ("", f"{base}.") if base else ("",)
+        self._stored = StoredTensors(self.files, self.family, self._model.base_model_prefix)
+        # Files have experts one by one, and a ``Conv1D`` as transformers has it.
+        for block in block_list(self._model, self.family):
+            separate_experts(block, self.family)
         check_shapes(self._model.state_dict(), self.file_name, self.files.shapes, self.folder)
         self._blocks = plain_blocks(self._model, self.family)
+        self._groups = [block_groups(block, self.family) for block in self._blocks]
         self._recorders = [BlockRecorder(block) for block in self._blocks]
         self._put_in_place(nn.ModuleList(self._recorders))
+        # A mixture's model may add a loss of its routers, of which stand-ins have none.
+        has_routers = hasattr(self.config, "output_router_logits")
+        self._no_router_loss = {"output_router_logits": False} if has_routers else {}
         self._is_loaded = False
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
@@ -113,6 +128,18 @@ class ModelShell:
         """A block's structure, without weights."""
         return self._blocks[layer]
 
+    def groups(self, layer: int) -> tuple[LinearGroup, ...]:
+        """The linear groups of a block's MLP, see ``block_groups``."""
+        return self._groups[layer]
+
+    def group_names(self) -> list[list[str]]:
+        """The linears of every group that any block has, as the family's entry names them."""
+        return [
+            list(group.linears)
+            for group in self.family.groups
+            if any(numbered_groups(block, self.family, (group,)) for block in self._blocks)
+        ]
+
     def block_prefix(self, layer: int) -> str:
         """The prefix of the block's tensors in a state dict, with the dot."""
         return f"{self.family.blocks}.{layer}."
@@ -123,13 +150,7 @@ class ModelShell:
         Checkpoints of a base model lack the prefix of the model around it (``layers.0`` for
         ``model.layers.0``).
         """
-        for candidate in (
-            *(name.removeprefix(prefix) for prefix in self._prefixes),
-            *self._aliases(name),
-        ):
-            if candidate in self.files:
-                return candidate
-        return None
+        return self._stored.file_name(name)
 
     def stored_name(self, name: str) -> str:
         """The name under which the model's tensor ``name`` is written.
@@ -137,36 +158,28 @@ class ModelShell:
         An alias that the source uses is kept, so that the same transformers versions read the
         result.
         """
-        found = self.file_name(name)
-        return found if found is not None and found in self._aliases(name) else name
-
-    def _aliases(self, name: str) -> list[str]:
-        """Other names of the tensor, which files of other transformers versions use."""
-        return [
-            new + name.removeprefix(old)
-            for pair in self.family.aliases
-            for old, new in (pair, pair[::-1])
-            if name.startswith(old)
-        ]
+        return self._stored.stored_name(name)
 
     def expanded_names(self) -> list[str]:
         """Module paths of the linears that an expansion replaces, in order."""
-        linears = [name for group in self.family.groups for name in group.linears]
         return [
-            self.block_prefix(layer) + name for layer in range(self.num_blocks) for name in linears
+            self.block_prefix(layer) + name
+            for layer in range(self.num_blocks)
+            for group in self.groups(layer)
+            for name in group.linears
         ]
 
-    @property
-    def _dense_weights(self) -> set[str]:
-        """Names inside a block of the weights that an expansion replaces."""
-        return {f"{name}.weight" for group in self.family.groups for name in group.linears}
+    def dense_weights(self) -> set[str]:
+        """The names under which the files hold the weights that an expansion replaces."""
+        names = (f"{name}.weight" for name in self.expanded_names())
+        return {found for name in names if (found := self._stored.weight_files_name(name))}
 
     def trunk_names(self) -> list[str]:
         """The model's names of all tensors but dense MLP weights; tied tensors are named once."""
         names = [name for name in self._model.state_dict() if self.file_name(name)]
-        linears = self._dense_weights
         for layer, block in enumerate(self._blocks):
             prefix = self.block_prefix(layer)
+            linears = {f"{name}.weight" for group in self.groups(layer) for name in group.linears}
             names += [prefix + name for name in block.state_dict() if name not in linears]
         return names
 
@@ -179,12 +192,7 @@ class ModelShell:
         Raises:
             ValueError: the files do not have the tensor.
         """
-        found = self.file_name(name)
-        if found is None:
-            raise ValueError(f"{self.folder} has no tensor {name!r}: the checkpoint is incomplete")
-        tensor = self.files.read(found)
-        if self.family.is_transposed and name.endswith(tuple(self._dense_weights)):
-            tensor = tensor.T.contiguous()
+        tensor = self._stored.read(name)
         if not tensor.is_floating_point():
             return tensor
         keep = self.expansion is not None and any(part in name for part in FLOAT32_MODULES)
@@ -273,7 +281,7 @@ class ModelShell:
         try:
             self.config.num_hidden_layers = self._model.config.num_hidden_layers = 1
             logits: torch.Tensor = self._model(
-                input_ids=tokens_NL.to(self.device), use_cache=False
+                input_ids=tokens_NL.to(self.device), use_cache=False, **self._no_router_loss
             ).logits
         finally:
             self.config.num_hidden_layers = self._model.config.num_hidden_layers = num_blocks

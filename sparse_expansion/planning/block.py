@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from sparse_expansion.config import CalibrationConfig, RunConfig
 from sparse_expansion.planning.costs import shard_tokens
 from sparse_expansion.planning.partition import expert_ranges
-from sparse_expansion.planning.shapes import ModelShape
-from sparse_expansion.run_files import ExpertRange
+from sparse_expansion.planning.shapes import GroupShape, ModelShape
+from sparse_expansion.run_files import ExpertRange, recapture_key
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class BlockPlan:
     config: RunConfig
     """Settings of this block (``RunConfig.at``)."""
     shape: ModelShape
-    """Shape of the dense model."""
+    """Shape of the dense model, with this block's groups (``ModelShape.at``)."""
     layer: int
     """Number of the block, from 0."""
 
@@ -63,6 +64,29 @@ class BlockPlan:
         """Operations to take one shard through the dense block."""
         return self.shard_tokens * self.shape.block_flops(self.calibration.seqlen)
 
-    def sample_bytes(self, width: int) -> int:
-        """Bytes of the sample of inputs of this width that one shard hands on to fit routers."""
-        return int(self.fit_tokens / len(self.shards) * width * self.shape.item_bytes)
+    @cached_property
+    def positions(self) -> dict[int, list[int]]:
+        """The places of every level's groups among the block's, by rising level."""
+        found: dict[int, list[int]] = {level: [] for level in self.shape.levels}
+        for place, group in enumerate(self.shape.groups):
+            found[group.level].append(place)
+        return found
+
+    def level_groups(self, level: int) -> tuple[GroupShape, ...]:
+        """The groups of one level."""
+        return tuple(self.shape.groups[place] for place in self.positions[level])
+
+    def recapture_key(self, level: int, shard: int) -> str:
+        """Key of the unit that captures a level's inputs behind compressed linears."""
+        first = self.shape.groups[self.positions[level][0]]
+        return recapture_key(self.layer, first.name, shard)
+
+    def fit_tokens_of(self, group: GroupShape) -> float:
+        """Tokens of all shards together on which a group's router is fitted."""
+        # Whatever experts of a mixture get, there may be few of them.
+        return min(self.fit_tokens, self.calibration.num_tokens * group.tokens_share)
+
+    def sample_bytes(self, groups: Iterable[GroupShape]) -> int:
+        """Bytes of the samples of groups' inputs that one shard hands on to fit routers."""
+        tokens_width = sum(self.fit_tokens_of(group) * group.width for group in groups)
+        return int(tokens_width / len(self.shards) * self.shape.item_bytes)

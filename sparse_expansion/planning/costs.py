@@ -6,6 +6,7 @@ A multiplication and an addition count as two operations.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
@@ -37,7 +38,8 @@ def captured_width(config: RunConfig, shape: ModelShape) -> int:
     again with compressed linears.
     """
     attention = shape.hidden_size if config.calibration.follows_compression else 0
-    return sum(group.width for group in shape.groups) + attention
+    routed = sum(group.width * group.tokens_share for group in shape.groups)
+    return math.ceil(routed) + attention
 
 
 # Gathered inputs
@@ -52,7 +54,9 @@ class GatheredInputs:
     num_bytes: int
 
 
-def hands_on_sums(config: RunConfig, width: int, item_bytes: int) -> bool:
+def hands_on_sums(
+    config: RunConfig, width: int, item_bytes: int, tokens_share: float = 1.0
+) -> bool:
     """Whether shards hand on Hessian sums instead of the rows behind them.
 
     Rows are smaller for few tokens and leave the products to whichever worker is free, but grow
@@ -63,13 +67,19 @@ def hands_on_sums(config: RunConfig, width: int, item_bytes: int) -> bool:
         config: of the block.
         width: input features D of the linear group.
         item_bytes: bytes of one activation.
+        tokens_share: share of the tokens that pass through the group.
     """
-    rows = config.calibration.num_tokens / config.routing.num_clusters
+    rows = tokens_share * config.calibration.num_tokens / config.routing.num_clusters
     return rows * item_bytes > REDUCE_FAN_IN * FLOAT32_BYTES * 4.0 * width
 
 
 def gathered_inputs(
-    config: RunConfig, width: int, item_bytes: int, *, paired: bool = False
+    config: RunConfig,
+    width: int,
+    item_bytes: int,
+    *,
+    paired: bool = False,
+    tokens_share: float = 1.0,
 ) -> GatheredInputs:
     """What one shard hands on for one expert.
 
@@ -78,11 +88,12 @@ def gathered_inputs(
         width: input features D of the linear group.
         item_bytes: bytes of one activation.
         paired: whether the dense residual comes with the inputs, which takes as much again.
+        tokens_share: share of the tokens that pass through the group.
     """
     count = 2 if paired else 1
-    if hands_on_sums(config, width, item_bytes):
+    if hands_on_sums(config, width, item_bytes, tokens_share):
         return GatheredInputs(True, count * FLOAT32_BYTES * width**2)
-    rows = shard_tokens(config.calibration) / config.routing.num_clusters
+    rows = tokens_share * shard_tokens(config.calibration) / config.routing.num_clusters
     return GatheredInputs(False, int(count * rows * item_bytes * width))
 
 
@@ -190,10 +201,16 @@ def block_gap_flops(
     # The dense stream passes all blocks, and every pruned block's stream those from it on.
     passes = shape.num_layers + sum(shape.num_layers - layer for layer in range(first, last + 1))
     windows = scored * passes + pruned * (last + 1)
+    pruned_tokens = float(pruned * seqlen)
     # Whatever the run's pruner, gaps are measured with a plain sweep.
     plain = dataclasses.replace(config.compression, pruner="sparsegpt", bits=None)
-    sweeps = sum(experts_flops(group, plain, float(pruned * seqlen)) for group in shape.groups)
-    return windows * seqlen * shape.block_flops(seqlen) + (last - first + 1) * sweeps
+    sweeps = sum(
+        experts_flops(group, plain, pruned_tokens * group.tokens_share)
+        for layer in range(first, last + 1)
+        for group in shape.at(layer).groups
+    )
+    block_flops = shape.all_block_flops(seqlen) / shape.num_layers
+    return windows * seqlen * block_flops + sweeps
 
 
 def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float]:
@@ -201,9 +218,10 @@ def mlp_flops_per_token(config: RunConfig, shape: ModelShape) -> dict[str, float
     found = {"dense": 0.0, "experts": 0.0, "router": 0.0}
     for layer in range(shape.num_layers):
         here = config.at(layer)
-        for group in shape.groups:
-            found["dense"] += 2.0 * group.rows * group.width
+        for group in shape.at(layer).groups:
+            share = group.tokens_share
+            found["dense"] += 2.0 * group.used_weights
             layout = PackedLayout.of(group.rows, group.width, here.compression)
-            found["experts"] += 2.0 * layout.num_kept
-            found["router"] += routing_flops(here, group.width)
+            found["experts"] += 2.0 * layout.num_kept * share
+            found["router"] += routing_flops(here, group.width) * share
     return found

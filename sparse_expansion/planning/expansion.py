@@ -27,7 +27,7 @@ def expansion_units(config: RunConfig, shape: ModelShape) -> list[Unit]:
     units = [make.trunk.unit(key=TRUNK_KEY, is_persistent=True, layer=-1, cost=1.0)]
     units += [embed_unit(config, shape, shard) for shard in range(config.calibration.num_shards)]
     for layer in range(shape.num_layers):
-        units += _block_units(BlockPlan(config.at(layer), shape, layer))
+        units += _block_units(BlockPlan(config.at(layer), shape.at(layer), layer))
     return units
 
 
@@ -35,10 +35,14 @@ def _block_units(block: BlockPlan) -> list[Unit]:
     """All units of a block, in order."""
     units = _capture_units(block)
     compressed: list[str] = []
-    for position in range(len(block.shape.groups)):
-        group = GroupUnits(block, position, earlier=compressed)
-        units += group.units()
-        compressed = [*compressed, *group.results]
+    for level, positions in block.positions.items():
+        # Groups of one level do not wait for each other: a mixture has one for every expert.
+        groups = [GroupUnits(block, position) for position in positions]
+        if block.calibration.is_paired(level):
+            units += [_recapture_unit(block, level, shard, compressed) for shard in block.shards]
+        for group in groups:
+            units += group.units()
+        compressed = [*compressed, *(key for group in groups for key in group.results)]
     if block.config.refines:
         units.append(_refine_unit(block, compressed))
         compressed = [units[-1].key]
@@ -61,7 +65,7 @@ def _capture_units(block: BlockPlan) -> list[Unit]:
     calibration, groups = block.calibration, block.shape.groups
     # With sequential calibration, later groups' routers wait for the inputs that these groups will
     # have behind compressed linears.
-    sampled = groups[:1] if calibration.is_sequential else groups
+    sampled = block.level_groups(0) if calibration.is_sequential else groups
     return [
         capture_unit(
             block.config,
@@ -71,10 +75,40 @@ def _capture_units(block: BlockPlan) -> list[Unit]:
             after=_entry_key(block, shard),
             is_persistent=not calibration.follows_compression and not block.is_last,
             outputs=tuple(group.name for group in sampled),
-            output_bytes=block.sample_bytes(sum(group.width for group in sampled)),
+            output_bytes=block.sample_bytes(sampled),
         )
         for shard in block.shards
     ]
+
+
+def _recapture_unit(block: BlockPlan, level: int, shard: int, compressed: Sequence[str]) -> Unit:
+    """The unit that makes the inputs which a level's groups have behind compressed linears.
+
+    Args:
+        block: of the groups.
+        level: of the groups.
+        shard: of the windows.
+        compressed: keys of the units that compress the groups of earlier levels.
+    """
+    groups, item = block.level_groups(level), block.shape.item_bytes
+    earlier = sum(group.used_weights for group in block.shape.groups if group.level < level)
+    captured = int(
+        block.shard_tokens * sum(group.width * group.tokens_share for group in groups) * item
+    )
+    return calibrate.recapture.unit(
+        key=block.recapture_key(level, shard),
+        params={"layer": block.layer, "shard": shard, "level": level, "experts": block.ranges},
+        after=(*compressed, capture_key(block.layer, shard)),
+        outputs=tuple(group.name for group in groups),
+        affinity=shard_affinity(block.layer, shard),
+        layer=block.layer,
+        rank=0,
+        cost=block.shard_tokens * 2.0 * earlier,
+        move_cost=block.shard_flops,
+        cache_bytes=captured,
+        output_bytes=block.sample_bytes(groups),
+        traffic_bytes=2 * block.hidden_bytes + captured,
+    )
 
 
 def _refine_unit(block: BlockPlan, compressed: Sequence[str]) -> Unit:

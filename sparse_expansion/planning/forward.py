@@ -52,7 +52,7 @@ def capture_unit(
     flops = shape.block_flops(calibration.seqlen)
     if calibration.follows_compression:
         # The last group's output is not wanted: ``advance`` makes the compressed one.
-        flops -= 2.0 * shape.groups[-1].weights
+        flops -= 2.0 * shape.groups[-1].used_weights
     return calibrate.capture.unit(
         key=capture_key(layer, shard),
         params={"layer": layer, "shard": shard},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 from sparse_expansion.planning.block import BlockPlan
@@ -24,7 +23,6 @@ from sparse_expansion.run_files import (
     experts_key,
     gather_key,
     range_name,
-    recapture_key,
     reduce_key,
     router_key,
     shard_affinity,
@@ -36,16 +34,16 @@ from sparse_expansion.work.stages import calibrate, make
 class GroupUnits:
     """The units of one linear group of a block."""
 
-    def __init__(self, block: BlockPlan, position: int, *, earlier: Sequence[str]) -> None:
-        """``earlier`` are the keys of the units that compress the groups before this one."""
+    def __init__(self, block: BlockPlan, position: int) -> None:
+        """``position`` is the group's place among those of the block."""
         self.block = block
         self.position = position
-        self.earlier = earlier
         self.group = block.shape.groups[position]
-        self.paired = block.calibration.is_paired(position)
-        self.expert_tokens = block.shard_tokens / block.config.routing.num_clusters
+        self.paired = block.calibration.is_paired(self.group.level)
+        tokens = block.shard_tokens * self.group.tokens_share
+        self.expert_tokens = tokens / block.config.routing.num_clusters
         """Tokens of one shard that are routed to one expert, on average."""
-        self.captured_bytes = int(block.shard_tokens * self.group.width * block.shape.item_bytes)
+        self.captured_bytes = int(tokens * self.group.width * block.shape.item_bytes)
         """Bytes of one shard's inputs of the group."""
 
     @property
@@ -60,13 +58,18 @@ class GroupUnits:
         """What one shard hands on for one expert."""
         block = self.block
         item = block.shape.item_bytes
-        return gathered_inputs(block.config, self.group.width, item, paired=self.paired)
+        return gathered_inputs(
+            block.config,
+            self.group.width,
+            item,
+            paired=self.paired,
+            tokens_share=self.group.tokens_share,
+        )
 
     def units(self) -> list[Unit]:
         """All units of the group, in order."""
         block = self.block
-        units = [self._recapture(shard) for shard in block.shards] if self.paired else []
-        units.append(self._router())
+        units = [self._router()]
         spans = gathered_ranges(block.ranges, self.gathered.num_bytes, len(block.shards))
         for span in spans:
             units += [self._gather(span, shard) for shard in block.shards]
@@ -78,37 +81,14 @@ class GroupUnits:
     def _source(self, shard: int) -> str:
         """Key of the unit that captures the group's inputs."""
         if self.paired:
-            return recapture_key(self.block.layer, self.group.name, shard)
+            return self.block.recapture_key(self.group.level, shard)
         return capture_key(self.block.layer, shard)
-
-    def _recapture(self, shard: int) -> Unit:
-        """The unit that makes the inputs which the group has behind compressed linears."""
-        block, name = self.block, self.group.name
-        earlier_weights = sum(group.weights for group in block.shape.groups[: self.position])
-        return calibrate.recapture.unit(
-            key=recapture_key(block.layer, name, shard),
-            params={
-                "layer": block.layer,
-                "shard": shard,
-                "group": name,
-                "experts": block.ranges,
-            },
-            after=(*self.earlier, capture_key(block.layer, shard)),
-            outputs=(name,),
-            affinity=shard_affinity(block.layer, shard),
-            layer=block.layer,
-            rank=0,
-            cost=block.shard_tokens * 2.0 * earlier_weights,
-            move_cost=block.shard_flops,
-            cache_bytes=self.captured_bytes,
-            output_bytes=block.sample_bytes(self.group.width),
-            traffic_bytes=2 * block.hidden_bytes + self.captured_bytes,
-        )
 
     def _router(self) -> Unit:
         """The unit that fits the group's router on the shards' samples."""
         block, name, width = self.block, self.group.name, self.group.width
-        seed = block.calibration.seed + block.layer * len(block.shape.groups) + self.position
+        seed = block.calibration.seed + block.shape.groups_before(block.layer) + self.position
+        fit_tokens = block.fit_tokens_of(self.group)
         gram_bytes = FLOAT32_BYTES * width**2
         return calibrate.router.unit(
             key=router_key(block.layer, name),
@@ -119,8 +99,8 @@ class GroupUnits:
             layer=block.layer,
             rank=1,
             output_bytes=gram_bytes,
-            traffic_bytes=int(block.fit_tokens * width * block.shape.item_bytes) + gram_bytes,
-            cost=router_flops(block.config, width, block.fit_tokens),
+            traffic_bytes=int(fit_tokens * width * block.shape.item_bytes) + gram_bytes,
+            cost=router_flops(block.config, width, fit_tokens),
         )
 
     def _gather(self, span: list[ExpertRange], shard: int) -> Unit:

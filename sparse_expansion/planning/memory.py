@@ -7,6 +7,7 @@ on top.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sparse_expansion.algorithms.clustering import takes_subspace_iteration
@@ -75,7 +76,14 @@ class ParameterCounts:
     total: int
     """Parameters of the whole model; a tied head counts once."""
     block: int
-    """Parameters of one block."""
+    """Parameters of one block, the largest where they differ."""
+    all_blocks: int | None = None
+    """Parameters of all blocks; None where they are alike."""
+
+    def outside(self, num_layers: int) -> int:
+        """Parameters that are in no block."""
+        blocks = num_layers * self.block if self.all_blocks is None else self.all_blocks
+        return self.total - blocks
 
 
 def worker_memory(
@@ -102,13 +110,16 @@ def worker_memory(
     """
     routing = replace(config.routing, num_clusters=config.routing.most_clusters, layer_clusters=())
     config = replace(config, routing=routing)
-    stages = _StageMemory(config, shape, parameters, num_workers)
-    of_stage = stages.all()
-    held = _held_bytes(config, shape, parameters, num_workers, room)
+    kinds = [_StageMemory(config, kind, parameters, num_workers) for kind in shape.kinds]
+    of_stage = _largest(stages.all() for stages in kinds)
+    held = _largest(
+        _held_bytes(config, kind, parameters, num_workers, room) for kind in shape.kinds
+    )
     on_gpu: dict[str, int] = {}
     if room.gpu_bytes is not None:
         held["cuda_context"] = CUDA_CONTEXT_BYTES
-        on_gpu = _gpu_memory(stages, held, room)
+        read_again = max(stages.read_again_bytes() for stages in kinds)
+        on_gpu = _gpu_memory(of_stage, read_again, held, room)
         # What does not stay on the card is the host's to hold.
         over = on_gpu.pop("over")
         for name in ("captured", "values"):
@@ -133,12 +144,23 @@ def worker_memory(
     }
 
 
-def _gpu_memory(stages: _StageMemory, held: dict[str, int], room: WorkerRoom) -> dict[str, int]:
+def _largest(found: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The largest of every kind of block, by name."""
+    largest: dict[str, int] = {}
+    for each in found:
+        for name, size in each.items():
+            largest[name] = max(size, largest.get(name, 0))
+    return largest
+
+
+def _gpu_memory(
+    of_stage: dict[str, int], read_again: int, held: dict[str, int], room: WorkerRoom
+) -> dict[str, int]:
     """Bytes on the card, and those that are over what may stay there."""
     # Rows and sums stay from where they are made to where they are used.
-    on_card = {name: size for name, size in stages.all().items() if name not in ("gather", "trunk")}
+    on_card = {name: size for name, size in of_stage.items() if name not in ("gather", "trunk")}
     working = max(on_card.values()) + held["embedding_and_head"] + DEVICE_CONTEXT_BYTES
-    wanted = held["captured"] + held.get("values", 0) + stages.read_again_bytes()
+    wanted = held["captured"] + held.get("values", 0) + read_again
     resident = room.resident_bytes(wanted, working)
     return {"gpu_resident": resident, "gpu_peak": working + resident, "over": wanted - resident}
 
@@ -152,11 +174,13 @@ def _held_bytes(
 ) -> dict[str, int]:
     """Bytes that a worker holds throughout, by what they are."""
     calibration, item = config.calibration, shape.item_bytes
-    vocabulary_parameters = parameters.total - shape.num_layers * parameters.block
+    vocabulary_parameters = parameters.outside(shape.num_layers)
     widths = captured_width(config, shape)
     if calibration.is_sequential:
         # Later groups' inputs are held as they are in the dense block too.
-        widths += sum(group.width for group in shape.groups[1:])
+        widths += math.ceil(
+            sum(group.width * group.tokens_share for group in shape.groups if group.level)
+        )
     captured = calibration.num_tokens * widths * item
     share = 1.0 if num_workers == 1 else 1 / min(num_workers, calibration.num_shards)
     held = {
@@ -167,11 +191,10 @@ def _held_bytes(
     }
     if num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
-        fit_tokens = min(calibration.num_tokens, config.routing.fit_tokens)
-        samples = fit_tokens * sum(group.width for group in shape.groups) * item
+        samples = sum(_fit_tokens(config, group) * group.width for group in shape.groups) * item
         gathered = max(
-            _all_gathered_bytes(config, group.width, item, paired=calibration.is_paired(position))
-            for position, group in enumerate(shape.groups)
+            _all_gathered_bytes(config, group, item, paired=calibration.is_paired(group.level))
+            for group in shape.groups
         )
         held["values"] = max(samples, gathered)
     return held
@@ -193,10 +216,18 @@ def _writing_bytes(config: RunConfig, shape: ModelShape, room: WorkerRoom) -> in
     return 2 * min(largest, waiting_bytes("cpu" if room.gpu_bytes is None else "cuda"))
 
 
-def _all_gathered_bytes(config: RunConfig, width: int, item: int, *, paired: bool) -> int:
+def _fit_tokens(config: RunConfig, group: GroupShape) -> int:
+    """Tokens on which a group's router is fitted, at most."""
+    passing = math.ceil(config.calibration.num_tokens * group.tokens_share)
+    return min(passing, config.routing.fit_tokens)
+
+
+def _all_gathered_bytes(config: RunConfig, group: GroupShape, item: int, *, paired: bool) -> int:
     """Bytes that all shards together hand on for all experts of a group at a time."""
     shards = config.calibration.num_shards
-    gathered = gathered_inputs(config, width, item, paired=paired)
+    gathered = gathered_inputs(
+        config, group.width, item, paired=paired, tokens_share=group.tokens_share
+    )
     if gathered.is_summed:
         # Added up as soon as there are enough: one level of the tree, and the one above it.
         shards = min(shards, 2 * REDUCE_FAN_IN)
@@ -227,12 +258,9 @@ class _StageMemory:
         stages = {"capture": self.forward(), "trunk": self.trunk()}
         if config.compression.layer_sparsity == MEASURED:
             stages["block_gaps"] = self.block_gaps()
-        groups = [
-            (group, config.calibration.is_paired(position))
-            for position, group in enumerate(self.shape.groups)
-        ]
-        stages["router"] = max(self.router(group.width) for group, _ in groups)
-        stages["gather"] = max(self.gather(group.width, paired=paired) for group, paired in groups)
+        groups = [(group, config.calibration.is_paired(group.level)) for group in self.shape.groups]
+        stages["router"] = max(self.router(group) for group, _ in groups)
+        stages["gather"] = max(self.gather(group, paired=paired) for group, paired in groups)
         stages["experts"] = max(self.experts(group, paired=paired) for group, paired in groups)
         if config.calibration.follows_compression:
             stages["advance"] = self.advance()
@@ -263,7 +291,7 @@ class _StageMemory:
 
     def trunk(self) -> int:
         """Bytes of what is neither expert nor router, one file at a time."""
-        weights = self.parameters.total - self.shape.num_layers * self.shape.mlp_weights
+        weights = self.parameters.total - self.shape.all_mlp_weights
         # The tensors, and the file's bytes made from them.
         return 2 * min(weights * self.item, TRUNK_SHARD_BYTES)
 
@@ -280,9 +308,9 @@ class _StageMemory:
         swept = max(self._expert_arrays(group, 1, paired=True) for group in shape.groups)
         return kept + passing + sums + swept
 
-    def router(self, width: int) -> int:
-        """Bytes to fit a router on inputs of this width."""
-        routing = self.config.routing
+    def router(self, group: GroupShape) -> int:
+        """Bytes to fit a group's router."""
+        routing, width = self.config.routing, group.width
         features = routing.num_components(width)
         # Gram matrices being added, and two chunks of inputs.
         found = 3 * width**2 * FLOAT32_BYTES + 2 * CHUNK_TOKENS * width * FLOAT32_BYTES
@@ -291,13 +319,14 @@ class _StageMemory:
             # solver's work space.
             is_full = not takes_subspace_iteration(width, features)
             found += (4 if is_full else 1) * width**2 * FLOAT64_BYTES
-        fit_tokens = min(self.config.calibration.num_tokens, routing.fit_tokens)
-        return found + 4 * fit_tokens * features * FLOAT32_BYTES
+        return found + 4 * _fit_tokens(self.config, group) * features * FLOAT32_BYTES
 
-    def gather(self, width: int, *, paired: bool) -> int:
+    def gather(self, group: GroupShape, *, paired: bool) -> int:
         """Bytes of one shard's gathered inputs, of several ranges of experts, and their copy."""
         config = self.config
-        gathered = gathered_inputs(config, width, self.item, paired=paired)
+        gathered = gathered_inputs(
+            config, group.width, self.item, paired=paired, tokens_share=group.tokens_share
+        )
         ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
         spans = gathered_ranges(ranges, gathered.num_bytes, config.calibration.num_shards)
         return 2 * self.experts_per_unit * len(spans[0]) * gathered.num_bytes

@@ -18,7 +18,12 @@ from sparse_expansion.work.stages import study
 
 
 def dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Unit]:
-    """The embedding, and the captures of all blocks up to one, of all windows as one shard."""
+    """The embedding, and the captures of all blocks up to one, of all windows as one shard.
+
+    Raises:
+        ValueError: see ``check_no_mixture``.
+    """
+    check_no_mixture(shape)
     units = [embed_unit(config, shape, 0)]
     for layer in range(last_layer + 1):
         is_persistent = layer + 1 < shape.num_layers
@@ -27,6 +32,20 @@ def dense_pass(config: RunConfig, shape: ModelShape, last_layer: int) -> list[Un
             capture_unit(config, shape, layer, 0, after=after, is_persistent=is_persistent)
         )
     return units
+
+
+def check_no_mixture(shape: ModelShape) -> None:
+    """Answer a model whose neurons see some tokens each.
+
+    Raises:
+        ValueError: it has mixtures of experts.
+    """
+    if any(group.tokens_share < 1 for kind in shape.kinds for group in kind.groups):
+        raise ValueError(
+            "the model is a mixture of experts: studies of single neurons and of numbers of "
+            "clusters are of linears that all tokens pass through; expand it, or look at "
+            "another model"
+        )
 
 
 def _reading(capture: Unit) -> dict[str, Any]:

@@ -82,4 +82,13 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
             "group's inputs)",
         )
     )
+    if "mixtures" in metrics:
+        mixtures = metrics["mixtures"]
+        rows.append(
+            (
+                "experts of the mixture with too few tokens",
+                f"{mixtures['starved']} of {mixtures['experts']}, "
+                f"{mixtures['without_tokens']} without any",
+            )
+        )
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_expansion.config import RefinementConfig
-from sparse_expansion.report.experts import ExpertCounts
+from sparse_expansion.report.experts import ExpertCounts, MixtureCounts
 from sparse_expansion.report.formatting import format_bytes
 
 
@@ -89,6 +89,19 @@ def describe_starved(counts: ExpertCounts) -> str:
         f"{counts.starved} of {counts.experts} experts had too few tokens and use their whole "
         "group's Hessian"
     )
+
+
+def describe_mixtures(counts: MixtureCounts) -> str:
+    """How many experts of a mixture had too few tokens or none; empty where all had enough."""
+    if not counts.starved:
+        return ""
+    text = f"{counts.starved} of the mixture's {counts.experts} experts had too few tokens in all"
+    if counts.without_tokens:
+        text += (
+            f", {counts.without_tokens} of them none: their smallest weights were pruned; more "
+            "windows (--dataset-size) may reach them"
+        )
+    return text
 
 
 def describe_machine(metrics: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -113,6 +114,34 @@ def count_experts(rows: Iterable[ExpertRow]) -> ExpertCounts:
         experts=len(experts),
         starved=sum(row.is_starved for row in experts),
         raised=sum(row.is_damping_raised for row in experts),
+    )
+
+
+@dataclass(frozen=True)
+class MixtureCounts:
+    """How many experts a model's mixtures have, and how many of them calibration hardly reached.
+
+    These are the experts of the dense model, in whose linears' place the experts of clusters are.
+    """
+
+    experts: int
+    starved: int
+    """Those whose tokens were too few for every cluster of every linear."""
+    without_tokens: int
+    """Those of them that no calibration token was routed to."""
+
+
+def count_mixtures(rows: Iterable[ExpertRow]) -> MixtureCounts:
+    """Count the mixtures' experts behind the rows; none of a model without mixtures."""
+    experts: dict[tuple[int, str], list[ExpertRow]] = defaultdict(list)
+    for row in rows:
+        found = re.match(r".*\.experts\.\d+(?=\.)", row.linear)
+        if found is not None:
+            experts[row.layer, found[0]].append(row)
+    return MixtureCounts(
+        experts=len(experts),
+        starved=sum(all(row.is_starved for row in each) for each in experts.values()),
+        without_tokens=sum(not any(row.tokens for row in each) for each in experts.values()),
     )
 
 

@@ -15,8 +15,13 @@ from sparse_expansion.report.comparison import (
     comparison_cells,
     gap_and_cost,
 )
-from sparse_expansion.report.describe import describe_asked, describe_machine, describe_starved
-from sparse_expansion.report.experts import LinearFacts, count_experts
+from sparse_expansion.report.describe import (
+    describe_asked,
+    describe_machine,
+    describe_mixtures,
+    describe_starved,
+)
+from sparse_expansion.report.experts import LinearFacts, count_experts, count_mixtures
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.figures.allocation import allocation
 from sparse_expansion.report.figures.canvas import svg
@@ -144,5 +149,6 @@ def _clusters(facts: RunFacts) -> str:
     counts = count_experts(facts.experts)
     return (
         "Share of the calibration tokens in the largest and the smallest cluster of every linear. "
-        f"{describe_starved(counts)}; {counts.raised} needed more than the asked damping."
-    )
+        f"{describe_starved(counts)}; {counts.raised} needed more than the asked damping. "
+        f"{describe_mixtures(count_mixtures(facts.experts))}"
+    ).rstrip()

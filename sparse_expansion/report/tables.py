@@ -11,11 +11,12 @@ from sparse_expansion.report.describe import (
     describe_calibration,
     describe_gap,
     describe_machine,
+    describe_mixtures,
     describe_refinement,
     describe_settings,
     describe_starved,
 )
-from sparse_expansion.report.experts import ExpertCounts, LinearFacts
+from sparse_expansion.report.experts import ExpertCounts, LinearFacts, MixtureCounts
 from sparse_expansion.report.facts import RunFacts
 from sparse_expansion.report.formatting import format_bytes, format_duration, table
 
@@ -77,6 +78,10 @@ def _run_notes(metrics: dict[str, Any]) -> list[str]:
     counts = ExpertCounts.of_metrics(metrics)
     if counts.starved:
         lines.append(describe_starved(counts))
+    mixtures = (
+        describe_mixtures(MixtureCounts(**metrics["mixtures"])) if "mixtures" in metrics else ""
+    )
+    lines += [mixtures] if mixtures else []
     if counts.raised:
         lines.append(f"{counts.raised} experts needed more than the asked damping")
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in metrics["seconds"].items())

@@ -37,7 +37,7 @@ def mlp_linears(shell: ModelShell, layer: int, asked: str | None, neuron: int | 
     """
     if not 0 <= layer < shell.num_blocks:
         raise ValueError(f"--layer {layer} is outside 0 to {shell.num_blocks - 1}")
-    known = [linear for group in shell.family.groups for linear in group.linears]
+    known = [linear for group in shell.groups(layer) for linear in group.linears]
     if asked is not None and asked not in known:
         raise ValueError(f"--linear {asked} is none of {', '.join(known)}")
     linears = known if asked is None else [asked]
@@ -127,7 +127,7 @@ def sweep_clusters(
         observer: is told of every finished unit.
     """
     write_windows(store, windows, config.calibration.num_shards)
-    groups = {name: group.name for group in shell.family.groups for name in group.linears}
+    groups = {name: group.name for group in shell.groups(layer) for name in group.linears}
     units = cluster_units(
         config,
         model_shape(shell),

@@ -12,7 +12,6 @@ from scipy.stats import spearmanr
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.execution.base import Executor, Observer
-from sparse_expansion.model.families import Family
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.planning.studies import analysis_units
@@ -98,14 +97,14 @@ def describe_neurons(
     folders = {name: str(folder) for name, folder in models.items()}
     executor.run(analysis_units(config, model_shape(shell), folders), config, observer)
     store.delete_folder(HIDDEN.rstrip("/"))
-    return NeuronTable(_read_columns(store, shell.num_blocks, shell.family), windows.numel())
+    return NeuronTable(_read_columns(store, shell), windows.numel())
 
 
-def _read_columns(store: Store, num_layers: int, family: Family) -> Columns:
+def _read_columns(store: Store, shell: ModelShell) -> Columns:
     """The workers' tables as one, with the improvement over one cluster where both are known."""
     columns: Columns = {name: [] for name in _PLACE}
-    for layer in range(num_layers):
-        for group in family.groups:
+    for layer in range(shell.num_blocks):
+        for group in shell.groups(layer):
             tensors = store.read_tensors(neurons_file(layer, group.name))
             for linear in group.linears:
                 prefix = f"{linear}."

@@ -63,20 +63,20 @@ def expanded_block(
 def expanded_before(
     context: WorkContext,
     layer: int,
-    group: str | None,
+    level: int | None,
     experts: Sequence[ExpertRange],
     *,
     is_draft: bool = True,
 ) -> nn.Module:
-    """``expanded_block`` of the groups before one (None: of all), kept for the next shard."""
-    key = layer, group or ""
+    """``expanded_block`` of the groups before a level (None: of all), kept for the next shard."""
+    key = layer, level
     if context.kept_block is None or context.kept_block[0] != key:
         # The one before goes first: two of them may not fit.
         context.kept_block = None
-        groups = context.shell().family.groups
-        names = [each.name for each in groups]
-        count = len(groups) if group is None else names.index(group)
-        block = expanded_block(context, layer, experts, groups[:count], is_draft=is_draft)
+        groups = tuple(
+            group for group in context.shell().groups(layer) if level is None or group.level < level
+        )
+        block = expanded_block(context, layer, experts, groups, is_draft=is_draft)
         context.kept_block = key, block
     return context.kept_block[1]
 

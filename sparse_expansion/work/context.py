@@ -52,8 +52,8 @@ class WorkContext:
         self.captures = Captures(self.buffers, spec.captured_bytes + self.buffers.device_bytes)
         self.residents = Residents(self.buffers)
         self.files = WriteBehind(self.store, waiting_bytes(self.device))
-        self.kept_block: tuple[tuple[int, str], nn.Module] | None = None
-        """The last expanded block, with its number and the group before which it ends."""
+        self.kept_block: tuple[tuple[int, int | None], nn.Module] | None = None
+        """The last expanded block, with its number and the level before which it ends."""
         self.place: tuple[int | None, float] = (None, 0.0)
         """How far the unit in hand has come, where its stage says so: its block, and the share."""
         self._dense: tuple[int, nn.Module] | None = None
@@ -83,13 +83,13 @@ class WorkContext:
         """A block's settings of pruning and quantization."""
         return self.config.compression.at(layer)
 
-    def group(self, name: str) -> LinearGroup:
-        """The dense model's linear group of this name.
+    def group(self, layer: int, name: str) -> LinearGroup:
+        """The linear group of this name of a dense block.
 
         Raises:
-            ValueError: the family has none.
+            ValueError: the block has none.
         """
-        for group in self.shell().family.groups:
+        for group in self.shell().groups(layer):
             if group.name == name:
                 return group
         raise ValueError(f"no linear group {name!r}")

@@ -13,11 +13,12 @@ from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.data.activations import (
     AllInputsSeenError,
     AttentionOutputs,
+    CapturedRows,
     GroupInputs,
     copy_outside_heap,
 )
-from sparse_expansion.data.transfers import put, settle, to_device
-from sparse_expansion.model.families import LinearGroup
+from sparse_expansion.data.transfers import settle, to_device
+from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.run_files import ExpertRange
 from sparse_expansion.types import HessianSum, NllSum
 from sparse_expansion.work.blocks import expanded_before
@@ -84,7 +85,7 @@ def capture_block(context: WorkContext, layer: int, shard: int) -> torch.Tensor 
     shell = context.shell()
     stop = context.config.calibration.follows_compression
     out, found = run_block(
-        context, layer, shard, context.dense_block(layer), shell.family.groups, stop=stop
+        context, layer, shard, context.dense_block(layer), shell.groups(layer), stop=stop
     )
     context.captures.keep(layer, shard, found)
     return out
@@ -116,7 +117,8 @@ def run_block(
     tokens = context.shard_tokens(shard)
     hidden = context.read_hidden(layer, shard)
     out = None if stop else torch.empty_like(hidden, device=context.device)
-    buffers: dict[str, torch.Tensor] = {}
+    captured = CapturedRows(context.buffers, tokens.numel())
+    routed = {group.name for group in groups if group.is_routed}
     kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
     row = 0
     with (
@@ -140,47 +142,56 @@ def run_block(
                 found = call.run(block, to_device(hidden[part], context.device))
                 if out is not None:
                     out[part] = found
-            made = dict(seen.inputs)
+            made = seen.take()
             if stop and kept_TD is None:
                 assert attention.output is not None
                 made[ATTENTION] = attention.output.flatten(0, 1)
             for name, X_TD in made.items():
-                if name not in buffers:
-                    shape = (tokens.numel(), X_TD.shape[1])
-                    buffers[name] = context.buffers.allocate(shape, X_TD.dtype)
-                put(buffers[name][rows], X_TD)
+                captured.put(name, X_TD, None if name in routed else rows)
             row += count
     settle(context.device)
-    return out, buffers
+    found_rows = captured.take()
+    for group in groups:
+        # An expert of a mixture may have got no token at all.
+        if group.name not in found_rows:
+            width = linear_shape(block, group.linears[0])[1]
+            found_rows[group.name] = context.buffers.allocate((0, width), hidden.dtype)
+    return out, found_rows
 
 
 def captured_inputs(
     context: WorkContext,
     layer: int,
     shard: int,
-    group: str | None = None,
+    level: int = 0,
     recaptured: Sequence[ExpertRange] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Inputs ``[T, D]`` by group, captured again where this worker does not have them.
 
-    With ranges of experts the group's inputs are those behind the compressed groups before it; the
-    dense block's are then under its name and ``DENSE_INPUTS``.
+    With ranges of experts the inputs of a level's groups are those behind the compressed groups of
+    earlier levels; the dense block's are then under their names and ``DENSE_INPUTS``.
     """
     if context.captures.get(layer, shard) is None:
         capture_block(context, layer, shard)
     captured = context.captures.get(layer, shard)
     assert captured is not None
-    if group is not None and recaptured is not None and group + DENSE_INPUTS not in captured:
-        block = expanded_before(context, layer, group, recaptured)
-        _, found = run_block(context, layer, shard, block, (context.group(group),), stop=True)
-        captured |= {group + DENSE_INPUTS: captured[group], **found}
+    groups = tuple(group for group in context.shell().groups(layer) if group.level == level)
+    if recaptured is not None and groups[0].name + DENSE_INPUTS not in captured:
+        block = expanded_before(context, layer, level, recaptured)
+        _, found = run_block(context, layer, shard, block, groups, stop=True)
+        dense = {group.name + DENSE_INPUTS: captured[group.name] for group in groups}
+        captured |= {**dense, **found}
     return captured
 
 
-def sample_rows(context: WorkContext, X_TD: torch.Tensor) -> torch.Tensor:
-    """The shard's share of the ``fit_tokens`` rows that routers are fitted on."""
-    total = context.config.calibration.num_tokens
-    share = max(1, context.config.routing.fit_tokens * X_TD.shape[0] // total)
+def sample_rows(context: WorkContext, shard: int, X_TD: torch.Tensor) -> torch.Tensor:
+    """The shard's share of the ``fit_tokens`` rows that routers are fitted on.
+
+    Of an expert's rows in a mixture these are as many, or all where there are fewer.
+    """
+    calibration = context.config.calibration
+    tokens = calibration.windows_of(shard) * calibration.seqlen
+    share = max(1, context.config.routing.fit_tokens * tokens // calibration.num_tokens)
     chosen = evenly_spaced(X_TD.shape[0], share).to(X_TD.device)
     return context.buffers.hold(copy_outside_heap(X_TD[chosen]))
 

@@ -14,7 +14,7 @@ from sparse_expansion.work.context import WorkContext
 def router_owner(context: WorkContext, layer: int, group: str) -> str:
     """Prefix of the router's tensors: the group's first linear owns it."""
     prefix = context.shell().block_prefix(layer)
-    return f"{prefix}{context.group(group).linears[0]}.router"
+    return f"{prefix}{context.group(layer, group).linears[0]}.router"
 
 
 def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def read_grids(
         width: input features of its linears.
     """
     compression = context.compression(layer)
-    linears = context.group(group).linears
+    linears = context.group(layer, group).linears
     if compression.bits is None:
         return dict.fromkeys(linears)
     stored = context.read(router_file(layer, group))

@@ -10,6 +10,7 @@ import torch
 
 from sparse_expansion.algorithms.clustering import (
     balance_clusters,
+    few_centroids,
     fit_pca,
     project,
     route,
@@ -66,7 +67,12 @@ def joined(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
 
 
 def fit_router(
-    samples: Sequence[torch.Tensor], routing: RoutingConfig, *, device: str, seed: int
+    samples: Sequence[torch.Tensor],
+    routing: RoutingConfig,
+    *,
+    device: str,
+    seed: int,
+    is_routed: bool = False,
 ) -> tuple[Router, HessianSum, int]:
     """PCA and KMeans on samples of a group's inputs.
 
@@ -75,16 +81,21 @@ def fit_router(
         routing: with the number of clusters that is wanted.
         device: to compute on.
         seed: of KMeans.
+        is_routed: whether the inputs are those of an expert of a mixture, which may get fewer
+            tokens than there are clusters, or none.
 
     Returns:
         The router, the samples' Hessian sum, and how many tokens they have.
     """
     moments = merge_moments(sum_moments(X_TD, device) for X_TD in samples)
+    num_tokens, width = moments.gram.num_tokens, moments.sum_D.shape[0]
     components_PD = None
     if routing.pca_reduction_factor is None:
-        mean_D = (moments.sum_D / moments.gram.num_tokens).float()
+        mean_D = (moments.sum_D / (max(1, num_tokens) if is_routed else num_tokens)).float()
+    elif is_routed and not num_tokens:
+        mean_D = moments.sum_D.float()
+        components_PD = torch.eye(routing.num_components(width), width, device=mean_D.device)
     else:
-        width = moments.sum_D.shape[0]
         mean_D, components_PD = fit_pca(moments, num_components=routing.num_components(width))
     Z_TP = torch.cat(
         [
@@ -93,6 +104,9 @@ def fit_router(
             for part in X_TD.split(CHUNK_TOKENS)
         ]
     )
+    if is_routed and num_tokens < routing.num_clusters:
+        router = Router(mean_D, components_PD, few_centroids(Z_TP, routing.num_clusters))
+        return router, moments.gram, num_tokens
     centroids_KP = fit_kmeans(
         Z_TP,
         num_clusters=routing.num_clusters,

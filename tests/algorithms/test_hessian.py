@@ -212,3 +212,13 @@ def test_regularising_takes_the_groups_sums_for_few_tokens():
     found, share = regularise_hessian(part, group, shrunk)
     assert torch.equal(found.sum_DD, shrink(part, group)[0].sum_DD)
     assert share == shrink(part, group)[1] > 0
+
+
+@pytest.mark.parametrize("least", [0, 5])
+def test_without_a_token_all_features_count_alike(least):
+    """As for an expert of a mixture that nothing was routed to."""
+    nothing = HessianSum(torch.zeros(3, 3), 0, torch.zeros(2, 3), 0.0)
+    settings = CompressionConfig(min_tokens_per_expert=least, shrink_hessians=True)
+    found, share = regularise_hessian(nothing, nothing, settings)
+    assert torch.equal(found.sum_DD, torch.eye(3)) and share == 1.0
+    assert found.num_tokens == 0 and torch.equal(found.cross_DD, torch.zeros(2, 3))

@@ -7,6 +7,7 @@ from sparse_expansion.data.activations import (
     ActivationBuffers,
     AllInputsSeenError,
     AttentionOutputs,
+    CapturedRows,
     GroupInputs,
     copy_outside_heap,
 )
@@ -93,6 +94,25 @@ def test_buffers_spill_beyond_the_budget_and_leave_nothing_behind(tmp_path):
     assert (buffers.bytes_in_memory, buffers.bytes_spilled) == (0, 0)
     buffers.allocate((5, 5), torch.float32)
     assert buffers.bytes_spilled == 0
+
+
+def test_rows_of_batches_are_put_together_and_given_back():
+    """Of all tokens in their places; of some of them one after another, however many there are."""
+    buffers = ActivationBuffers(memory_bytes=1 << 20)
+    rows = CapturedRows(buffers, 5)
+    batches = torch.randn(5, 3).split([2, 3])
+    for part, place in zip(batches, (slice(0, 2), slice(2, 5)), strict=True):
+        rows.put("all", part, place)
+        rows.put("some", part[1:], None)
+    rows.put("once", batches[0], None)
+    found = rows.take()
+    assert torch.equal(found["all"], torch.cat(batches))
+    assert torch.equal(found["some"], torch.cat([part[1:] for part in batches]))
+    assert torch.equal(found["once"], batches[0])
+    assert buffers.bytes_in_memory == 4 * 3 * (5 + 3 + 2)
+    for tensor in found.values():
+        buffers.release(tensor)
+    assert buffers.bytes_in_memory == 0
 
 
 def test_group_names():

@@ -23,7 +23,9 @@ def units(schedule="dense", layers=4, shards=3, clusters=8):
         ),
         experts_per_unit=2,
     )
-    shape = ModelShape(layers, 64, (GroupShape("up", 64, 512), GroupShape("down", 256, 64)))
+    shape = ModelShape(
+        layers, 64, (GroupShape("up", 64, 512), GroupShape("down", 256, 64, level=1))
+    )
     return expansion_units(config, shape)
 
 

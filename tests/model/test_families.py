@@ -10,14 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparse_expansion.data.activations import AttentionOutputs
 from sparse_expansion.model.families import (
     FAMILIES,
+    block_groups,
     block_list,
     default_seqlen,
     dense_linear,
     family_of,
     linear_shape,
-    plain_blocks,
     projection_weights,
 )
+from sparse_expansion.model.plain_blocks import plain_blocks
 from tests import tiny
 
 BY_MODEL_TYPE = [
@@ -46,7 +47,8 @@ def test_the_entry_fits_the_model(family, model_type):
     assert family_of(model.config.model_type) is family
     blocks = plain_blocks(model, family)
     assert len(blocks) == model.config.num_hidden_layers
-    for group in family.groups:
+    assert block_groups(blocks[0], family)
+    for group in block_groups(blocks[0], family):
         weights = [dense_linear(blocks[0], name).weight for name in group.linears]
         shapes = [linear_shape(blocks[0], name) for name in group.linears]
         assert shapes == [tuple(weight.shape) for weight in weights]

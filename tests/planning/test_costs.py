@@ -44,7 +44,7 @@ def test_operations_of_an_expert_by_hand():
 
 
 def test_operations_per_token_by_hand():
-    shape = ModelShape(3, 8, (GroupShape("up", 8, 12), GroupShape("down", 6, 8)))
+    shape = ModelShape(3, 8, (GroupShape("up", 8, 12), GroupShape("down", 6, 8, level=1)))
     routing = RoutingConfig(num_clusters=4, pca_reduction_factor=2)
     compression = CompressionConfig(sparsity=SparsityPattern.parse("2:4"))
     config = RunConfig(compression=compression, routing=routing)

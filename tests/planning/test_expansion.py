@@ -8,7 +8,7 @@ from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.partition import even_parts, expert_ranges, gathered_ranges
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 
-SHAPE = ModelShape(2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8)))
+SHAPE = ModelShape(2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8, level=1)))
 
 
 def run(inputs, *, finetune=0, windows=4, seqlen=16, shards=2):
@@ -80,6 +80,32 @@ def test_a_block_by_hand():
     recapture = by_key[keys[8]]
     assert recapture.cost == 32 * 2 * 128
     assert recapture.move_cost == 32 * 2 * (2 * 128 + 4 * 64 + 8 * 16)
+
+
+def test_groups_of_one_level_do_not_wait_for_each_other():
+    """A mixture's experts: one pass behind all of a level's compressed linears, for all of them."""
+    groups = [GroupShape(f"up.{e}", 8, 16, tokens_share=0.5) for e in range(3)]
+    groups += [GroupShape(f"down.{e}", 16, 8, level=1, tokens_share=0.5) for e in range(3)]
+    dense = GroupShape("up", 8, 16), GroupShape("down", 16, 8, level=1)
+    shape = ModelShape(2, 8, tuple(groups), layer_groups=(tuple(groups), dense))
+    by_key = {unit.key: unit for unit in expansion_units(run("sequential"), shape)}
+    again = [key for key in by_key if "/recapture/" in key]
+    assert again == [f"layer-000/down.0/recapture/shard-00{shard}" for shard in range(2)] + [
+        f"layer-001/down/recapture/shard-00{shard}" for shard in range(2)
+    ]
+    assert by_key[again[0]].outputs == ("down.0", "down.1", "down.2")
+    waits = needs(by_key[again[0]])
+    assert {key for key in waits if key.endswith("/router")} == {
+        f"layer-000/up.{e}/router" for e in range(3)
+    }
+    assert needs(by_key["layer-000/up.2/router"]) == {
+        f"layer-000/capture/shard-00{shard}" for shard in range(2)
+    }
+    assert needs(by_key["layer-000/down.2/router"]) == set(again[:2])
+    # Routers' seeds go on from block to block, and half of the tokens is half of the work.
+    assert by_key["layer-001/up/router"].params["seed"] == 6
+    whole = by_key["layer-001/up/gather-000-002/shard-000"].cost
+    assert by_key["layer-000/up.0/gather-000-002/shard-000"].cost == whole / 2
 
 
 def test_sums_are_added_up_once_each_and_few_at_a_time():

@@ -7,7 +7,7 @@ from sparse_expansion.planning.shapes import GroupShape, ModelShape
 
 
 def test_needed_units_skip_what_is_finished():
-    shape = ModelShape(3, 8, (GroupShape("a", 8, 16), GroupShape("b", 16, 8)))
+    shape = ModelShape(3, 8, (GroupShape("a", 8, 16), GroupShape("b", 16, 8, level=1)))
     config = RunConfig(routing=RoutingConfig(num_clusters=4))
     units = expansion_units(config, shape)
     assert len({unit.key for unit in units}) == len(units)

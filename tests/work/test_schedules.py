@@ -130,7 +130,7 @@ def test_a_fresh_worker_captures_both_inputs_again(tmp_path, llama_folder, text_
     for file in embed.function(workers[0], shard=1).files.values():
         file.result()
     capture.function(workers[0], layer=0, shard=1)
-    recapture.function(workers[0], layer=0, shard=1, group=group, experts=ranges)
+    recapture.function(workers[0], layer=0, shard=1, level=1, experts=ranges)
     given = {"layer": 0, "shard": 1, "group": group, "ranges": ranges, "summed": False}
 
     def gathered(worker, **more):

@@ -46,33 +46,40 @@ def capture(context: WorkContext, *, layer: int, shard: int) -> Done:
     captured = captured_inputs(context, layer, shard)
     for X_TD in captured.values():
         check_finite(X_TD)
-    # Later groups' routers wait for the inputs that they will have.
-    count = 1 if calibration.is_sequential else None
-    for group in context.shell().family.groups[:count]:
-        done.outputs[group.name] = sample_rows(context, captured[group.name])
+    for group in context.shell().groups(layer):
+        # Later groups' routers wait for the inputs that they will have.
+        if not calibration.is_paired(group.level):
+            done.outputs[group.name] = sample_rows(context, shard, captured[group.name])
     return done
 
 
 @stage(keeps_expanded_block=True, loads_block=True)
 def recapture(
-    context: WorkContext, *, layer: int, shard: int, group: str, experts: list[ExpertRange]
+    context: WorkContext, *, layer: int, shard: int, level: int, experts: list[ExpertRange]
 ) -> Done:
-    """Capture a group's inputs behind the compressed groups before it; hand on a sample of them."""
-    X_TD = captured_inputs(context, layer, shard, group, experts)[group]
-    check_finite(X_TD)
-    return Done(outputs={group: sample_rows(context, X_TD)})
+    """Capture a level's inputs behind the compressed groups before it; hand on samples of them."""
+    captured = captured_inputs(context, layer, shard, level, experts)
+    done = Done()
+    for group in context.shell().groups(layer):
+        if group.level == level:
+            check_finite(captured[group.name])
+            done.outputs[group.name] = sample_rows(context, shard, captured[group.name])
+    return done
 
 
 @stage(is_final=True)
 def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
     """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids."""
     routing = context.config.routing.at(layer)
-    found, gram, fit_tokens = fit_router(samples, routing, device=context.device, seed=seed)
+    linears = context.group(layer, group)
+    found, gram, fit_tokens = fit_router(
+        samples, routing, device=context.device, seed=seed, is_routed=linears.is_routed
+    )
     prefix = context.shell().block_prefix(layer)
     tensors = router_tensors(found, router_owner(context, layer, group))
     compression = context.config.compression
     if compression.bits is not None:
-        for linear in context.group(group).linears:
+        for linear in linears.linears:
             grid = fit_grid(
                 context.dense_weight(layer, linear).float(),
                 bits=compression.bits,
@@ -103,7 +110,8 @@ def gather(
     Where the inputs were captured again (behind the ranges of experts given), every row is followed
     by its residual to the dense block's.
     """
-    inputs = captured_inputs(context, layer, shard, group, recaptured)
+    level = context.group(layer, group).level
+    inputs = captured_inputs(context, layer, shard, level, recaptured)
     X_TD, dense_TD = inputs[group], inputs.get(group + DENSE_INPUTS)
     labels_T = shard_labels(context, layer, shard, group)
 

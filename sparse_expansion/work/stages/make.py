@@ -44,7 +44,9 @@ def experts(
     width = gram.sum_DD.shape[0]
     H_KDD, cross_KDD, stats = _expert_hessians(context, gram, shards, compression)
     prefix = context.shell().block_prefix(layer)
-    weights = {name: context.dense_weight(layer, name) for name in context.group(group).linears}
+    weights = {
+        name: context.dense_weight(layer, name) for name in context.group(layer, group).linears
+    }
     grids = read_grids(context, layer, group, width)
     made = compress_linears(
         weights,
@@ -96,7 +98,7 @@ def _expert_hessians(
             else sum_hessians(joined(rows, context.device), context.device, width)
         )
         stats["tokens"].append(merged.num_tokens)
-        stats["starved"].append(merged.num_tokens < floor)
+        stats["starved"].append(merged.num_tokens < floor or not gram.num_tokens)
         merged, weight = regularise_hessian(merged, gram, compression)
         stats["group_share"].append(weight)
         H_KDD[k] = merged.sum_DD
@@ -122,8 +124,8 @@ def refine_block(
 ) -> Done:
     """Train a block's kept weights against the dense block; write its experts' final files."""
     shell = context.shell()
-    family, prefix = shell.family, shell.block_prefix(layer)
-    block, linears = trainable_block(expanded_block(context, layer, experts, family.groups))
+    groups, prefix = shell.groups(layer), shell.block_prefix(layer)
+    block, linears = trainable_block(expanded_block(context, layer, experts, groups))
     calibration, settings = context.config.calibration, context.config.refinement
     windows = [calibration.windows_of(shard) for shard in range(calibration.num_shards)]
     size = max(1, STEP_TOKENS // calibration.seqlen)
@@ -154,7 +156,7 @@ def refine_block(
         learning_rate=settings.finetune_rate,
     )
     files: dict[str, Any] = {}
-    for group in family.groups:
+    for group in groups:
         for part in experts:
             tensors = {
                 f"{prefix}{name}.experts.{k}.{stream}": value

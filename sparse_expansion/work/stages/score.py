@@ -69,7 +69,7 @@ def evaluate(
 
 def _put_pruned(context: WorkContext, block: nn.Module, layer: int, pruned: str) -> None:
     """Replace a dense block's rows by those that the stage ``prune_neurons`` wrote."""
-    for group in context.shell().family.groups:
+    for group in context.shell().groups(layer):
         tensors = context.store.read_tensors(pruned_file(layer, group.name))
         for linear in group.linears:
             module = block.get_submodule(linear)
@@ -137,18 +137,22 @@ def _pruned_block(
     """A copy whose MLP is swept on the windows, which also go through the dense block."""
     shell = context.shell()
     sums: dict[str, HessianSum] = {}
-    with GroupInputs(block, shell.family.groups) as seen:
+    groups = shell.groups(layer)
+    with GroupInputs(block, groups) as seen:
         for part in shell.batches(windows):
             call = shell.call(layer, windows[part])
             hidden[part] = call.run(block, to_device(hidden[part], context.device))
-            for name, X_TD in seen.inputs.items():
+            for name, X_TD in seen.take().items():
                 found = [sums[name]] if name in sums else []
                 sums[name] = merge_hessians([*found, sum_hessians(X_TD, context.device)])
     # The block's own share is found by this: a plain sweep tells which blocks are sensitive.
     compression = context.config.compression
     plain = CompressionConfig(sparsity=compression.sparsity, block_size=compression.block_size)
     other = shell.load_block(layer)
-    for group in shell.family.groups:
+    for group in groups:
+        if group.name not in sums:
+            # An expert of a mixture that none of these tokens go through says nothing here.
+            continue
         weights = {name: context.dense_weight(layer, name) for name in group.linears}
         H_KDD = sums[group.name].sum_DD[None]
         made = compress_linears(

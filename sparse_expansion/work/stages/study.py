@@ -44,7 +44,7 @@ def neurons(
     X_TD = to_device(captured_inputs(context, layer, 0)[group], context.device)
     dense = context.shell().load_block(layer)
     others = {name: context.shell(folder).load_block(layer) for name, folder in models.items()}
-    linears = context.group(group).linears
+    linears = context.group(layer, group).linears
     labels: dict[str, torch.Tensor] = {}
     for name, block in others.items():
         first = block.get_submodule(linears[0])
@@ -167,7 +167,7 @@ def prune_neurons(
     H_KDD = sum_hessians(X_TD, context.device).sum_DD[None]
     chosen: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
-    for number, linear in enumerate(context.group(group).linears):
+    for number, linear in enumerate(context.group(layer, group).linears):
         W_OD = context.dense_weight(layer, linear)
         with torch.no_grad():
             parts = X_TD.split(CHUNK_TOKENS)

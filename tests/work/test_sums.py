@@ -1,0 +1,32 @@
+"""Sums over tokens, and what is fitted to them."""
+
+import pytest
+import torch
+
+from sparse_expansion.algorithms.clustering import route
+from sparse_expansion.config import RoutingConfig
+from sparse_expansion.types import CompressionError
+from sparse_expansion.work.sums import fit_router
+
+
+@pytest.mark.parametrize("reduction", [None, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_a_router_of_an_expert_that_few_tokens_reach(count, reduction):
+    """Every token its own cluster while there are enough clusters; none for those left over."""
+    routing = RoutingConfig(num_clusters=3, pca_reduction_factor=reduction, balance=0.5)
+    X_TD = torch.randn(count, 8)
+    samples = [X_TD[: count // 2], X_TD[count // 2 :]]
+    router, gram, fitted = fit_router(samples, routing, device="cpu", seed=1, is_routed=True)
+    assert fitted == gram.num_tokens == count
+    torch.testing.assert_close(gram.sum_DD, X_TD.T @ X_TD)
+    assert router.centroids_KP.shape == (3, 8 if reduction is None else 4)
+    tensors = (router.mean_D, router.centroids_KP, router.components_PD)
+    assert all(bool(torch.isfinite(each).all()) for each in tensors if each is not None)
+    labels = route(torch.cat([X_TD, torch.randn(4, 8)]), router)
+    if count < 3:
+        # Two tokens have at most one component, which tells them apart.
+        assert labels[:count].tolist() == list(range(count))
+        assert int(labels.max()) < max(1, count)
+    if 0 < count < 3:
+        with pytest.raises(CompressionError, match=f"{count} calibration tokens cannot fill 3"):
+            fit_router(samples, routing, device="cpu", seed=1)
