@@ -38,7 +38,8 @@ def test_a_ray_that_runs_is_joined_as_it_is(named, running, joins, monkeypatch, 
     monkeypatch.setattr(services, "find_bootstrap_address", lambda _: running)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0, "CPU": 8.0})
+    machine = {"Alive": True, "Resources": {"GPU": 1.0, "CPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [machine])
     monkeypatch.setenv("HF_TOKEN", "hf_given")
     spec = WorkerSpec(store=str(tmp_path), source=resolve_name("m"))
     executor = RayExecutor(spec, ExecutionOptions(executor="ray", num_workers=2))
