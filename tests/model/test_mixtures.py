@@ -156,7 +156,7 @@ def test_an_expert_is_calibrated_on_the_tokens_routed_to_it(mixture, text_folder
 def starved(tmp_path_factory, tokenizer, text_folder):
     """Folders of a model whose fifth expert no token is routed to, and of its expansion."""
     dense, output = (tmp_path_factory.mktemp("starved") / name for name in ("dense", "expanded"))
-    model = tiny.random_model("mixtral", num_local_experts=5, num_hidden_layers=1)
+    model = tiny.random_model("mixtral", num_local_experts=5)
     # Of a pair one logit is positive: two are above the last one's, which is zero.
     first, second = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
     gate = torch.stack([first, -first, second, -second, torch.zeros(32)])
