@@ -73,7 +73,9 @@ def report_page(
         settings=sorted(_flat(facts.config)),
         command=facts.command,
         machine="" if metrics is None else describe_machine(metrics),
-        compared=comparison_cells(compared) if compared else [],
+        # What was asked of them is too wide for a phone's table.
+        compared=[cells[:-1] for cells in comparison_cells(compared)] if compared else [],
+        compared_settings=[(row["name"], row["setting"]) for row in compared],
         compared_note=f"{against_baseline(*compared)} Columns: {COMPARED}." if compared else "",
         sample=sample,
     )

@@ -17,6 +17,8 @@ PNG_DPI = 220
 WIDTH = 5.0
 """Inches of a figure: its letters, of ten points, can be read where it is as wide as a phone."""
 
+LEGEND_POINTS = 9
+
 
 def figure_and_axes(x: str, y: str, *, height: float = 2.8) -> tuple[Figure, Axes]:
     """An empty plot, as wide as all are.
@@ -55,8 +57,8 @@ def legend_above(figure: Figure, *, ncols: int, title: str | None = None) -> Non
         ncols=ncols,
         loc="outside upper center",
         title=title,
-        fontsize="small",
-        title_fontsize="small",
+        fontsize=LEGEND_POINTS,
+        title_fontsize=LEGEND_POINTS,
         columnspacing=1.0,
         handlelength=1.4,
     )

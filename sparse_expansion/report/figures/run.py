@@ -28,8 +28,8 @@ GAP_SHARE = 0.002
 """Units of one stage on one worker that are closer than this share of the run are one bar."""
 MARKERS = "os^vDP"
 """Marks of lines that may lie upon each other, as errors of linears with the same inputs do."""
-LEGEND_COLUMNS = 4
-"""Stages side by side in the timeline's legend."""
+LEGEND_COLUMNS = 3
+"""Linears or stages side by side in a legend."""
 
 
 def run_figures(facts: RunFacts) -> dict[str, Figure]:
@@ -71,7 +71,7 @@ def errors_by_block(facts: Iterable[LinearFacts]) -> Figure:
         # The first are the largest: what lies upon them leaves their edge to see.
         size = max(3, 7 - 2 * number)
         axes.plot(layers, errors, marker=mark, ms=size, mfc="none", label=plain(linear))
-    legend_above(figure, ncols=3)
+    legend_above(figure, ncols=LEGEND_COLUMNS)
     count_from_zero(axes)
     return figure
 
