@@ -131,7 +131,11 @@ class Run:
         self.store = Store(output)
         self.settings = settings
         self.prepared, self.windows = prepare(
-            settings, folder, text=TextRequest(dataset=str(text)), model_name="m"
+            settings,
+            folder,
+            text=TextRequest(dataset=str(text)),
+            model_name="m",
+            doing=lambda step: None,
         )
         claim(self.store, self.prepared, self.windows, resume=True)
         self.spec = WorkerSpec(store=str(output), source=resolve_name(str(folder)), threads=1)
