@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -19,6 +20,10 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers are niced by default, which starves them on a busy machine with few cores.
 os.environ["RAY_worker_niceness"] = "0"
+# Agents of every node look at all processes of the machine, and at all files of logs, again and
+# again; nobody looks at what they find.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "5")
 # Several processes share few cores: a thread that waits by spinning takes them from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -37,6 +42,8 @@ from tests.execution import preforked
 
 HERE = Path(__file__).resolve().parent
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+_SHARED_RAY: list[Any] = []
+"""The cluster of ``ray_flags`` while there are tests that may use it."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +59,6 @@ def short_home() -> Iterator[Path]:
         yield Path(home)
 
 
-@pytest.fixture(scope="session")
-def worker_program() -> Iterator[str]:
-    """What Ray starts workers with: a stand-in for Python that has them forked."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-") as folder,
-        preforked.interpreter(Path(folder)) as program,
-    ):
-        yield program
-
-
 @pytest.fixture(autouse=True)
 def _quick_workers(request: pytest.FixtureRequest) -> Iterator[None]:
     """A Ray that a test starts in its own process has its workers forked."""
@@ -73,7 +70,23 @@ def _quick_workers(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_flags(worker_program: str) -> Iterator[list[str]]:
+def worker_program(made_once: MadeOnce) -> str:
+    """What Ray starts workers with: a stand-in for Python that has them forked.
+
+    One server forks those of all processes of a session of tests.
+    """
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        short = Path(tempfile.mkdtemp(prefix="ray-"))
+        (folder / "program").write_text(preforked.interpreter(short, session))
+
+    return (made_once("workers", make) / "program").read_text()
+
+
+@pytest.fixture(scope="session")
+def ray_flags(worker_program: str) -> list[str]:
     """Flags for a run by two workers of a Ray that the tests share: starting one takes long."""
     import ray._common.utils
     from ray.cluster_utils import Cluster
@@ -83,8 +96,15 @@ def ray_flags(worker_program: str) -> Iterator[list[str]]:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         # Tests that are given no address are not to find this one.
         ray._common.utils.reset_ray_address()
-    yield ["--executor", "ray", "--num-workers", "2", "--ray-address", cluster.address]
-    cluster.shutdown()
+    _SHARED_RAY.append(cluster)
+    return ["--executor", "ray", "--num-workers", "2", "--ray-address", cluster.address]
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the shared Ray after the last test on Ray: its agents take a tenth of a processor."""
+    if nextitem is None or nextitem.get_closest_marker("ray") is None:
+        while _SHARED_RAY:
+            _SHARED_RAY.pop().shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -181,6 +181,7 @@ def test_the_quality_table_grows_and_is_not_run_twice(
     ratio = rows[0]["perplexity"] / rows[0]["perplexity_dense"]
     np.testing.assert_allclose(rows[0]["gap"], np.log(ratio))
     assert f"{rows[1]['gap'] / rows[0]['gap']:.3f} (0.000)" in text
+    assert 0 < rows[2]["size"] < rows[0]["size"] < 1 and f"{rows[0]['size']:.2f}" in text
     assert (output / "ratios-0.svg").exists() and (output / "summary.parquet").exists()
     assert not (output / "tokens-0.svg").exists()
     settings["calibrations"]["8 windows"] = "--dataset-size 8 --block-size 16"

@@ -8,8 +8,10 @@ DIR/rows.json are not run again. The dense model is evaluated once. `--hold-out`
 last share of the calibration text and never opens the test text: for choices. Printed, and written
 as Parquet and figures: mean and standard deviation over seeds of the gap (log-perplexity over the
 dense model's, nats per token), and its ratio to the reference method's gap for the same point,
-calibration and seed. Where there is more than one calibration, gaps over calibration tokens are
-drawn too, a figure per point; `tokens.json` asks for 1 to 64 clusters on 16 to 256 windows.
+calibration and seed; then what that takes: operations of MLPs and routers per token (`cost`) and
+bytes of weight files (`size`) over the dense model's. Where there is more than one calibration,
+gaps over calibration tokens are drawn too, a figure per point; `tokens.json` asks for 1 to 64
+clusters on 16 to 256 windows.
 
 A settings file may name other texts under `also`: every row is measured on them too, with the
 share of their tokens that go to experts made on few. `off_domain.json` does so, with the text
@@ -115,6 +117,8 @@ def summary(rows: list[Row], reference: str) -> list[Row]:
                 "ratio": statistics.mean(ratios) if ratios else float("nan"),
                 "ratio_deviation": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
                 "cost": statistics.mean(row["cost"] for row in same),
+                # Rows of earlier versions lack it.
+                "size": statistics.mean(row.get("size", math.nan) for row in same),
                 "calibration_tokens": same[0]["calibration_tokens"],
             }
         )
@@ -131,6 +135,7 @@ def summary_table(found: list[Row], reference: str) -> str:
             "gap",
             f"of {reference}",
             "cost",
+            "size",
         )
     ]
     cells += [
@@ -141,6 +146,7 @@ def summary_table(found: list[Row], reference: str) -> str:
             f"{row['gap']:.4f} ({row['gap_deviation']:.4f})",
             f"{row['ratio']:.3f} ({row['ratio_deviation']:.3f})",
             f"{row['cost']:.3f}",
+            f"{row['size']:.2f}",
         )
         for row in found
     ]
@@ -250,6 +256,8 @@ def found_in(metrics: dict[str, Any]) -> Row:
     calibration = metrics["config"]["calibration"]
     return {
         **gap_and_cost(metrics),
+        # All experts lie on the disk and in the memory of whoever serves them.
+        "size": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
         "starved_experts": metrics["starved_experts"],
         "calibration_tokens": calibration["dataset_size"] * calibration["seqlen"],
         "num_eval_tokens": metrics["num_eval_tokens"],

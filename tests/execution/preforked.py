@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,12 +45,13 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 
 
-@contextmanager
-def interpreter(folder: Path) -> Iterator[str]:
-    """Path of a program to start workers with; the server ends with the block.
+def interpreter(folder: Path, lives_with: int) -> str:
+    """Path of a program to start workers with.
 
     Args:
-        folder: for its files; a socket is among them, so that its path has to be short.
+        folder: for its files; a socket is among them, so that its path has to be short. It is
+            removed at the end.
+        lives_with: number of the process that the server of workers ends with.
     """
     address = folder / "workers.sock"
     program = folder / "python"
@@ -60,15 +62,15 @@ def interpreter(folder: Path) -> Iterator[str]:
         f'#!/bin/sh\nexec "{sys.executable}" -S -E "{client}" "{sys.executable}" "{address}" "$@"\n'
     )
     program.chmod(0o700)
-    server = subprocess.Popen([sys.executable, "-m", __name__, str(address)])
-    try:
-        while not address.exists():
-            assert server.poll() is None, "the server of workers has ended"
-            time.sleep(0.05)
-        yield str(program)
-    finally:
-        server.terminate()
-        server.wait()
+    command = [sys.executable, "-m", __name__, str(address), str(lives_with)]
+    # By itself: it outlives the process of tests that starts it, whose pipes it must not hold.
+    server = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while not address.exists():
+        assert server.poll() is None, "the server of workers has ended"
+        time.sleep(0.05)
+    return str(program)
 
 
 @contextmanager
@@ -82,8 +84,8 @@ def starting_workers(program: str) -> Iterator[None]:
         sys.executable = real
 
 
-def serve(address: str) -> None:
-    """Fork a process for every request, for ever."""
+def serve(address: str, lives_with: int) -> None:
+    """Fork a process for every request, while the process ``lives_with`` is there."""
     for name in IMPORTED:
         importlib.import_module(name)
     # Nobody waits for them: the kernel is to clear them away.
@@ -91,13 +93,27 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address + ".new")
         listener.listen(64)
+        listener.settimeout(1)
         os.rename(address + ".new", address)
-        while True:
-            connection, _ = listener.accept()
+        while is_there(lives_with):
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             with connection:
                 if os.fork() == 0:
                     listener.close()
                     become_worker(connection)
+    shutil.rmtree(os.path.dirname(address), ignore_errors=True)
+
+
+def is_there(process: int) -> bool:
+    """Whether a process of ours has not ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def become_worker(connection: socket.socket) -> None:
@@ -128,4 +144,4 @@ def become_worker(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -81,7 +81,7 @@ def test_projections_by_hand():
 @pytest.mark.parametrize(("family", "model_type"), BY_MODEL_TYPE)
 def test_attention_is_recorded_and_replayed_in_the_familys_form(family, model_type):
     model = tiny.random_model(model_type)
-    block = block_list(model, family)[1]
+    block = block_list(model, family)[-1]
     tokens, given = torch.randint(1, 500, (2, 12)), {"form": family.attention_output}
     with torch.no_grad():
         with AttentionOutputs(block, family.attention, replays=False, **given) as seen:
