@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
 from sparse_expansion.cli.progress import ProgressLine
@@ -91,7 +91,14 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    # Python 3.10 has no types of what the class writes to.
+    _StreamHandler = logging.StreamHandler
+
+
+class _StderrHandler(_StreamHandler):
     """Writes to what ``sys.stderr`` is at the moment: above the bar, where there is one."""
 
     def __init__(self) -> None:
