@@ -62,7 +62,7 @@ def measure(weight: torch.Tensor, H: torch.Tensor, sparsity: float, repeat: int)
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print a table and one JSON line per row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=5120)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     measure(torch.randn(64, 64), torch.eye(64)[None], args.sparsity, 1)  # compiles

@@ -1,5 +1,7 @@
 """The baseline that speed is measured against does the same work, and the benchmark runs."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import baseline, full_size, published
+from benchmarks import baseline, full_size, published, serve, sweep
 from benchmarks.quality import __main__ as table
 from benchmarks.quality import neox
 from sparse_expansion import cli
@@ -18,8 +20,6 @@ from sparse_expansion.algorithms.compress import compress_experts
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.config import CompressionConfig
 from tests.model.running import expand
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_baseline_prunes_as_we_do():
@@ -80,15 +80,25 @@ def test_a_model_of_full_size_is_expanded_in_pieces(tmp_path, text_folder, capsy
     assert (tmp_path / "tiny-3-32" / "model.safetensors").stat().st_mtime_ns == made
 
 
-def test_serving_is_measured_for_every_model(tmp_path, llama_folder, text_folder):
+def test_serving_is_measured_for_every_model(
+    tmp_path, llama_folder, text_folder, monkeypatch, capsys
+):
     output = expand(llama_folder, text_folder, tmp_path / "m")
+    commands = []
+
+    def run_here(line, **options):
+        """The measuring process's work in this one: importing PyTorch takes longer."""
+        commands.append(line[:3])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert serve.main(line[3:]) == 0
+        return subprocess.CompletedProcess(line, 0, out.getvalue())
+
+    monkeypatch.setattr(serve.subprocess, "run", run_here)
     flags = "--device cpu --batches 1 2 --prefill 8 40 --window 20 --new-tokens 2 --repeat 1"
-    line = [sys.executable, "-m", "benchmarks.serve", f"dense={llama_folder}", f"ours={output}"]
-    done = subprocess.run(
-        [*line, *flags.split()], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    assert serve.main([f"dense={llama_folder}", f"ours={output}", *flags.split()]) == 0
+    assert commands == [[sys.executable, "-m", "benchmarks.serve"]] * 2
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index("| | dense | ours |") :]
     assert lines[0] == "| | dense | ours |"
     first, second = (json.loads(line) for line in lines[-2:])
     assert (first["name"], second["name"]) == ("dense", "ours")
@@ -101,12 +111,10 @@ def test_serving_is_measured_for_every_model(tmp_path, llama_folder, text_folder
     assert sum(row.startswith("| ") and "(1.00)" in row for row in lines) == len(wanted)
 
 
-def test_the_sweeps_benchmark_finds_equal_masks():
-    flags = "--width 160 --rows 40 96 --threads 1".split()
-    line = [sys.executable, "-m", "benchmarks.sweep", *flags]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
+def test_the_sweeps_benchmark_finds_equal_masks(capsys):
+    sweep.main("--width 160 --rows 40 96 --threads 1".split())
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(row) for row in lines if row.startswith("{")]
     assert [row["rows"] for row in rows] == [40, 96]
     assert all(row["same_mask"] > 0.995 and row["ratio"] > 0 for row in rows)
 
@@ -115,7 +123,7 @@ def test_the_quality_tables_model_is_trained_and_loads(text_folder, tmp_path, mo
     # One package in place of the whole standard library.
     library = {"stdlib": str(Path(json.__file__).parent)}
     monkeypatch.setattr(neox.sysconfig, "get_paths", lambda *_: library)
-    neox.main([str(text_folder), str(tmp_path / "model"), "--steps", "10"])
+    neox.main([str(text_folder), str(tmp_path / "model"), "--steps", "3"])
     model = AutoModelForCausalLM.from_pretrained(capsys.readouterr().out.strip())
     tokens = torch.tensor(
         [AutoTokenizer.from_pretrained(tmp_path / "model")("def it")["input_ids"]]
