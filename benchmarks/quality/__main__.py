@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.synthetic import command
 from sparse_expansion.data.corpora import load_corpus
-from sparse_expansion.report.comparison import gap_and_cost
+from sparse_expansion.report.comparison import gap_and_cost, size_of
 from sparse_expansion.report.figures.canvas import figure_and_axes, save
 from sparse_expansion.report.formatting import table
 from sparse_expansion.report.parquet import columns_of, write_table
@@ -257,7 +257,7 @@ def found_in(metrics: dict[str, Any]) -> Row:
     return {
         **gap_and_cost(metrics),
         # All experts lie on the disk and in the memory of whoever serves them.
-        "size": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
+        "size": size_of(metrics),
         "starved_experts": metrics["starved_experts"],
         "calibration_tokens": calibration["dataset_size"] * calibration["seqlen"],
         "num_eval_tokens": metrics["num_eval_tokens"],

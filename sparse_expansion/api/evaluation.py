@@ -13,6 +13,7 @@ from sparse_expansion.api.opening import (
     check_eval_windows,
     open_executor,
     opened,
+    profile_worker,
     window_length,
 )
 from sparse_expansion.config.execution import ExecutionOptions
@@ -84,7 +85,7 @@ def _measure(
 ) -> dict[str, Any]:
     from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.evaluate import evaluate
-    from sparse_expansion.jobs.measurements import Measurements, measure_ceilings
+    from sparse_expansion.jobs.measurements import Measurements
     from sparse_expansion.jobs.prepare import evaluation_tokens
 
     measured = Measurements()
@@ -101,10 +102,7 @@ def _measure(
     with closing(
         open_executor(origin, job.options, store=str(shell.folder), listener=listener)
     ) as executor:
-        if job.options.profile:
-            listener.say("measuring the ceilings of a worker")
-            listener.doing("measuring the ceilings of a worker")
-            measure_ceilings(executor, config, measured)
+        profile_worker(job.options, executor, config, measured, listener)
         listener.start("evaluate", shell.num_blocks)
         scores = evaluate(
             "dense",

@@ -17,6 +17,7 @@ from sparse_expansion.api.opening import (
     check_room,
     open_executor,
     opened,
+    profile_worker,
     window_length,
 )
 from sparse_expansion.config.calibration import CalibrationConfig
@@ -190,13 +191,9 @@ def _expand(
 ) -> dict[str, Any]:
     """Metrics of the expanded model."""
     from sparse_expansion.jobs.expand import expand
-    from sparse_expansion.jobs.measurements import measure_ceilings
     from sparse_expansion.jobs.metrics import expansion_metrics
 
-    if job.options.profile:
-        listener.say("measuring the ceilings of a worker")
-        listener.doing("measuring the ceilings of a worker")
-        measure_ceilings(executor, prepared.config, measured)
+    profile_worker(job.options, executor, prepared.config, measured, listener)
     listener.start("expand", prepared.shell.num_blocks)
     expand(prepared, store, executor, listener.update, measured, doing=listener.doing)
     listener.doing("measuring the model's files")

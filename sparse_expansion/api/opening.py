@@ -14,8 +14,10 @@ from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.config.execution import ExecutionOptions
 
 if TYPE_CHECKING:
+    from sparse_expansion.config.run import RunConfig
     from sparse_expansion.data.texts import TextRequest
     from sparse_expansion.execution.base import Executor
+    from sparse_expansion.jobs.measurements import Measurements
 
 
 def check_devices(executor: str, device: str, kmeans: str | None = None) -> None:
@@ -139,6 +141,24 @@ def open_executor(
     listener.joined()
     listener.executes(executor)
     return executor
+
+
+def profile_worker(
+    options: ExecutionOptions,
+    executor: Executor,
+    config: RunConfig,
+    measured: Measurements,
+    listener: Listener,
+) -> None:
+    """Where a profile is asked for, have a worker measured before it begins."""
+    if not options.profile:
+        return
+    from sparse_expansion.jobs.measurements import measure_ceilings
+
+    step = "measuring the ceilings of a worker"
+    listener.say(step)
+    listener.doing(step)
+    measure_ceilings(executor, config, measured)
 
 
 def check_output(output: str) -> None:

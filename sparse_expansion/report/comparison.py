@@ -14,15 +14,27 @@ from sparse_expansion.run_folder import read_metrics
 from sparse_expansion.store import Store
 
 
+def cost_of(metrics: dict[str, Any]) -> float:
+    """Operations of MLPs and routers per token over the dense MLPs'."""
+    flops = metrics["mlp_flops_per_token"]
+    ratio: float = (flops["experts"] + flops["router"]) / flops["dense"]
+    return ratio
+
+
+def size_of(metrics: dict[str, Any]) -> float:
+    """Bytes of the weight files over those of the dense model's."""
+    ratio: float = metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"]
+    return ratio
+
+
 def gap_and_cost(metrics: dict[str, Any]) -> dict[str, float]:
     """Perplexities, ``gap`` and ``cost`` (see ``comparison``), by which a run is judged."""
-    flops = metrics["mlp_flops_per_token"]
     dense, expanded = metrics["perplexity_dense"], metrics["perplexity_expanded"]
     return {
         "perplexity_dense": dense,
         "perplexity": expanded,
         "gap": math.log(expanded / dense),
-        "cost": (flops["experts"] + flops["router"]) / flops["dense"],
+        "cost": cost_of(metrics),
     }
 
 
@@ -48,7 +60,7 @@ def comparison(stores: Sequence[Store]) -> list[dict[str, Any]]:
                 "name": model_name(store.root),
                 "setting": describe_settings(metrics["config"]),
                 **gap_and_cost(metrics),
-                "bytes": metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"],
+                "bytes": size_of(metrics),
             }
         )
     return rows

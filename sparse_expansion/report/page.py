@@ -13,7 +13,9 @@ from sparse_expansion.report.comparison import (
     COMPARED,
     against_baseline,
     comparison_cells,
+    cost_of,
     gap_and_cost,
+    size_of,
 )
 from sparse_expansion.report.describe import (
     describe_asked,
@@ -96,18 +98,17 @@ def _cards(metrics: dict[str, Any], price_per_hour: float | None) -> list[dict[s
             },
         ]
     seconds = sum(metrics["seconds"].values())
-    flops = metrics["mlp_flops_per_token"]
     dense_size = format_bytes(metrics["dense_checkpoint_bytes"])
     peak_memory = format_bytes(metrics["peak_memory_bytes"])
     cards += [
         {"value": format_bytes(metrics["checkpoint_bytes"]), "label": "weight files"},
         {"value": dense_size, "label": "dense weight files"},
         {
-            "value": f"{metrics['checkpoint_bytes'] / metrics['dense_checkpoint_bytes']:.2f} ×",
+            "value": f"{size_of(metrics):.2f} ×",
             "label": "weight files against the dense model's",
         },
         {
-            "value": f"{(flops['experts'] + flops['router']) / flops['dense']:.3f} ×",
+            "value": f"{cost_of(metrics):.3f} ×",
             "label": "operations of MLPs and routers per token against dense",
         },
         {"value": f"{seconds / 60:.1f} min", "label": "wall clock"},

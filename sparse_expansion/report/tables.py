@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_expansion.report.comparison import gap_and_cost
+from sparse_expansion.report.comparison import gap_and_cost, size_of
 from sparse_expansion.report.describe import (
     describe_asked,
     describe_calibration,
@@ -66,8 +66,7 @@ def _run_notes(metrics: dict[str, Any]) -> list[str]:
     if "num_eval_tokens" in metrics:
         lines.append(f"evaluated on {metrics['num_eval_tokens']} tokens")
         lines.append(describe_gap(gap_and_cost(metrics)))
-    sizes = metrics["checkpoint_bytes"] / metrics["dense_checkpoint_bytes"]
-    lines.append(f"weight files {sizes:.2f} times the dense model's")
+    lines.append(f"weight files {size_of(metrics):.2f} times the dense model's")
     flops = metrics["mlp_flops_per_token"]
     lines.append(
         f"per token the MLPs take {flops['experts'] / flops['dense']:.1%} of the dense operations, "
