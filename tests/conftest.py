@@ -40,6 +40,9 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from tests.execution import preforked
 
+# Fixtures of a module are made before those of a test: bytes depend on the number of threads.
+torch.set_num_threads(1)
+
 HERE = Path(__file__).resolve().parent
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 _SHARED_RAY: list[Any] = []
