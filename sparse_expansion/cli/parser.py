@@ -21,6 +21,7 @@ from sparse_expansion.cli.report import REPORT
 from sparse_expansion.cli.run import EXPAND, RUN
 from sparse_expansion.cli.shared_flags import add_output_of_all
 from sparse_expansion.cli.sweep_clusters import SWEEP_CLUSTERS
+from sparse_expansion.cli.write_text import WRITE_TEXT
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.messages import printable
 
@@ -41,6 +42,7 @@ COMMANDS = {
         SWEEP_CLUSTERS,
         PRUNE_NEURONS,
         ALLOCATE,
+        WRITE_TEXT,
     )
 }
 """All subcommands by name."""
