@@ -43,13 +43,20 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         sum_DD = X.new_empty(X.shape[1], X.shape[1])
         gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
-    cross_DD = None
-    if dense_residual_TD is not None:
-        residual_TD = dense_residual_TD
-        cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
-        check_finite(residual_TD)
-    norms_T = torch.linalg.vector_norm(X, dim=1).double()
-    return HessianSum(sum_DD, X.shape[0], cross_DD, float(norms_T.pow(4).sum()))
+    squares_T = _squared_norms(X)
+    total = HessianSum(sum_DD, X.shape[0], fourth=float(squares_T.square().sum()))
+    if dense_residual_TD is None:
+        return total
+    residual_TD = dense_residual_TD
+    cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
+    check_finite(residual_TD)
+    cross_fourth = float((squares_T * _squared_norms(residual_TD)).sum())
+    return replace(total, cross_DD=cross_DD, cross_fourth=cross_fourth)
+
+
+def _squared_norms(X_TD: torch.Tensor) -> torch.Tensor:
+    """Of every row, as float64."""
+    return torch.linalg.vector_norm(X_TD.float(), dim=1).double().square()
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
@@ -104,16 +111,17 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
     """
     total: torch.Tensor | None = None
     cross: torch.Tensor | None = None
-    count, fourth = 0, 0.0
+    count, fourth, cross_fourth = 0, 0.0, 0.0
     for part in sums:
         total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
         if part.cross_DD is not None:
             cross = part.cross_DD.clone() if cross is None else cross.add_(part.cross_DD)
         count += part.num_tokens
         fourth += part.fourth
+        cross_fourth += part.cross_fourth
     if total is None:
         raise ValueError("no Hessian sums to merge")
-    return HessianSum(total, count, cross, fourth)
+    return HessianSum(total, count, cross, fourth, cross_fourth)
 
 
 def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
@@ -127,24 +135,54 @@ def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
     (n - 1)``, the denominator by ``|S - T|^2``, and ``w`` kept within 0 and 1. Tokens count as
     independent, which those of one text are not: it shrinks too little rather than too much.
 
-    The products with the inputs' dense residuals are drawn towards nothing by the same weight.
+    The products of the inputs' dense residuals with them, ``sum d x^T``, are drawn towards nothing
+    in the same way, by a weight of their own: how uncertain they are has little to do with how much
+    the expert's inputs are like its group's.
+
+    Args:
+        part: the expert's sums.
+        whole: the group's.
 
     Returns:
         The sums, for as many tokens as before, and ``w``, which is 1 for one token or none.
     """
-    count = part.num_tokens
-    target_DD = whole.sum_DD.to(part.sum_DD.device) / max(whole.num_tokens, 1)
-    mean_DD = part.sum_DD / max(count, 1)
+    sum_DD, weight = _drawn_towards(
+        part.sum_DD, part.fourth, part.num_tokens, whole.sum_DD, whole.num_tokens
+    )
+    cross_DD = None
+    if part.cross_DD is not None:
+        cross_DD, _ = _drawn_towards(
+            part.cross_DD, part.cross_fourth, part.num_tokens, torch.zeros_like(part.cross_DD), 1
+        )
+    return replace(part, sum_DD=sum_DD, cross_DD=cross_DD), weight
+
+
+def _drawn_towards(
+    sum_DD: torch.Tensor,
+    fourth: float,
+    count: int,
+    whole_DD: torch.Tensor,
+    whole_count: int,
+) -> tuple[torch.Tensor, float]:
+    """``(1 - w) S + w T`` times the count, and ``w``, see ``shrink``.
+
+    Args:
+        sum_DD: ``count S``, a sum of one product per token.
+        fourth: the sum of these products' squared Frobenius norms.
+        count: tokens, ``n``.
+        whole_DD: ``T`` times its count.
+        whole_count: its tokens.
+    """
+    mean_DD = sum_DD / max(count, 1)
+    target_DD = whole_DD.to(sum_DD.device) / max(whole_count, 1)
     weight = 1.0
     if count > 1:
-        spread = max(0.0, part.fourth / count - _energy(mean_DD)) / (count - 1)
+        spread = max(0.0, fourth / count - _energy(mean_DD)) / (count - 1)
         distance = _energy(mean_DD.sub_(target_DD))
         weight = min(1.0, spread / distance) if distance > 0 else 1.0
     # Without a token it is the group's mean: of one, a scale that nothing depends on.
-    sum_DD = torch.mul(part.sum_DD, 1 - weight, out=mean_DD)
-    sum_DD.add_(target_DD, alpha=weight * max(count, 1))
-    cross_DD = None if part.cross_DD is None else part.cross_DD * (1 - weight)
-    return HessianSum(sum_DD, count, cross_DD, part.fourth), weight
+    found_DD = torch.mul(sum_DD, 1 - weight, out=mean_DD)
+    return found_DD.add_(target_DD, alpha=weight * max(count, 1)), weight
 
 
 def regularise_hessian(

@@ -173,6 +173,28 @@ def test_too_little_to_know_anything_is_all_the_groups(count):
     assert torch.equal(found.cross_DD, torch.zeros(2, 2))
 
 
+def test_residuals_are_drawn_towards_nothing_by_a_weight_of_their_own():
+    """Four tokens (2, 0), (2, 0), (2, 0) and (0, 2) whose residuals are half of them."""
+    X = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    part = hessian_sum(X, X / 2)
+    assert part.cross_fourth == 16
+    # C = diag(3, 1) / 2, mean |d|^2 |x|^2 = 4, |C|^2 = 2.5: (4 - 2.5) / 3 / 2.5, for any group.
+    for whole in (HessianSum(torch.eye(2) * -30, 10), part):
+        found, _ = shrink(part, whole)
+        assert torch.allclose(found.cross_DD, 0.8 * torch.diag(torch.tensor([6.0, 2.0])))
+
+
+def test_one_cluster_keeps_what_a_later_linear_makes_up_for():
+    """Its expert is its group, whose sums it is all drawn to, but its residuals are well known."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(4000, 4, generator=generator)
+    part = hessian_sum(X, X * torch.tensor([0.1, 0.2, 0.0, -0.1]))
+    found, weight = shrink(part, part)
+    assert weight == 1.0
+    torch.testing.assert_close(found.sum_DD, part.sum_DD)
+    torch.testing.assert_close(found.cross_DD, part.cross_DD, rtol=0.01, atol=1.0)
+
+
 @pytest.mark.parametrize("count", [5, 20, 100, 2000])
 def test_shrinking_is_nearer_the_truth(count):
     """Of normal inputs with a known second moment, averaged over draws, in float64."""

@@ -19,7 +19,7 @@ def to_wire(value: Any) -> Any:
         return tensor.numpy()
     if isinstance(value, HessianSum):
         sums = to_wire(value.sum_DD), to_wire(value.cross_DD)
-        return ("HessianSum", *sums, value.num_tokens, value.fourth)
+        return ("HessianSum", *sums, value.num_tokens, value.fourth, value.cross_fourth)
     if isinstance(value, list):
         return [to_wire(part) for part in value]
     return value
@@ -37,5 +37,5 @@ def from_wire(value: Any) -> Any:
             return torch.from_numpy(parts[0]).view(torch.bfloat16)
         assert kind == "HessianSum"
         sum_DD, cross_DD = (from_wire(part) for part in parts[:2])
-        return HessianSum(sum_DD, parts[2], cross_DD, parts[3])
+        return HessianSum(sum_DD, parts[2], cross_DD, *parts[3:])
     return value
