@@ -46,6 +46,7 @@ MAYBE_IN_METRICS = {
     "perplexity_dense": NUMBER,
     "perplexity_expanded": NUMBER,
     "num_eval_tokens": int,
+    "bits_per_weight": NUMBER,
     "num_experts": int,
     "starved_experts": int,
     "raised_damping": int,

@@ -142,19 +142,25 @@ def test_docstrings_are_read_and_tests_left_out(tmp_path):
     assert list(neox.docstrings(tmp_path)) == ["Of a.py.", "Of f.", ""]
 
 
-def test_the_quality_table_grows_and_is_not_run_twice(
-    neox_folder, text_folder, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def run_in_process(monkeypatch, capsys):
+    """The quality table's commands in this process, where importing PyTorch takes no time again."""
     commands = []
 
     def run_here(*arguments):
-        """The command in this process: importing PyTorch takes longer than the run."""
         commands.append(arguments[0])
         capsys.readouterr()
         assert cli.main([*map(str, arguments), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     monkeypatch.setattr(table, "command", run_here)
+    return commands
+
+
+def test_the_quality_table_grows_and_is_not_run_twice(
+    neox_folder, text_folder, tmp_path, run_in_process, capsys
+):
+    commands = run_in_process
     settings = {
         "common": "--seqlen 48 --threads 1",
         "evaluation": "--eval-windows 4",
@@ -190,6 +196,9 @@ def test_the_quality_table_grows_and_is_not_run_twice(
     np.testing.assert_allclose(rows[0]["gap"], np.log(ratio))
     assert f"{rows[1]['gap'] / rows[0]['gap']:.3f} (0.000)" in text
     assert 0 < rows[2]["size"] < rows[0]["size"] < 1 and f"{rows[0]['size']:.2f}" in text
+    # Half of the weights in 4 bits and a bit for each of all, then grids and routers.
+    assert 3 < rows[2]["bits"] < rows[0]["bits"] and f"{rows[2]['bits']:.2f}" in text
+    assert f"{rows[2]['memory_bytes'] / 1e6:.0f}" in text
     assert (output / "ratios-0.svg").exists() and (output / "summary.parquet").exists()
     assert not (output / "tokens-0.svg").exists()
     settings["calibrations"]["8 windows"] = "--dataset-size 8 --block-size 16"
@@ -220,3 +229,38 @@ def test_the_quality_table_grows_and_is_not_run_twice(
     assert "70 %, both, two, other" in text
     bars = (output / "texts-0-0.svg").read_text()
     assert "calibrated on" in bars and "other" in bars and "two" in bars
+
+
+def test_a_dense_models_grid_is_a_row_of_the_ledger(
+    neox_folder, text_folder, tmp_path, run_in_process, capsys
+):
+    """The flags of the settings file, on a smaller text: a code a weight, and what grids take."""
+    settings = json.loads(Path(table.__file__).with_name("ledger.json").read_text())
+    settings |= {
+        "common": "--seqlen 48 --threads 1 --block-size 16",
+        "evaluation": "--eval-windows 4",
+        "calibrations": {"16 windows": "--dataset-size 16"},
+    }
+    dense = ("dense, 8 bits", "dense, 4 bits", "dense, 4 bits, groups of 128")
+    settings["methods"] = {name: settings["methods"][name] for name in dense}
+    settings["reference"] = dense[0]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    line = [str(neox_folder), str(text_folder), "--output", str(tmp_path / "out")]
+    table.main([*line, "--settings", str(tmp_path / "settings.json")])
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    bits = {row["method"]: row["bits"] for row in rows}
+    shapes = [
+        tuple(weight.shape)
+        for name, weight in AutoModelForCausalLM.from_pretrained(neox_folder).named_parameters()
+        if "mlp" in name and name.endswith("weight")
+    ]
+    weights = sum(rows * columns for rows, columns in shapes)
+    # A scale and a zero point a row or group; a mean and one centroid a router. All float32.
+    routers = sum(2 * 32 * columns for _, columns in shapes)
+    for name, code in zip(dense[:2], (8, 4), strict=True):
+        grids = sum(2 * 32 * rows for rows, _ in shapes)
+        assert bits[name] == pytest.approx(code + (grids + routers) / weights)
+    grids = sum(2 * 32 * rows * -(-columns // 128) for rows, columns in shapes)
+    assert bits[dense[2]] == pytest.approx(4 + (grids + routers) / weights)
+    assert rows[0]["gap"] < rows[1]["gap"] and rows[0]["cost"] == 1
+    assert "dense, 4 bits, groups of 128" in capsys.readouterr().out

@@ -8,10 +8,13 @@ DIR/rows.json are not run again. The dense model is evaluated once. `--hold-out`
 last share of the calibration text and never opens the test text: for choices. Printed, and written
 as Parquet and figures: mean and standard deviation over seeds of the gap (log-perplexity over the
 dense model's, nats per token), and its ratio to the reference method's gap for the same point,
-calibration and seed; then what that takes: operations of MLPs and routers per token (`cost`) and
-bytes of weight files (`size`) over the dense model's. Where there is more than one calibration,
-gaps over calibration tokens are drawn too, a figure per point; `tokens.json` asks for 1 to 64
-clusters on 16 to 256 windows.
+calibration and seed; then the ledger of what that takes: operations of MLPs and routers per token
+(`cost`) and bytes of weight files (`size`) over the dense model's, stored bits of all experts,
+grids and routers per dense MLP weight (`bits`), and megabytes of weights in memory while experts
+stay compressed (`MB`: streams lie there as in the files; a cache of unpacked experts comes on top).
+`ledger.json` sets quantized dense models of as many bytes beside experts. Where there is more than
+one calibration, gaps over calibration tokens are drawn too, a figure per point; `tokens.json` asks
+for 1 to 64 clusters on 16 to 256 windows.
 
 A settings file may name other texts under `also`: every row is measured on them too, with the
 share of their tokens that go to experts made on few. `off_domain.json` does so, with the text
@@ -117,8 +120,11 @@ def summary(rows: list[Row], reference: str) -> list[Row]:
                 "ratio": statistics.mean(ratios) if ratios else float("nan"),
                 "ratio_deviation": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
                 "cost": statistics.mean(row["cost"] for row in same),
-                # Rows of earlier versions lack it.
-                "size": statistics.mean(row.get("size", math.nan) for row in same),
+                # Rows of earlier versions lack them.
+                **{
+                    name: statistics.mean(row.get(name, math.nan) for row in same)
+                    for name in ("size", "bits", "memory_bytes")
+                },
                 "calibration_tokens": same[0]["calibration_tokens"],
             }
         )
@@ -136,6 +142,8 @@ def summary_table(found: list[Row], reference: str) -> str:
             f"of {reference}",
             "cost",
             "size",
+            "bits",
+            "MB",
         )
     ]
     cells += [
@@ -147,6 +155,8 @@ def summary_table(found: list[Row], reference: str) -> str:
             f"{row['ratio']:.3f} ({row['ratio_deviation']:.3f})",
             f"{row['cost']:.3f}",
             f"{row['size']:.2f}",
+            f"{row['bits']:.2f}",
+            f"{row['memory_bytes'] / 1e6:.0f}",
         )
         for row in found
     ]
@@ -258,6 +268,9 @@ def found_in(metrics: dict[str, Any]) -> Row:
         **gap_and_cost(metrics),
         # All experts lie on the disk and in the memory of whoever serves them.
         "size": size_of(metrics),
+        "bits": metrics["bits_per_weight"],
+        # But for the headers of the files, which are some kilobytes.
+        "memory_bytes": metrics["checkpoint_bytes"],
         "starved_experts": metrics["starved_experts"],
         "calibration_tokens": calibration["dataset_size"] * calibration["seqlen"],
         "num_eval_tokens": metrics["num_eval_tokens"],

@@ -162,6 +162,18 @@ def dense_bytes(shell: ModelShell) -> int:
     )
 
 
+def bits_per_weight(prepared: Prepared, store: Store) -> float:
+    """Stored bits of all that the expanded linears became, per weight that they had.
+
+    They are those of every expert's streams, whichever a token is routed to, of grids and of
+    routers, as the tensors of finished units have them.
+    """
+    weights = _final_weights(prepared, store)
+    shell = prepared.shell
+    dense = sum(math.prod(shell.files.shapes[name]) for name in shell.dense_weights())
+    return 8 * (weights.num_bytes - weights.trunk_bytes) / dense
+
+
 def checkpoint_bytes(store: Store) -> int:
     """Bytes of the expanded model's weight files."""
     return sum(

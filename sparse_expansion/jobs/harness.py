@@ -9,12 +9,14 @@ from sparse_expansion.jobs.whole_model import load_whole
 from sparse_expansion.plain_files import read_plain
 
 
-def check_tasks(tasks: list[str], task_path: str | None) -> Any:
+def check_tasks(tasks: list[str], task_path: str | None, *, include_defaults: bool = True) -> Any:
     """The harness's task manager, once it is certain that it knows all tasks.
 
     Args:
         tasks: names of tasks or groups.
         task_path: a folder with more task files, None for the harness's own tasks alone.
+        include_defaults: whether the harness's own tasks are known too: there are thousands, and
+            reading their index takes half a minute.
 
     Raises:
         ValueError: the harness is not installed, a task is unknown, or a task file of the user's
@@ -36,7 +38,7 @@ def check_tasks(tasks: list[str], task_path: str | None) -> Any:
                     f"{file} names a Python function (!function), which is not run from files: "
                     "write the task with templates alone"
                 )
-    manager = TaskManager(include_path=task_path)
+    manager = TaskManager(include_path=task_path, include_defaults=include_defaults)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(
@@ -69,17 +71,16 @@ def run_tasks(
         device: ``cpu``, ``cuda`` or ``auto``.
         dtype: dtype of weights and arithmetic, ``auto`` for the checkpoint's.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
     # Who asks for tasks has checked the digests, and that the format is this package's.
     model, tokenizer = load_whole(folder, device=device, dtype=dtype, verify=False)
-    found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=tasks,
-        task_manager=manager,
+    found = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        manager,
         num_fewshot=num_fewshot,
         limit=limit,
+        batch_size=batch_size,
         log_samples=False,
     )
     results = {}
@@ -91,3 +92,34 @@ def run_tasks(
         if numbers:
             results[task] = numbers
     return results
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[str],
+    manager: Any,
+    *,
+    batch_size: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """What the harness finds for a model that is loaded, under its own names.
+
+    Args:
+        model: of transformers, dense or expanded.
+        tokenizer: the model's.
+        tasks: names of tasks or groups.
+        manager: the task manager from ``check_tasks``.
+        batch_size: sequences that go through the model together.
+        options: more of the harness's ``simple_evaluate``.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    found: dict[str, Any] = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=tasks,
+        task_manager=manager,
+        **options,
+    )
+    return found

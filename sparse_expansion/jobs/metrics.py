@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sparse_expansion.jobs.assemble import checkpoint_bytes, dense_bytes
+from sparse_expansion.jobs.assemble import bits_per_weight, checkpoint_bytes, dense_bytes
 from sparse_expansion.jobs.measurements import Measurements
 from sparse_expansion.jobs.prepare import Prepared
 from sparse_expansion.planning.costs import mlp_flops_per_token
@@ -43,6 +43,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "raised_damping": counts.raised,
         "checkpoint_bytes": checkpoint_bytes(store),
         "dense_checkpoint_bytes": dense_bytes(prepared.shell),
+        "bits_per_weight": bits_per_weight(prepared, store),
     }
 
 

@@ -59,8 +59,8 @@ def _one_index(task_folder):
 
     index = tasks.TaskManager(include_path=str(task_folder), include_defaults=False)
 
-    def shared(include_path):
-        assert include_path in (None, str(task_folder))
+    def shared(include_path, include_defaults):
+        assert include_defaults and include_path in (None, str(task_folder))
         return index
 
     with pytest.MonkeyPatch.context() as patch:
