@@ -31,7 +31,8 @@ class ProgressLine(Listener):
     """What a command does, from its beginning until its result is printed.
 
     A thread says what is being done where nothing else was said for a while: units may take
-    minutes, and so do steps that are no units, such as reading a model. It dies with the process.
+    minutes, and so do steps that are no units, such as reading a model. It ends with ``close``, and
+    dies with the process where nobody closes.
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
@@ -44,7 +45,8 @@ class ProgressLine(Listener):
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._last = time.monotonic()
-        threading.Thread(target=self._fill_silence, name="progress", daemon=True).start()
+        self._thread = threading.Thread(target=self._fill_silence, name="progress", daemon=True)
+        self._thread.start()
 
     def opens(self) -> None:
         """Keep transformers quiet."""
@@ -90,6 +92,9 @@ class ProgressLine(Listener):
             bar, self._bar = self._bar, None
             if bar is not None:
                 bar.close()
+        # A thread that is still running when the interpreter goes is killed in the middle of
+        # whatever it does, which may abort the process after its work is done.
+        self._thread.join()
 
     def _words(self) -> str:
         return self._phase.words(time.monotonic(), self._working())

@@ -207,3 +207,13 @@ def test_nothing_is_said_after_the_command(monkeypatch, capsys):
     found = capsys.readouterr()
     assert found.out == "" and "a long step · 0:00 elapsed\n" in found.err
     assert found.err.endswith("sparse-expansion: error: bad input\n")
+
+
+def test_no_thread_outlives_its_progress():
+    """What still runs when the interpreter goes may abort the process after its work is done."""
+    line = ProgressLine(io.StringIO())
+    assert any(thread.name == "progress" for thread in threading.enumerate())
+    others = [thread for thread in threading.enumerate() if thread is not line._thread]
+    line.close()
+    line.close()
+    assert threading.enumerate() == others
