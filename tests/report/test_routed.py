@@ -62,12 +62,19 @@ def test_a_text_is_routed_as_by_the_loaded_model(measured_run, text_folder, resu
     used = [math.exp(float(torch.special.entr(share).sum())) for share in shares.values()]
     assert len(used) == len(owners) > 2
     assert result["routed"]["used_experts"] == pytest.approx(sum(used) / len(used))
-    thin = {
-        (each.layer, each.linear, each.expert)
+    tokens = {
+        (f"layers.{each.layer}.{each.linear}", each.expert): each.tokens
         for each in finished_experts(Store(str(measured_run)))
-        if each.tokens < owners[0].in_features
     }
-    assert bool(thin) == (result["routed"]["thin_share"] > 0)
+    thin = []
+    for name, linear in model.named_modules():
+        if linear in shares:
+            own = [
+                tokens[name.partition(".")[2], k] < linear.in_features
+                for k in range(len(linear.experts))
+            ]
+            thin.append(float(shares[linear][torch.tensor(own)].sum()))
+    assert 0 < result["routed"]["thin_share"] == pytest.approx(sum(thin) / len(thin))
 
 
 def test_the_table_says_it(measured_run, text_folder, tmp_path, result):
