@@ -237,9 +237,9 @@ def test_a_dense_models_grid_is_a_row_of_the_ledger(
     """The flags of the settings file, on a smaller text: a code a weight, and what grids take."""
     settings = json.loads(Path(table.__file__).with_name("ledger.json").read_text())
     settings |= {
-        "common": "--seqlen 48 --threads 1 --block-size 16",
+        "common": "--seqlen 48 --threads 1",
         "evaluation": "--eval-windows 4",
-        "calibrations": {"16 windows": "--dataset-size 16"},
+        "calibrations": {"16 windows": "--dataset-size 16 --block-size 16"},
     }
     dense = ("dense, 8 bits", "dense, 4 bits", "dense, 4 bits, groups of 128")
     settings["methods"] = {name: settings["methods"][name] for name in dense}
