@@ -26,6 +26,7 @@ import torch
 from benchmarks.tasks.items import METRICS, make_items, write_tasks
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.jobs.harness import check_tasks, evaluate_tasks
+from sparse_expansion.jobs.sample import continued
 from sparse_expansion.jobs.whole_model import load_whole
 from sparse_expansion.model.checkpoint import load_config
 from sparse_expansion.report.formatting import table
@@ -94,15 +95,6 @@ def score_table(rows: list[dict[str, Any]]) -> str:
     return table(cells, header=True)
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What the model writes after the prompt, its likeliest token each time."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
-    text: str = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
-
-
 def named_folders(models: list[str]) -> dict[str, Path]:
     """Folders by name: of ``NAME=FOLDER``, or of the folder itself.
 
@@ -136,7 +128,7 @@ def measure(folder: Path, manager: Any, args: argparse.Namespace) -> tuple[Value
         # The standard errors are worked out here, of differences too.
         bootstrap_iters=0,
     )
-    written = {prompt: continuation(model, tokenizer, prompt, args.tokens) for prompt in PROMPTS}
+    written = {prompt: continued(model, tokenizer, prompt, args.tokens) for prompt in PROMPTS}
     return values_of(found["samples"]), written
 
 
@@ -181,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
     for name, folder in folders.items():
         values[name], written = measure(folder, manager, args)
-        for prompt, continued in written.items():
-            samples[prompt][name] = continued
+        for prompt, text in written.items():
+            samples[prompt][name] = text
         found = {"scores": score_rows(values), "continuations": samples}
         # After every model, so that an interruption costs one.
         asked = {"dataset": args.dataset, "seed": args.seed, "models": list(map(str, args.models))}

@@ -146,43 +146,34 @@ def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
     Returns:
         The sums, for as many tokens as before, and ``w``, which is 1 for one token or none.
     """
-    sum_DD, weight = _drawn_towards(
-        part.sum_DD, part.fourth, part.num_tokens, whole.sum_DD, whole.num_tokens
-    )
-    cross_DD = None
-    if part.cross_DD is not None:
-        cross_DD, _ = _drawn_towards(
-            part.cross_DD, part.cross_fourth, part.num_tokens, torch.zeros_like(part.cross_DD), 1
-        )
+    count = part.num_tokens
+    target_DD = whole.sum_DD.to(part.sum_DD.device) / max(whole.num_tokens, 1)
+    mean_DD = part.sum_DD / max(count, 1)
+    energy = _energy(mean_DD)
+    weight = _weight(part.fourth, count, energy, _energy(mean_DD.sub_(target_DD)))
+    # Without a token it is the group's mean: of one, a scale that nothing depends on.
+    sum_DD = torch.mul(part.sum_DD, 1 - weight, out=mean_DD)
+    sum_DD.add_(target_DD, alpha=weight * max(count, 1))
+    cross_DD = part.cross_DD
+    if cross_DD is not None:
+        energy = _energy(cross_DD) / max(count, 1) ** 2
+        cross_DD = cross_DD * (1 - _weight(part.cross_fourth, count, energy, energy))
     return replace(part, sum_DD=sum_DD, cross_DD=cross_DD), weight
 
 
-def _drawn_towards(
-    sum_DD: torch.Tensor,
-    fourth: float,
-    count: int,
-    whole_DD: torch.Tensor,
-    whole_count: int,
-) -> tuple[torch.Tensor, float]:
-    """``(1 - w) S + w T`` times the count, and ``w``, see ``shrink``.
+def _weight(fourth: float, count: int, energy: float, distance: float) -> float:
+    """The weight of the target ``T`` of a mean ``S`` over tokens, see ``shrink``.
 
     Args:
-        sum_DD: ``count S``, a sum of one product per token.
-        fourth: the sum of these products' squared Frobenius norms.
+        fourth: the summed squared norms of single tokens' terms of ``S``.
         count: tokens, ``n``.
-        whole_DD: ``T`` times its count.
-        whole_count: its tokens.
+        energy: ``|S|^2``.
+        distance: ``|S - T|^2``.
     """
-    mean_DD = sum_DD / max(count, 1)
-    target_DD = whole_DD.to(sum_DD.device) / max(whole_count, 1)
-    weight = 1.0
-    if count > 1:
-        spread = max(0.0, fourth / count - _energy(mean_DD)) / (count - 1)
-        distance = _energy(mean_DD.sub_(target_DD))
-        weight = min(1.0, spread / distance) if distance > 0 else 1.0
-    # Without a token it is the group's mean: of one, a scale that nothing depends on.
-    found_DD = torch.mul(sum_DD, 1 - weight, out=mean_DD)
-    return found_DD.add_(target_DD, alpha=weight * max(count, 1)), weight
+    if count <= 1 or distance <= 0:
+        return 1.0
+    spread = max(0.0, fourth / count - energy) / (count - 1)
+    return min(1.0, spread / distance)
 
 
 def regularise_hessian(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from sparse_expansion.api.evaluation import open_model
 from sparse_expansion.cli.command import Command
+from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import begin_work, origin, print_result
 from sparse_expansion.cli.shared_flags import add_model
+from sparse_expansion.config.execution import ExecutionOptions
 
 _EXAMPLES = """\
   sparse-expansion write-text --model ./my-model --output own.jsonl
@@ -40,25 +42,17 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Keep what an interrupted command with the same settings has written.",
     )
-    group = parser.add_argument_group("execution")
     group.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="Documents written at a time."
     )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="Device that holds the whole model: cpu, cuda or auto (a GPU if there is one).",
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads; all without it.")
+    add_settings(parser, ExecutionOptions, names=("device", "threads"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the documents, and say how many there are."""
     file = _checked_output(args.output, resume=args.resume)
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads} must be at least 1")
-    from sparse_expansion.jobs.own_text import Sampling, write_documents
+    _ = ExecutionOptions(device=args.device, threads=args.threads)
+    from sparse_expansion.jobs.own_text import Sampling, read_written, write_documents
 
     sampling = Sampling(
         documents=args.documents,
@@ -67,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         batch_size=args.batch_size,
     )
+    texts = read_written(file, sampling) if file.exists() else []
     source = origin(args, args.model, args.model_size)
     begin_work(args)
     import torch
@@ -83,10 +78,8 @@ def run(args: argparse.Namespace) -> int:
     def written(count: int) -> None:
         args.progress.doing(f"writing documents ({count} of {sampling.documents})")
 
-    written(0)
-    size = write_documents(
-        model, tokenizer, sampling, file=file, resume=args.resume, written=written
-    )
+    written(len(texts))
+    size = write_documents(model, tokenizer, sampling, file=file, texts=texts, written=written)
     result = {
         "model": source.name,
         "output": str(file),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparse_expansion.work.stages.make import trunk
 
 def assemble(prepared: Prepared, store: Store) -> None:
     """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
-    weights = _final_weights(prepared, store)
+    weights = _final_weights(prepared, store.record)
     config = json_bytes(_model_config(prepared))
     index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": weights.files()}
     files = {INDEX_NAME: json_bytes(index)}
@@ -95,13 +96,15 @@ class _FinalWeights:
         return {name: described["file"] for name, described in self.tensors.items()}
 
 
-def _final_weights(prepared: Prepared, store: Store) -> _FinalWeights:
+def _final_weights(
+    prepared: Prepared, record_of: Callable[[str], dict[str, Any] | None]
+) -> _FinalWeights:
     found = _FinalWeights()
     final = final_stages(prepared.units)
     for unit in prepared.units:
         if unit.stage not in final:
             continue
-        record = store.record(unit.key)
+        record = record_of(unit.key)
         if record is None:
             raise AssertionError(f"unit {unit.key} is not finished")
         for name, file in record["files"].items():
@@ -162,13 +165,17 @@ def dense_bytes(shell: ModelShell) -> int:
     )
 
 
-def bits_per_weight(prepared: Prepared, store: Store) -> float:
+def bits_per_weight(prepared: Prepared, records: Mapping[str, dict[str, Any]]) -> float:
     """Stored bits of all that the expanded linears became, per weight that they had.
 
     They are those of every expert's streams, whichever a token is routed to, of grids and of
     routers, as the tensors of finished units have them.
+
+    Args:
+        prepared: the run.
+        records: the markers of finished units by key.
     """
-    weights = _final_weights(prepared, store)
+    weights = _final_weights(prepared, records.get)
     shell = prepared.shell
     dense = sum(math.prod(shell.files.shapes[name]) for name in shell.dense_weights())
     return 8 * (weights.num_bytes - weights.trunk_bytes) / dense

@@ -43,7 +43,7 @@ def expansion_metrics(prepared: Prepared, store: Store, executor: str) -> dict[s
         "raised_damping": counts.raised,
         "checkpoint_bytes": checkpoint_bytes(store),
         "dense_checkpoint_bytes": dense_bytes(prepared.shell),
-        "bits_per_weight": bits_per_weight(prepared, store),
+        "bits_per_weight": bits_per_weight(prepared, records),
     }
 
 

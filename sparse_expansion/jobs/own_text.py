@@ -79,22 +79,34 @@ def write_batch(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for more, drawn in ((LIKELIEST_TOKENS, False), (None, True)):
-            length = sampling.seqlen if more is None else min(sampling.seqlen, 1 + more)
-            if start.shape[1] >= length:
-                break
-            settings = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-            start = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                do_sample=drawn,
-                max_new_tokens=length - start.shape[1],
-                # A document that ends early is followed by the next, as in training.
-                eos_token_id=None,
-                pad_token_id=0,
-                **(settings if drawn else {}),
-            )
-    return [str(text) for text in tokenizer.batch_decode(start, skip_special_tokens=False)]
+        likeliest = min(sampling.seqlen, 1 + LIKELIEST_TOKENS)
+        ids = _continued(model, start, likeliest, do_sample=False)
+        ids = _continued(
+            model,
+            ids,
+            sampling.seqlen,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=0,
+            top_p=1.0,
+        )
+    return [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=False)]
+
+
+def _continued(model: Any, ids: torch.Tensor, length: int, **how: Any) -> torch.Tensor:
+    """Documents ``[N, L]`` with more tokens up to a length."""
+    if ids.shape[1] >= length:
+        return ids
+    found: torch.Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length - ids.shape[1],
+        # A document that ends early is followed by the next, as in training.
+        eos_token_id=None,
+        pad_token_id=0,
+        **how,
+    )
+    return found
 
 
 def read_written(file: Path, sampling: Sampling) -> list[str]:
@@ -129,7 +141,7 @@ def write_documents(
     sampling: Sampling,
     *,
     file: Path,
-    resume: bool,
+    texts: list[str],
     written: Callable[[int], None],
 ) -> int:
     """Write JSON lines of ``text``, and the settings; the file is whole after every batch.
@@ -139,13 +151,13 @@ def write_documents(
         tokenizer: the model's.
         sampling: the settings.
         file: to write, in a folder that is there.
-        resume: whether to keep the whole batches that the file has already.
+        texts: whole batches that are written already, which the file keeps.
         written: is told the number of documents there are after every batch.
 
     Returns:
         The bytes of the file.
     """
-    texts = read_written(file, sampling) if resume and file.exists() else []
+    texts = list(texts)
     store = Store(file.parent)
     for first, count in _batches(len(texts), sampling):
         texts += write_batch(model, tokenizer, sampling, first=first, count=count)

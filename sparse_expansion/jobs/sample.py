@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -23,7 +24,13 @@ def continuation(folder: Path, prompt: str, num_tokens: int, *, device: str, dty
     Raises:
         ValueError: the prompt has no tokens, or is too long for the model.
     """
-    model, tokenizer = load_whole(folder, device=device, dtype=dtype, verify=True)
+    return continued(
+        *load_whole(folder, device=device, dtype=dtype, verify=True), prompt, num_tokens
+    )
+
+
+def continued(model: Any, tokenizer: Any, prompt: str, num_tokens: int) -> str:
+    """``continuation`` by a model of transformers that is loaded, with its tokenizer."""
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     count = tokens.shape[1]
     if not count:
