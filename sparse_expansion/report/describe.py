@@ -54,7 +54,8 @@ def _describe_sparsity(compression: dict[str, Any]) -> str:
     by_block = compression.get("layer_sparsity")
     # A name says that all blocks are alike, or are still to be measured.
     if by_block and not isinstance(by_block, str):
-        text += f" (blocks {100 * min(by_block):.0f} to {100 * max(by_block):.0f} %)"
+        least, most = f"{100 * min(by_block):.0f}", f"{100 * max(by_block):.0f}"
+        text += f" (blocks {least} to {most} %)" if least != most else ""
     return text
 
 
