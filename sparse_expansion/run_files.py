@@ -33,6 +33,11 @@ ExpertRange = tuple[int, int]
 """First and last expert of a unit."""
 
 
+def foreign_output(root: str) -> ValueError:
+    """The error that an output folder has files of something else than a run."""
+    return ValueError(f"--output {root} is not empty and holds no run: choose another folder")
+
+
 def block_key(layer: int) -> str:
     """What the keys of a block's units begin with: ``layer-003``."""
     return f"layer-{layer:03d}"

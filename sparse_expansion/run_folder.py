@@ -17,6 +17,7 @@ from sparse_expansion.run_files import (
     METRICS_FILE,
     RUN_FILE,
     TIMELINE_FILE,
+    foreign_output,
     windows_file,
 )
 from sparse_expansion.store import TEMPORARY, Store
@@ -142,9 +143,7 @@ def open_run(store: Store, identity: dict[str, Any], *, resume: bool) -> None:
         return
     # The first write of all may have been cut short.
     if any(not name.startswith(FIRST_TEMPORARY) for name in store.list("")):
-        raise ValueError(
-            f"--output {store.root} is not empty and holds no run: choose another folder"
-        )
+        raise foreign_output(store.root)
     store.sweep_temporaries()
     store.write_sealed(RUN_FILE, identity)
 

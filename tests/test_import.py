@@ -65,6 +65,45 @@ def test_the_command_line_as_a_module_imports_nothing_heavy(flags):
     assert "sparse_expansion.config" in imported and not imported & HEAVY
 
 
+def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
+    (tmp_path / "mine.txt").write_text("text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("precious")
+    text, no_text, no_model = "--dataset mine.txt", "--dataset no.txt", "--model ./no"
+    lines = [
+        f"run {no_model} {text}",
+        f"run --model . {no_text}",
+        f"run --model . {text} --output full",
+        f"expand {no_model} {text} --output out",
+        f"evaluate {no_model} {text}",
+        f"evaluate {no_model} --tasks arc_easy",
+        f"plan {no_model}",
+        f"allocate --model . {no_text}",
+        f"sweep-clusters {no_model} {text} --layer 0",
+        f"prune-neurons --model . {no_text} --shares 0.1",
+        f"write-text {no_model} --output out.jsonl",
+        "report no",
+        "report . --baseline no",
+        "compare . no",
+        "analyze no",
+        f"analyze . {no_text}",
+        f"analyze . {text} --one-cluster no",
+        "export no --output out",
+    ]
+    code = AS_CONSOLE_SCRIPT + (
+        "from sparse_expansion.cli.main import main\n"
+        "from sparse_expansion.cli.parser import COMMANDS\n"
+        f"assert {{line.split()[0] for line in {lines!r}}} == set(COMMANDS)\n"
+        f"for line in {lines!r}:\n"
+        f"    print(main(line.split()), {HEAVY!r} & set(sys.modules))\n"
+    )
+    done = python("-c", code, folder=tmp_path)
+    assert done.stdout == "2 set()\n" * len(lines), (done.stdout, done.stderr)
+    # One line each, and nothing of them was begun.
+    assert done.stderr.count("sparse-expansion: error: ") == len(done.stderr.splitlines())
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "full"}
+
+
 def test_public_names_are_there_when_they_are_read():
     code = (
         "import sparse_expansion as package; names = [n for n in package.__all__ if n[0] != '_']; "

@@ -92,9 +92,11 @@ def _measure(
     config = RunConfig(dtype=job.values["dtype"])
     shell = open_model(origin, config.dtype, listener)
     seqlen = window_length(job.values["seqlen"], shell.config)
+    listener.doing("reading the text")
+    texts = text.load(load_tokenizer(shell.folder))
     listener.doing("tokenizing the text")
     tokens = evaluation_tokens(
-        text.load(load_tokenizer(shell.folder)),
+        texts,
         seqlen=seqlen,
         max_windows=job.eval_windows,
         vocabulary=int(shell.config.vocab_size),

@@ -73,7 +73,7 @@ class ExpansionJob:
         Args:
             seqlen: tokens in a window.
         """
-        from sparse_expansion.data.sources import whole_name
+        from sparse_expansion.data.names import whole_name
 
         config = run_config(self.values, seqlen)
         options = asdict(self.options)

@@ -101,6 +101,15 @@ class ModelRequest:
         elif self.tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer: give tokenizer=")
 
+    def check(self) -> None:
+        """Look at the model's name, before anything is loaded.
+
+        Raises:
+            ValueError: the name leads nowhere.
+        """
+        if isinstance(self.model, str | Path):
+            named_origin(str(self.model), self.size)
+
     def settings(self) -> dict[str, Any]:
         """What ``run.yaml`` has of it: by which names and paths it is asked for again."""
         name = str(self.model) if isinstance(self.model, str | Path) else IN_MEMORY

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparse_expansion.api.listener import Listener
 from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.data.names import check_text
+from sparse_expansion.run_files import RUN_FILE, foreign_output
 
 if TYPE_CHECKING:
     from sparse_expansion.config.run import RunConfig
@@ -75,16 +77,18 @@ def opened(
     Raises:
         ValueError: the text, the device or the model is not there.
     """
+    # Before libraries are loaded, which takes seconds.
+    listener.doing("looking for the text and the model")
+    check_text(job.dataset)
+    job.model.check()
     listener.doing("loading libraries")
     from sparse_expansion.data.texts import TextRequest
 
-    listener.doing("looking for the text and the model")
     text = TextRequest(
         dataset=job.dataset,
         cache_dir=job.model.cache_dir,
         column=job.values["text_column"],
     )
-    text.check()
     listener.opens()
     check_devices(job.options.executor, job.options.device, kmeans)
     with job.model.opened(job.options.scratch) as origin:
@@ -165,7 +169,8 @@ def check_output(output: str) -> None:
     """Answer a folder that cannot be made as bad input, and not as a failure after an hour.
 
     Raises:
-        ValueError: it cannot be made, or is a URL that needs a package that is not there.
+        ValueError: it cannot be made, holds something else than a run, or is a URL that needs a
+            package that is not there.
     """
     if "://" in output:
         from sparse_expansion.store import Store
@@ -175,6 +180,8 @@ def check_output(output: str) -> None:
     path = Path(output).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file: choose a folder")
+    if path.is_dir() and not (path / RUN_FILE).exists() and any(map(Path.is_file, path.iterdir())):
+        raise foreign_output(output)
     parent = _nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--output {output}: {parent} is not writable")

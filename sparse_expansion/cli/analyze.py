@@ -12,12 +12,12 @@ from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
 from sparse_expansion.cli.opening import (
     begin_work,
+    check_run,
     check_table,
     evaluation_text_windows,
     open_run,
     origin,
     present,
-    text_request,
 )
 from sparse_expansion.cli.settings import execution_options
 from sparse_expansion.cli.shared_flags import (
@@ -32,6 +32,7 @@ from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.run import RunConfig
 from sparse_expansion.config.text import TextOptions
+from sparse_expansion.data.names import check_text
 
 if TYPE_CHECKING:
     from sparse_expansion.model.streaming import ModelShell
@@ -83,12 +84,13 @@ def run(args: argparse.Namespace) -> int:
         return _describe_neurons(args, options)
     if args.one_cluster is not None or args.dense is not None:
         raise ValueError("--one-cluster and --dense need --dataset: the text to run on")
+    check_run(args.folder)
+    args.progress.doing("reading the experts' facts")
     from sparse_expansion.report.experts import finished_experts, linear_facts
     from sparse_expansion.report.figures.run import expert_figures
     from sparse_expansion.report.parquet import columns_of
     from sparse_expansion.report.tables import expert_summary
 
-    args.progress.doing("reading the experts' facts")
     experts = finished_experts(open_run(args.folder))
     rows = [expert.to_dict() for expert in experts]
     present(
@@ -104,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
 def _describe_neurons(args: argparse.Namespace, options: ExecutionOptions) -> int:
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows} must be at least 1")
+    check_text(args.dataset)
+    check_run(args.one_cluster)
     from sparse_expansion.report.figures.studies import neuron_figures
     from sparse_expansion.report.study_tables import neurons_table
 
-    text_request(args).check()
     model, shell, models = _open_models(args)
     table = _neuron_table(args, options, model, shell, models)
     summary, correlations = table.summary(), table.correlations()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sparse_expansion.cli.command import Command
-from sparse_expansion.cli.opening import check_table, open_run, print_result
+from sparse_expansion.cli.opening import check_run, check_table, open_run, print_result
 from sparse_expansion.cli.shared_flags import add_plots, add_table
 
 _EXAMPLES = """\
@@ -24,13 +24,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare perplexity and cost."""
+    check_table(args.table)
+    check_run(*args.folders)
+    args.progress.doing("reading the runs")
     from sparse_expansion.report.comparison import comparison, comparison_table
     from sparse_expansion.report.figures.canvas import save
     from sparse_expansion.report.figures.comparison import perplexity_against_cost
     from sparse_expansion.report.parquet import columns_of, write_table
 
-    check_table(args.table)
-    args.progress.doing("reading the runs")
     rows = comparison([open_run(folder) for folder in args.folders])
     if args.table:
         write_table(columns_of(rows), args.table)

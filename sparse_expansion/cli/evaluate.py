@@ -101,11 +101,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
+    source = origin(args, args.model, args.model_size)
+    args.progress.doing("loading libraries")
     from sparse_expansion.jobs.harness import check_tasks as known_tasks
     from sparse_expansion.jobs.harness import run_tasks
     from sparse_expansion.report.tables import tasks_table
 
-    source = origin(args, args.model, args.model_size)
     tasks = _task_names(args)
     if args.task_path is not None:
         # Before they are read.

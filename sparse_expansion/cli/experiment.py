@@ -30,6 +30,7 @@ from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RunConfig
 from sparse_expansion.config.text import TextOptions
+from sparse_expansion.data.names import check_text
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
     Raises:
         ValueError: it is an expanded one, or the dataset or the model is unknown.
     """
-    text_request(args).check()
+    check_text(args.dataset)
     model = origin(args, args.model, args.model_size)
     begin_work(args)
     args.progress.doing("reading the model")
@@ -152,8 +153,9 @@ def experiment_windows(
     from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.prepare import check_vocabulary, evaluation_tokens
 
-    args.progress.doing("tokenizing the text")
+    args.progress.doing("reading the text")
     texts = text_request(args).load(load_tokenizer(dense.shell.folder))
+    args.progress.doing("tokenizing the text")
     vocabulary = int(dense.shell.config.vocab_size)
     size = calibration_size(args)
     windows = texts.calibration(

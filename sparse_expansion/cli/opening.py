@@ -74,9 +74,11 @@ def evaluation_text_windows(
     from sparse_expansion.data.tokenization import load_tokenizer
     from sparse_expansion.jobs.prepare import evaluation_tokens
 
+    args.progress.doing("reading the text")
+    texts = text_request(args).load(load_tokenizer(shell.folder))
     args.progress.doing("tokenizing the text")
     return evaluation_tokens(
-        text_request(args).load(load_tokenizer(shell.folder)),
+        texts,
         seqlen=seqlen,
         max_windows=max_windows,
         vocabulary=int(shell.config.vocab_size),
@@ -89,11 +91,21 @@ def open_run(folder: str) -> Store:
     Raises:
         ValueError: there is no such folder.
     """
+    check_run(folder)
     from sparse_expansion.store import Store
 
-    if "://" not in folder and not Path(folder).is_dir():
-        raise ValueError(f"run folder {folder} does not exist: give a run's --output")
     return Store(folder)
+
+
+def check_run(*folders: str | None) -> None:
+    """Answer a run's folder that is not there, before anything is loaded.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    for folder in folders:
+        if folder is not None and "://" not in folder and not Path(folder).is_dir():
+            raise ValueError(f"run folder {folder} does not exist: give a run's --output")
 
 
 def check_table(path: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparse_expansion.cli.command import Command
 from sparse_expansion.cli.flags import add_settings
-from sparse_expansion.cli.opening import begin_work, open_run, origin, print_result
+from sparse_expansion.cli.opening import begin_work, check_run, open_run, origin, print_result
 from sparse_expansion.cli.shared_flags import add_downloads, add_plots, add_run_folder
 from sparse_expansion.config.cluster import Cluster
 from sparse_expansion.config.execution import ExecutionOptions
@@ -56,6 +56,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Summarise a finished or unfinished run."""
+    check_run(args.folder, args.baseline)
+    if args.sample_tokens < 1:
+        raise ValueError(f"--sample-tokens {args.sample_tokens} must be at least 1")
+    args.progress.doing("reading the run")
     from sparse_expansion.report.comparison import (
         against_baseline,
         comparison,
@@ -64,9 +68,6 @@ def run(args: argparse.Namespace) -> int:
     from sparse_expansion.report.facts import read_facts
     from sparse_expansion.report.tables import report_text
 
-    args.progress.doing("reading the run")
-    if args.sample_tokens < 1:
-        raise ValueError(f"--sample-tokens {args.sample_tokens} must be at least 1")
     store = open_run(args.folder)
     facts = read_facts(store)
     compared = [] if args.baseline is None else comparison([open_run(args.baseline), store])

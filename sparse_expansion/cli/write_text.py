@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the documents, and say how many there are."""
     file = _checked_output(args.output, resume=args.resume)
     _ = ExecutionOptions(device=args.device, threads=args.threads)
+    source = origin(args, args.model, args.model_size)
+    args.progress.doing("loading libraries")
     from sparse_expansion.jobs.own_text import Sampling, read_written, write_documents
 
     sampling = Sampling(
@@ -62,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     texts = read_written(file, sampling) if file.exists() else []
-    source = origin(args, args.model, args.model_size)
     begin_work(args)
     import torch
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_expansion.config.nearest import did_you_mean
-from sparse_expansion.data.local_text import check_local, read_local
+from sparse_expansion.data.local_text import read_local
 from sparse_expansion.data.memory_text import read_memory
+from sparse_expansion.data.names import check_dataset, is_of_hub
 from sparse_expansion.data.rows import Rows
-from sparse_expansion.data.sources import HUB, NAMED, hub_name, read_hub
+from sparse_expansion.data.sources import read_hub
 from sparse_expansion.data.windows import Text
 from sparse_expansion.messages import first_line
 from sparse_expansion.run_files import IN_MEMORY
@@ -31,28 +31,6 @@ class Corpus:
     """The text that a model is calibrated on."""
     evaluation: Text
     """The text that perplexity is measured on."""
-
-
-def check_dataset(dataset: Any) -> None:
-    """Reject a wrong ``--dataset`` before any long work.
-
-    Raises:
-        ValueError: the data set is neither a known name nor an existing folder or file that can
-            hold text, nor in memory.
-    """
-    if dataset in NAMED if isinstance(dataset, str) else not isinstance(dataset, Path):
-        return
-    path = Path(dataset).expanduser()
-    if _is_of_hub(dataset):
-        hub_name(str(dataset))
-        return
-    if not path.exists():
-        raise ValueError(
-            f"dataset {str(dataset)!r} is neither {', '.join(NAMED)} nor an existing folder or "
-            f"file, {HUB}owner/name, nor several with weights (a:0.7,b:0.3): check --dataset"
-            f"{did_you_mean(str(dataset), NAMED)}"
-        )
-    check_local(path)
 
 
 def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None = None) -> Corpus:
@@ -82,7 +60,7 @@ def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None
         corpus = _wikitext2(cache_dir)
     elif dataset == "c4":
         corpus = _c4(cache_dir)
-    elif _is_of_hub(dataset):
+    elif is_of_hub(dataset):
         corpus = Corpus(str(dataset), *read_hub(str(dataset), cache_dir, rows))
     else:
         corpus = Corpus(str(dataset), *read_local(Path(dataset).expanduser(), rows))
@@ -92,11 +70,6 @@ def load_corpus(dataset: Any, *, cache_dir: str | None = None, rows: Rows | None
                 f"dataset {corpus.name!r} has an empty {kind} text: give one with text"
             )
     return corpus
-
-
-def _is_of_hub(dataset: str | Path) -> bool:
-    """Whether it names a data set of the hub, and no file that is called so."""
-    return str(dataset).startswith(HUB) and not Path(dataset).exists()
 
 
 def _pydoc() -> Corpus:

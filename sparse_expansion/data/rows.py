@@ -47,7 +47,8 @@ class Rows:
         columns = row if isinstance(row, dict) else {}
         name = self.column_in(columns)
         if name not in columns:
-            raise ValueError(f"{place}: not a JSON object with a {name!r}{self.hint(columns)}")
+            hint = self.hint(columns) or f': write {{"{name}": "..."}}'
+            raise ValueError(f"{place}: not a JSON object with a {name!r}{hint}")
         value = columns[name]
         if value is None:
             return None

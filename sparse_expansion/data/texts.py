@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sparse_expansion.data.corpora import Corpus, check_dataset, load_corpus
+from sparse_expansion.data.corpora import Corpus, load_corpus
+from sparse_expansion.data.names import weighted_sources
 from sparse_expansion.data.rows import Rows
-from sparse_expansion.data.sources import weighted_sources
 from sparse_expansion.data.tokenization import Encode, chat_of, encoder
 from sparse_expansion.data.windows import calibration_windows, evaluation_windows, whole_windows
 from sparse_expansion.run_files import IN_MEMORY
@@ -34,15 +34,6 @@ class TextRequest:
     def name(self) -> str:
         """What results call it."""
         return str(self.dataset) if isinstance(self.dataset, str | Path) else IN_MEMORY
-
-    def check(self) -> None:
-        """Reject a wrong data set before any long work.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        for dataset, _ in self._sources():
-            check_dataset(dataset)
 
     def load(self, tokenizer: Any) -> Texts:
         """Read it, for a model's tokenizer.

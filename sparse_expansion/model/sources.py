@@ -70,6 +70,10 @@ def resolve_name(model: str, size: str | None = None) -> ModelSource:
         return ModelSource(str(path.resolve()), kind="gguf")
     if path.is_file():
         raise ValueError(f"{model} is a file: give its folder, or a .gguf file")
+    if "://" in model:
+        raise ValueError(
+            f"--model {model} is a URL: give the hub id alone (owner/name), or a local folder"
+        )
     if os.sep in model and (model.startswith((".", os.sep, "~")) or model.count("/") != 1):
         raise ValueError(f"model folder {model} does not exist: check --model")
     return ModelSource(model)

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from sparse_expansion.data.corpora import check_dataset, load_corpus
+from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.data.names import check_dataset
 from sparse_expansion.data.windows import calibration_windows, evaluation_windows, whole_windows
 
 
@@ -76,7 +77,12 @@ def test_bad_datasets(tmp_path):
     with pytest.raises(ValueError, match="not UTF-8"):
         load_corpus(str(tmp_path))
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
-    with pytest.raises(ValueError, match="line 2: not a JSON object with a 'text'"):
+    with pytest.raises(ValueError, match=r"with a 'text': name one of no by"):
+        load_corpus(str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
+    with pytest.raises(
+        ValueError, match=r"line 2: not a JSON .* 'text': write {\"text\": \"...\"}"
+    ):
         load_corpus(str(tmp_path / "x.jsonl"))
     (tmp_path / "x.parquet").write_text("nonsense")
     with pytest.raises(ValueError, match="no readable column 'text'"):

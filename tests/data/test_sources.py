@@ -7,9 +7,16 @@ import datasets
 import pytest
 import torch
 
-from sparse_expansion.data.corpora import check_dataset, load_corpus
+from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.data.names import (
+    check_dataset,
+    check_text,
+    hub_name,
+    needs_hub,
+    weighted_sources,
+    whole_name,
+)
 from sparse_expansion.data.rows import Rows
-from sparse_expansion.data.sources import hub_name, weighted_sources, whole_name
 from sparse_expansion.data.texts import TextRequest, Texts
 
 
@@ -55,6 +62,7 @@ def test_names_and_weights(tmp_path, monkeypatch):
         ("pydoc:1,/nowhere:2", "dataset '/nowhere' is neither"),
         ("pydoc:1,c4", "nor several with weights"),
         ("wikitxt2", "did you mean wikitext2"),
+        ("https://host/a.txt", "is a URL: download it, and give the file"),
         ("hf:name", "not of the form hf:owner/name"),
         ("hf:o/n@a b", "not of the form"),
         ("hf:o/n@train[:9]", "not of the form"),
@@ -63,7 +71,14 @@ def test_names_and_weights(tmp_path, monkeypatch):
 )
 def test_wrong_names_are_answered_before_work(name, message):
     with pytest.raises(ValueError, match=message):
-        TextRequest(dataset=name).check()
+        check_text(name)
+
+
+def test_which_texts_need_the_hub(tmp_path, monkeypatch):
+    assert all(map(needs_hub, ("c4", "wikitext2", "hf:o/n", "pydoc:1,hf:o/n:2")))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf:x.txt").write_text("a file of such a name")
+    assert not any(map(needs_hub, ("pydoc", "stdlib:1,pydoc:2", str(tmp_path), "hf:x.txt")))
 
 
 @pytest.fixture

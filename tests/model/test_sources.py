@@ -37,6 +37,7 @@ def test_hub_id_and_folder(tmp_path):
         ("llama", "12b", "7b, 13b, 70b"),
         ("gpt2", "7b", "goes with --model pythia"),
         ("./nowhere", None, "does not exist"),
+        ("https://huggingface.co/o/n", None, "is a URL: give the hub id alone"),
         ("/nowhere/at/all", None, "does not exist"),
         ("model.gguf", None, "GGUF file model.gguf does not exist"),
     ],
