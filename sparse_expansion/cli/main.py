@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, TextIO
 
+from sparse_expansion.cli.network import spare_retries
 from sparse_expansion.cli.parser import COMMANDS, EXIT_BAD_INPUT, parse_arguments
 from sparse_expansion.cli.progress import ProgressLine
 from sparse_expansion.cli.signals import end_cleanly, exit_code
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.progress = ProgressLine(verbose=args.verbose)
     try:
         with closing(args.progress):
+            spare_retries(getattr(args, "dataset", None))
             return COMMANDS[args.command].run(args)
     except BaseException as error:
         code = exit_code(error)
@@ -119,6 +121,8 @@ def _quieten(verbose: bool) -> None:
     logging.getLogger("sparse_expansion").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # It tells every try of a download, twice.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import warnings
