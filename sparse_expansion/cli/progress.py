@@ -40,6 +40,7 @@ class ProgressLine(Listener):
         self._verbose = verbose
         self.is_terminal = self.stream.isatty() and os.environ.get("TERM", "") not in _DUMB
         self._phase = Phase("", 0, time.monotonic())
+        self._phase.step = "starting"
         self._executor: Executor | None = None
         self._bar: TerminalBar | None = None
         self._lock = threading.RLock()
