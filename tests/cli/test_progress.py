@@ -82,6 +82,7 @@ def test_a_log_is_not_silent_where_no_unit_ends(monkeypatch):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     stream = io.StringIO()
     line = ProgressLine(stream)
+    wait_for(lambda: stream.getvalue().startswith("starting · 0:00 elapsed\n"))
     line.doing("reading the model")
     wait_for(lambda: stream.getvalue().count("reading the model · 0:00 elapsed\n") >= 2)
     line.start("expand", 3)
