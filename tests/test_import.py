@@ -67,13 +67,30 @@ def test_the_command_line_as_a_module_imports_nothing_heavy(flags):
 
 def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
     (tmp_path / "mine.txt").write_text("text")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("precious")
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\nno JSON\n')
+    for folder, files in {
+        "full": {"notes": "precious"},
+        "model": {"config.json": "{}", "model.safetensors": ""},
+        "broken": {"config.json": "{", "model.safetensors": ""},
+        "thin": {"config.json": "{}"},
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(content)
+    names = {path.name for path in tmp_path.iterdir()}
     text, no_text, no_model = "--dataset mine.txt", "--dataset no.txt", "--model ./no"
+    no_gpu = "--device cuda"
     lines = [
+        f"run --model model {text} {no_gpu}",
+        "run --model model --dataset rows.jsonl",
+        f"run --model broken {text}",
+        f"run --model thin {text}",
+        f"run --model . {text}",
+        "evaluate --model model --tasks arc_eazy",
+        f"write-text --model model --output out.jsonl {no_gpu}",
         f"run {no_model} {text}",
-        f"run --model . {no_text}",
-        f"run --model . {text} --output full",
+        f"run --model model {no_text}",
+        f"run --model model {text} --output full",
         f"expand {no_model} {text} --output out",
         f"evaluate {no_model} {text}",
         f"evaluate {no_model} --tasks arc_easy",
@@ -92,6 +109,9 @@ def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
     ]
     code = AS_CONSOLE_SCRIPT + (
         "from sparse_expansion.cli.main import main\n"
+        # As on a machine without a GPU.
+        "import sparse_expansion.api.opening as opening\n"
+        "opening._lacks_driver = lambda: True\n"
         "from sparse_expansion.cli.parser import COMMANDS\n"
         f"assert {{line.split()[0] for line in {lines!r}}} == set(COMMANDS)\n"
         f"for line in {lines!r}:\n"
@@ -101,7 +121,7 @@ def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
     assert done.stdout == "2 set()\n" * len(lines), (done.stdout, done.stderr)
     # One line each, and nothing of them was begun.
     assert done.stderr.count("sparse-expansion: error: ") == len(done.stderr.splitlines())
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "full"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_public_names_are_there_when_they_are_read():

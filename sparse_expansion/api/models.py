@@ -59,7 +59,7 @@ def named_origin(
     cache_dir: str | None = None,
     revision: str | None = None,
 ) -> Origin:
-    """Where a model of this name comes from; nothing is read or downloaded.
+    """Where a model of this name comes from; nothing is downloaded.
 
     Args:
         model: name of a family, hub id or path.
@@ -68,11 +68,14 @@ def named_origin(
         revision: on the hub.
 
     Raises:
-        ValueError: the name leads nowhere.
+        ValueError: the name leads nowhere, or to a folder that is no model's.
     """
+    from sparse_expansion.model.model_folder import check_model_folder
     from sparse_expansion.model.sources import resolve_name
 
     source = resolve_name(model, size)
+    if source.kind == "folder":
+        check_model_folder(Path(source.location))
     return Origin(source=source, name=source.location, cache_dir=cache_dir, revision=revision)
 
 
@@ -102,13 +105,18 @@ class ModelRequest:
             raise ValueError("a loaded model needs its tokenizer: give tokenizer=")
 
     def check(self) -> None:
-        """Look at the model's name, before anything is loaded.
+        """Look at the model's name, and at its folder, before anything is loaded.
 
         Raises:
-            ValueError: the name leads nowhere.
+            ValueError: the name leads nowhere, or to a folder without configuration or weights.
         """
-        if isinstance(self.model, str | Path):
-            named_origin(str(self.model), self.size)
+        if not isinstance(self.model, str | Path):
+            return
+        from sparse_expansion.model.model_folder import weight_files
+
+        source = named_origin(str(self.model), self.size).source
+        if source.kind == "folder":
+            weight_files(Path(source.location))
 
     def settings(self) -> dict[str, Any]:
         """What ``run.yaml`` has of it: by which names and paths it is asked for again."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +35,34 @@ def check_devices(executor: str, device: str, kmeans: str | None = None) -> None
     Raises:
         ValueError: the device is unknown, or this machine has none, or not what is to run KMeans.
     """
+    # On a cluster the workers have the devices, and this process may have none.
+    if executor != "local":
+        return
+    if device.startswith("cuda") and _lacks_driver():
+        raise ValueError(
+            f"--device {device}: this machine has no driver of a GPU: use --device cpu, or install "
+            "the driver and PyTorch's CUDA build"
+        )
     from sparse_expansion.algorithms.kmeans import check_backend
     from sparse_expansion.work.spec import check_device
 
-    # On a cluster the workers have the devices, and this process may have none.
-    if executor == "local":
-        check_device(device)
-        if kmeans is not None:
-            check_backend(kmeans)
+    check_device(device)
+    if kmeans is not None:
+        check_backend(kmeans)
+
+
+def _lacks_driver() -> bool:
+    """Whether it is certain, before PyTorch is loaded, that it will see no GPU.
+
+    Its CUDA build opens NVIDIA's library by this name, its ROCm build AMD's device.
+    """
+    if sys.platform != "linux" or Path("/dev/kfd").exists():
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
 
 
 class Job(Protocol):
@@ -79,9 +101,10 @@ def opened(
     """
     # Before libraries are loaded, which takes seconds.
     listener.doing("looking for the text and the model")
-    check_text(job.dataset)
+    check_text(job.dataset, job.values["text_column"])
     job.model.check()
     listener.doing("loading libraries")
+    check_devices(job.options.executor, job.options.device, kmeans)
     from sparse_expansion.data.texts import TextRequest
 
     text = TextRequest(
@@ -90,7 +113,6 @@ def opened(
         column=job.values["text_column"],
     )
     listener.opens()
-    check_devices(job.options.executor, job.options.device, kmeans)
     with job.model.opened(job.options.scratch) as origin:
         yield origin, text
 

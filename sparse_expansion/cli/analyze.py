@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _describe_neurons(args: argparse.Namespace, options: ExecutionOptions) -> int:
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows} must be at least 1")
-    check_text(args.dataset)
+    check_text(args.dataset, args.text_column)
     check_run(args.one_cluster)
     from sparse_expansion.report.figures.studies import neuron_figures
     from sparse_expansion.report.study_tables import neurons_table

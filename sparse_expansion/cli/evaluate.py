@@ -16,6 +16,7 @@ from sparse_expansion.cli.shared_flags import (
     add_text,
 )
 from sparse_expansion.config.run import RunConfig
+from sparse_expansion.jobs.task_names import check_spelling
 
 _EXAMPLES = """\
   sparse-expansion evaluate --model ./expanded --dataset pydoc --seqlen 512 --eval-windows 32
@@ -102,12 +103,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tasks(args: argparse.Namespace) -> int:
     source = origin(args, args.model, args.model_size)
-    args.progress.doing("loading libraries")
+    args.progress.doing("looking for the tasks")
+    tasks = _task_names(args)
+    check_spelling(tasks, args.task_path)
+    begin_work(args)
     from sparse_expansion.jobs.harness import check_tasks as known_tasks
     from sparse_expansion.jobs.harness import run_tasks
     from sparse_expansion.report.tables import tasks_table
 
-    tasks = _task_names(args)
     if args.task_path is not None:
         # Before they are read.
         args.progress.say(
@@ -115,7 +118,6 @@ def _run_tasks(args: argparse.Namespace) -> int:
         )
     args.progress.doing("reading the tasks")
     manager = known_tasks(tasks, args.task_path)
-    begin_work(args)
     shell = open_model(source, args.dtype, args.progress)
     if args.threads is not None:
         import torch

@@ -129,7 +129,7 @@ def open_dense_model(args: argparse.Namespace) -> DenseModel:
     Raises:
         ValueError: it is an expanded one, or the dataset or the model is unknown.
     """
-    check_text(args.dataset)
+    check_text(args.dataset, args.text_column)
     model = origin(args, args.model, args.model_size)
     begin_work(args)
     args.progress.doing("reading the model")

@@ -30,8 +30,8 @@ def begin_work(args: argparse.Namespace) -> None:
             is to run KMeans.
     """
     args.progress.doing("loading libraries")
-    silence_transformers(args.verbose)
     check_devices(getattr(args, "executor", "local"), args.device, getattr(args, "kmeans", None))
+    silence_transformers(args.verbose)
 
 
 def model_request(args: argparse.Namespace) -> ModelRequest:

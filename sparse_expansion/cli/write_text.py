@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     file = _checked_output(args.output, resume=args.resume)
     _ = ExecutionOptions(device=args.device, threads=args.threads)
     source = origin(args, args.model, args.model_size)
-    args.progress.doing("loading libraries")
+    begin_work(args)
     from sparse_expansion.jobs.own_text import Sampling, read_written, write_documents
 
     sampling = Sampling(
@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     texts = read_written(file, sampling) if file.exists() else []
-    begin_work(args)
     import torch
 
     from sparse_expansion.jobs.whole_model import load_whole

@@ -5,6 +5,7 @@ Nulls are skipped; whatever else is not a string of Unicode text is refused, wit
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from sparse_expansion.plain_files import check_plain
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_NAMES = ("train", "valid", "validation")
 TEST_NAMES = ("test",)
+_BEGINNING_BYTES = 1 << 20
 
 
 def check_local(path: Path) -> None:
@@ -32,6 +34,41 @@ def check_local(path: Path) -> None:
         raise ValueError(f"dataset file {path} is none of {', '.join(SUFFIXES)}")
     else:
         check_plain(path)
+
+
+def check_beginning(path: Path, column: str | None) -> None:
+    """Answer a file, or the files of a folder, that begins with something else than text.
+
+    Its first mebibyte is looked at: what comes later is found when all of it is read. The columns
+    of a .parquet file are left to that, too.
+
+    Args:
+        path: that ``check_local`` has seen.
+        column: of rows, see ``Rows``.
+
+    Raises:
+        ValueError: it is not UTF-8, or a line is not a JSON object with a text.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [_find(path, names) for names in (TRAIN_NAMES, TEST_NAMES)]
+    # What a template makes of a conversation is seen later.
+    rows = Rows(column, chat=lambda _messages: "")
+    for file in files:
+        if file.suffix == ".parquet":
+            continue
+        with file.open("rb") as stream:
+            begin = stream.read(_BEGINNING_BYTES)
+            is_whole = not stream.read(1)
+        try:
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(begin, final=is_whole)
+        except UnicodeDecodeError:
+            raise _not_utf8(file) from None
+        if file.suffix == ".jsonl":
+            lines = text.split("\n")
+            # The last line of a part is a part of a line.
+            for _ in _jsonl(lines if is_whole else lines[:-1], file, rows):
+                pass
 
 
 def read_local(path: Path, rows: Rows) -> tuple[str, str]:
@@ -80,7 +117,11 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: convert it") from None
+        raise _not_utf8(path) from None
+
+
+def _not_utf8(path: Path) -> ValueError:
+    return ValueError(f"{path} is not UTF-8 text: convert it")
 
 
 def _records(path: Path, rows: Rows) -> list[str]:
@@ -92,16 +133,18 @@ def _records(path: Path, rows: Rows) -> list[str]:
     if path.suffix == ".txt":
         # Lines end with a line feed alone: other separators stand inside texts.
         return _text(path).split("\n")
-    return list(_jsonl(path, rows) if path.suffix == ".jsonl" else _parquet(path, rows))
+    if path.suffix == ".jsonl":
+        return list(_jsonl(_text(path).split("\n"), path, rows))
+    return list(_parquet(path, rows))
 
 
-def _jsonl(path: Path, rows: Rows) -> Iterator[str]:
-    """The texts of a file with one JSON object per line; blank lines are skipped.
+def _jsonl(lines: list[str], path: Path, rows: Rows) -> Iterator[str]:
+    """The texts of lines with one JSON object each; blank lines are skipped.
 
     Raises:
         ValueError: a line is not a JSON object with a text.
     """
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_expansion.config.nearest import did_you_mean
-from sparse_expansion.data.local_text import check_local
+from sparse_expansion.data.local_text import check_beginning, check_local
 
 NAMED = ("wikitext2", "c4", "pydoc", "stdlib")
 _NAMED_OF_HUB = ("wikitext2", "c4")
@@ -93,17 +93,23 @@ def hub_name(dataset: str) -> HubName:
     return HubName(*match.groups())
 
 
-def check_text(dataset: Any) -> None:
+def check_text(dataset: Any, column: str | None = None) -> None:
     """Reject a wrong ``--dataset``, of one text or several, before anything is loaded.
 
+    Args:
+        dataset: see ``TextRequest``.
+        column: of rows, see ``Rows``.
+
     Raises:
-        ValueError: see ``check_dataset`` and ``weighted_sources``.
+        ValueError: see ``check_dataset``, ``weighted_sources`` and ``check_beginning``.
     """
-    if not isinstance(dataset, str):
-        check_dataset(dataset)
-        return
-    for name, _ in weighted_sources(dataset):
+    names = (
+        [name for name, _ in weighted_sources(dataset)] if isinstance(dataset, str) else [dataset]
+    )
+    for name in names:
         check_dataset(name)
+        if isinstance(name, str | Path) and name not in NAMED and not is_of_hub(name):
+            check_beginning(Path(name).expanduser(), column)
 
 
 def check_dataset(dataset: Any) -> None:

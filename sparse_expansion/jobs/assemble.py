@@ -10,9 +10,10 @@ from typing import Any
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.jobs.prepare import Prepared
-from sparse_expansion.model.checkpoint import CONFIG_NAME, INDEX_NAME, companions
+from sparse_expansion.model.checkpoint import companions
 from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.manifest import MANIFEST_NAME
+from sparse_expansion.model.model_folder import CONFIG_NAME, INDEX_NAME
 from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plain_files import read_plain

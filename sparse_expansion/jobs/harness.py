@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparse_expansion.jobs.task_names import no_harness, task_folder, unknown_tasks
 from sparse_expansion.jobs.whole_model import load_whole
 from sparse_expansion.plain_files import read_plain
 
@@ -25,14 +26,9 @@ def check_tasks(tasks: list[str], task_path: str | None, *, include_defaults: bo
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ValueError(
-            "--tasks needs lm-evaluation-harness: pip install 'sparse-expansion[eval]'"
-        ) from None
+        raise no_harness() from None
     if task_path is not None:
-        folder = Path(task_path)
-        if not folder.is_dir():
-            raise ValueError(f"--task-path {task_path} is not a folder of task files (.yaml)")
-        for file in sorted(folder.rglob("*.yaml")):
+        for file in sorted(task_folder(task_path).rglob("*.yaml")):
             if "!function" in read_plain(file).decode("utf-8", "replace"):
                 raise ValueError(
                     f"{file} names a Python function (!function), which is not run from files: "
@@ -41,10 +37,7 @@ def check_tasks(tasks: list[str], task_path: str | None, *, include_defaults: bo
     manager = TaskManager(include_path=task_path, include_defaults=include_defaults)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
-        raise ValueError(
-            f"--tasks: the harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists those "
-            "that it has, --task-path adds a folder of your own"
-        )
+        raise unknown_tasks(unknown)
     return manager
 
 

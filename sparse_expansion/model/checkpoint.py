@@ -12,17 +12,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from sparse_expansion.config.checks import parse_json
 from sparse_expansion.messages import one_line
 from sparse_expansion.model.fit import check_config
 from sparse_expansion.model.manifest import MANIFEST_NAME
-from sparse_expansion.plain_files import check_plain, check_plain_folder, read_plain
+from sparse_expansion.model.model_folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    check_model_folder,
+    weight_files,
+)
+from sparse_expansion.plain_files import check_plain
 from sparse_expansion.types import MODEL_DTYPES
 
 _log = logging.getLogger(__name__)
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-INDEX_NAME = "model.safetensors.index.json"
 _READ_BYTES = 1 << 24
 _DEFINING_STARTS = (CONFIG_NAME, "tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
 """How files begin that say, beside the weights, what a model computes."""
@@ -39,7 +41,7 @@ class CheckpointFiles:
                 or two files have a tensor of one name.
         """
         self.folder = Path(folder)
-        self._files = _safetensors_files(self.folder)
+        self._files = weight_files(self.folder)
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of all tensors by name."""
@@ -114,56 +116,14 @@ class CheckpointFiles:
         return digest.hexdigest()[:32]
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: a single one, else those that the index names.
-
-    Others are not the model: another variant, an older one, or an adapter.
-
-    Raises:
-        ValueError: there are none, or the index cannot be read or leads out of the folder.
-    """
-    index = folder / INDEX_NAME
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    if index.is_file():
-        found = parse_json(
-            read_plain(index),
-            {"weight_map": {...: str}},
-            name=f"{index} is not a safetensors index: it",
-            remedy="download it again",
-        )
-        names = sorted(set(found["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its folder: refusing to read them")
-        if names:
-            return [folder / name for name in names]
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    what = "no *.safetensors files"
-    if others:
-        what = f"no {WEIGHTS_NAME} and no index, but {', '.join(others[:3])}, which are not loaded"
-    raise ValueError(
-        f"{folder} has {what}: convert the model with save_pretrained(), or give a folder or hub "
-        "id that has them"
-    )
-
-
 def load_config(folder: Path) -> Any:
     """The folder's transformers config.
 
     Raises:
         ValueError: the folder has none, or it cannot be read.
     """
-    if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist: check --model")
+    check_model_folder(folder)
     path = folder / CONFIG_NAME
-    # Tokenizers and weights too, which libraries open.
-    check_plain_folder(folder)
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG_NAME}: it is not a model folder"
-            + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
-        )
-    parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
     try:
         # Left to itself transformers asks at the terminal, and waits.
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

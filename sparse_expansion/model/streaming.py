@@ -21,7 +21,6 @@ from sparse_expansion.model.block_calls import (
     record_calls,
 )
 from sparse_expansion.model.checkpoint import (
-    CONFIG_NAME,
     CheckpointFiles,
     load_config,
     resolve_dtype,
@@ -37,6 +36,7 @@ from sparse_expansion.model.families import (
     numbered_groups,
 )
 from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
+from sparse_expansion.model.model_folder import CONFIG_NAME
 from sparse_expansion.model.plain_blocks import plain_blocks, separate_experts
 from sparse_expansion.model.quantizer import QUANT_METHOD, SparseExpansionConfig, expand_model
 from sparse_expansion.model.stored_tensors import StoredTensors

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_expansion.api import opening
 from sparse_expansion.cli import main
 from tests import tiny
 
@@ -111,6 +113,25 @@ def test_a_model_that_was_saved_again_is_evaluated(llama_folder, text_folder, tm
         perplexity.append(json.loads(found.out)["perplexity"])
         assert ("no manifest.json" in found.err) is (folder == again)
     assert perplexity[0] == perplexity[1]
+
+
+def test_a_missing_driver_is_seen_without_pytorch(monkeypatch):
+    def load(name):
+        assert name == "libcuda.so.1"
+        if is_missing:
+            raise OSError(name)
+
+    monkeypatch.setattr(opening.ctypes, "CDLL", load)
+    for is_missing, platform in ((True, "linux"), (False, "linux"), (True, "win32")):
+        monkeypatch.setattr(opening.sys, "platform", platform)
+        # Where AMD's device is, PyTorch's ROCm build calls it cuda.
+        is_certain = is_missing and platform == "linux" and not Path("/dev/kfd").exists()
+        assert opening._lacks_driver() is is_certain
+        if is_certain:
+            with pytest.raises(ValueError, match="no driver of a GPU: use --device cpu"):
+                opening.check_devices("local", "cuda:0")
+            # On a cluster the workers have the devices.
+            opening.check_devices("ray", "cuda")
 
 
 def test_the_device_check_knows_what_there_is(monkeypatch):

@@ -6,7 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sparse_expansion.data import local_text
 from sparse_expansion.data.corpora import load_corpus
+from sparse_expansion.data.names import check_text
 
 
 def both(folder, write, suffix):
@@ -117,3 +119,44 @@ def test_json_of_great_depth_is_one_line(tmp_path):
     (tmp_path / "long.jsonl").write_text('{"text": %s}\n' % ("9" * 6000))
     with pytest.raises(ValueError, match="long.jsonl, line 1: not a JSON object"):
         load_corpus(str(tmp_path / "long.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
+        # Cut inside of a character, at the file's end and not at that of what is looked at.
+        ("a.txt", b"words \xc3", "a.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "words"}\nwords', "a.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", b'{"body": "words"}', "name one of body by --text-column"),
+        ("a.jsonl", b'{"messages": [{"content": "words"}]}', "has no 'role'"),
+    ],
+)
+def test_what_begins_with_no_text_is_answered_before_anything_is_loaded(
+    name, content, message, tmp_path
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        check_text(str(tmp_path / name))
+    (tmp_path / "mine.txt").write_text("words")
+    with pytest.raises(ValueError, match=message):
+        check_text(f"{tmp_path / 'mine.txt'}:1,{tmp_path / name}:1")
+
+
+def test_the_beginning_may_end_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("äöü", encoding="utf-8-sig")
+    rows = [{"body": "ä"}, {"body": None}, {"body": [{"role": "user", "content": "ö"}]}]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    for size in range(1, 100):
+        monkeypatch.setattr(local_text, "_BEGINNING_BYTES", size)
+        check_text(str(tmp_path / "a.txt"))
+        check_text(tmp_path / "a.jsonl", "body")
+
+
+def test_of_a_folder_both_texts_are_looked_at(tmp_path):
+    (tmp_path / "train.txt").write_text("words")
+    (tmp_path / "test.jsonl").write_text("words")
+    with pytest.raises(ValueError, match=r"test.jsonl, line 1"):
+        check_text(str(tmp_path))

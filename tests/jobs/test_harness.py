@@ -112,6 +112,8 @@ def test_table_and_limit(finished, task_folder, capsys):
     ("flags", "message"),
     [
         (["--tasks", "no_such_task"], "the harness knows no no_such_task"),
+        (["--tasks", "arc_easy,arc_eazy"], "knows no arc_eazy (did you mean arc_easy?)"),
+        (["--tasks", "no_such_*"], "the harness knows no no_such_*"),
         (["--tasks", "words", "--task-path", "nowhere"], "is not a folder of task files"),
         (["--tasks", "words", "--limit", "0"], "--limit 0 must be at least 1"),
         (["--tasks", "words", "--executor", "ray"], "drop --executor ray"),

@@ -1,0 +1,65 @@
+"""What makes a folder a model's, looked at without PyTorch: a wrong folder is answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparse_expansion.config.checks import parse_json
+from sparse_expansion.plain_files import check_plain_folder, read_plain
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Answer a folder that has no configuration, or a broken one.
+
+    Raises:
+        ValueError: the folder is not there, has no ``config.json`` or one that is no JSON object,
+            or something in it is neither file nor folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model folder {folder} does not exist: check --model")
+    path = folder / CONFIG_NAME
+    # Tokenizers and weights too, which libraries open.
+    check_plain_folder(folder)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME}: it is not a model folder"
+            + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
+        )
+    parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads: a single one, else those that the index names.
+
+    Others are not the model: another variant, an older one, or an adapter.
+
+    Raises:
+        ValueError: there are none, or the index cannot be read or leads out of the folder.
+    """
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if index.is_file():
+        found = parse_json(
+            read_plain(index),
+            {"weight_map": {...: str}},
+            name=f"{index} is not a safetensors index: it",
+            remedy="download it again",
+        )
+        names = sorted(set(found["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside its folder: refusing to read them")
+        if names:
+            return [folder / name for name in names]
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    what = "no *.safetensors files"
+    if others:
+        what = f"no {WEIGHTS_NAME} and no index, but {', '.join(others[:3])}, which are not loaded"
+    raise ValueError(
+        f"{folder} has {what}: convert the model with save_pretrained(), or give a folder or hub "
+        "id that has them"
+    )
