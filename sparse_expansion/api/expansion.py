@@ -194,8 +194,15 @@ def _expand(
     from sparse_expansion.jobs.metrics import expansion_metrics
 
     profile_worker(job.options, executor, prepared.config, measured, listener)
-    listener.start("expand", prepared.shell.num_blocks)
-    expand(prepared, store, executor, listener.update, measured, doing=listener.doing)
+    expand(
+        prepared,
+        store,
+        executor,
+        listener.update,
+        measured,
+        begin=lambda title: listener.start(title, prepared.shell.num_blocks),
+        doing=listener.doing,
+    )
     listener.doing("measuring the model's files")
     metrics = expansion_metrics(prepared, store, job.options.executor)
     metrics["command"] = job.command

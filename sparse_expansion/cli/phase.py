@@ -120,7 +120,7 @@ class Phase:
             # Units of several blocks say themselves, while they are done, in which one they are.
             layer = unit.params.get("layer", -1)
         block = f"block {layer + 1}/{self.num_blocks}" if layer >= 0 else ""
-        stage = "" if self.title.startswith(unit.stage) else unit.stage
+        stage = "" if self.title.startswith(unit.stage) else unit.stage.replace("_", " ")
         more = f"{len(working)} units at work" if len(working) > 1 else ""
         return [block, stage, more]
 

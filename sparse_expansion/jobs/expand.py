@@ -28,6 +28,7 @@ def expand(
     observer: Observer,
     measured: Measurements,
     *,
+    begin: Callable[[str], None],
     doing: Callable[[str], None],
 ) -> None:
     """Make (or finish making) the expanded model in the store's folder.
@@ -38,6 +39,7 @@ def expand(
         executor: does the units.
         observer: is told of every finished unit.
         measured: is added to.
+        begin: is told of every phase's title, each of which is a graph of units of its own.
         doing: is told of the steps that may take long.
 
     Raises:
@@ -47,7 +49,10 @@ def expand(
     timeline = Timeline(store)
     work = _Expansion(prepared, store, executor, timeline.observed_by(observer), measured)
     try:
-        work.settle_sparsities()
+        if prepared.config.compression.layer_sparsity == MEASURED:
+            begin("measure blocks")
+            work.settle_sparsities()
+        begin("expand")
         doing("looking for what is done")
         todo = work.open_units()
         doing("")
@@ -73,10 +78,8 @@ class _Expansion:
     measured: Measurements
 
     def settle_sparsities(self) -> None:
-        """Settle every block's share of zeros, where that is to be measured."""
+        """Measure every block's share of zeros."""
         config = self.prepared.config
-        if config.compression.layer_sparsity != MEASURED:
-            return
 
         def observe(progress: Progress) -> None:
             self.measured.add([progress.report], {progress.unit.key: progress.unit})

@@ -163,4 +163,6 @@ class Run:
             if observe is not None:
                 observe(executor, progress)
 
-        expand(self.prepared, self.store, executor, observer, self.measured, doing=print)
+        expand(
+            self.prepared, self.store, executor, observer, self.measured, begin=print, doing=print
+        )

@@ -53,7 +53,8 @@ def make(
         store=str(output), source=resolve_name(str(folder)), threads=1, **(worker or {})
     )
     measured = Measurements()
-    expand(prepared, store, LocalExecutor(spec), lambda progress: None, measured, doing=print)
+    executor = LocalExecutor(spec)
+    expand(prepared, store, executor, lambda progress: None, measured, begin=print, doing=print)
     return store, windows, measured
 
 
