@@ -65,10 +65,8 @@ class HessianSum:
     num_tokens: int
     cross_DD: torch.Tensor | None = None
     """``sum d x^T``, where ``d`` is the dense residual: the dense block's input less ``x``."""
-    fourth: float = 0.0
-    """``sum |x|^4``: how far single tokens' ``x x^T`` are from their mean."""
     cross_fourth: float = 0.0
-    """``sum |d|^2 |x|^2``: the same of ``d x^T``."""
+    """``sum |d|^2 |x|^2``: how far single tokens' ``d x^T`` are from their mean."""
 
 
 @dataclass(frozen=True)

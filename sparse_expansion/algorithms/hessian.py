@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparse_expansion.algorithms.products import exact_terms, has_float32_sums
-from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum, MomentSum
 
 MAX_DAMPING_ATTEMPTS = 6
@@ -43,14 +42,13 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         sum_DD = X.new_empty(X.shape[1], X.shape[1])
         gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
-    squares_T = _squared_norms(X)
-    total = HessianSum(sum_DD, X.shape[0], fourth=float(squares_T.square().sum()))
+    total = HessianSum(sum_DD, X.shape[0])
     if dense_residual_TD is None:
         return total
     residual_TD = dense_residual_TD
     cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
     check_finite(residual_TD)
-    cross_fourth = float((squares_T * _squared_norms(residual_TD)).sum())
+    cross_fourth = float((_squared_norms(X) * _squared_norms(residual_TD)).sum())
     return replace(total, cross_DD=cross_DD, cross_fourth=cross_fourth)
 
 
@@ -111,101 +109,16 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
     """
     total: torch.Tensor | None = None
     cross: torch.Tensor | None = None
-    count, fourth, cross_fourth = 0, 0.0, 0.0
+    count, cross_fourth = 0, 0.0
     for part in sums:
         total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
         if part.cross_DD is not None:
             cross = part.cross_DD.clone() if cross is None else cross.add_(part.cross_DD)
         count += part.num_tokens
-        fourth += part.fourth
         cross_fourth += part.cross_fourth
     if total is None:
         raise ValueError("no Hessian sums to merge")
-    return HessianSum(total, count, cross, fourth, cross_fourth)
-
-
-def shrink(part: HessianSum, whole: HessianSum) -> tuple[HessianSum, float]:
-    """An expert's sums drawn towards its whole group's, the more the less its tokens say.
-
-    With ``S`` and ``T`` the mean of ``x x^T`` over the expert's ``n`` tokens and over the group's,
-    the weight ``w`` of ``T`` in ``(1 - w) S + w T`` that has the least expected squared error of
-    the expert's true second moment is ``E|S - E S|^2 / E|S - T|^2`` (Ledoit and Wolf, A
-    well-conditioned estimator for large-dimensional covariance matrices, 2004, section 2, with the
-    group's in place of the identity). The numerator is estimated by ``(mean |x|^4 - |S|^2) /
-    (n - 1)``, the denominator by ``|S - T|^2``, and ``w`` kept within 0 and 1. Tokens count as
-    independent, which those of one text are not: it shrinks too little rather than too much.
-
-    The products of the inputs' dense residuals with them, ``sum d x^T``, are drawn towards nothing
-    in the same way, by a weight of their own: how uncertain they are has little to do with how much
-    the expert's inputs are like its group's.
-
-    Args:
-        part: the expert's sums.
-        whole: the group's.
-
-    Returns:
-        The sums, for as many tokens as before, and ``w``, which is 1 for one token or none.
-    """
-    count = part.num_tokens
-    target_DD = whole.sum_DD.to(part.sum_DD.device) / max(whole.num_tokens, 1)
-    mean_DD = part.sum_DD / max(count, 1)
-    energy = _energy(mean_DD)
-    weight = _weight(part.fourth, count, energy, _energy(mean_DD.sub_(target_DD)))
-    # Without a token it is the group's mean: of one, a scale that nothing depends on.
-    sum_DD = torch.mul(part.sum_DD, 1 - weight, out=mean_DD)
-    sum_DD.add_(target_DD, alpha=weight * max(count, 1))
-    cross_DD = part.cross_DD
-    if cross_DD is not None:
-        energy = _energy(cross_DD) / max(count, 1) ** 2
-        cross_DD = cross_DD * (1 - _weight(part.cross_fourth, count, energy, energy))
-    return replace(part, sum_DD=sum_DD, cross_DD=cross_DD), weight
-
-
-def _weight(fourth: float, count: int, energy: float, distance: float) -> float:
-    """The weight of the target ``T`` of a mean ``S`` over tokens, see ``shrink``.
-
-    Args:
-        fourth: the summed squared norms of single tokens' terms of ``S``.
-        count: tokens, ``n``.
-        energy: ``|S|^2``.
-        distance: ``|S - T|^2``.
-    """
-    if count <= 1 or distance <= 0:
-        return 1.0
-    spread = max(0.0, fourth / count - energy) / (count - 1)
-    return min(1.0, spread / distance)
-
-
-def regularise_hessian(
-    part: HessianSum, group: HessianSum, compression: CompressionConfig
-) -> tuple[HessianSum, float]:
-    """The sums that an expert is made with: its own, drawn towards its group's, or its group's.
-
-    An expert with fewer tokens than ``CompressionConfig.min_tokens`` would be fitted to these
-    tokens alone: it takes its whole group's sums and so becomes the plain expert of no cluster.
-    Where the group has no token, as an expert of a mixture may, all features count alike: what is
-    pruned then are the smallest weights.
-
-    Args:
-        part: sums over the expert's own tokens.
-        group: sums over (a sample of) the tokens of all experts.
-        compression: the settings, of which ``min_tokens_per_expert`` and ``shrink_hessians`` count.
-
-    Returns:
-        The sums, and the share of the group in them (0 to 1).
-    """
-    if not group.num_tokens and not part.num_tokens:
-        width = part.sum_DD.shape[0]
-        return replace(part, sum_DD=torch.eye(width, device=part.sum_DD.device)), 1.0
-    if part.num_tokens < compression.min_tokens(part.sum_DD.shape[0]):
-        cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
-        return replace(group, cross_DD=cross_DD), 1.0
-    return shrink(part, group) if compression.shrink_hessians else (part, 0.0)
-
-
-def _energy(A_DD: torch.Tensor) -> float:
-    """Sum of squares, added up in float64."""
-    return float(torch.linalg.vector_norm(A_DD, dtype=torch.float64)) ** 2
+    return HessianSum(total, count, cross, cross_fourth)
 
 
 def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:

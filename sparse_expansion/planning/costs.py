@@ -141,6 +141,8 @@ def experts_flops(
 ) -> float:
     """Operations to make one expert of all linears of a group: its Hessian sum, and its pruner.
 
+    A Hessian that is drawn towards its group's takes two triangular solves of its own size.
+
     Args:
         group: of the linears.
         compression: of the block.
@@ -153,6 +155,8 @@ def experts_flops(
     found += pruner_of(compression.pruner).flops(group.rows, group.width, compression)
     if paired:
         found += 4 * rows * width**2
+    if compression.shrink_hessians:
+        found += 2 * width**3
     return found
 
 

@@ -371,6 +371,10 @@ class _StageMemory:
         # For one expert at a time its reversed Hessian, its Cholesky factor and that reversed; all
         # of them are gone before a weight is swept.
         factoring = 3 * square
+        if compression.shrink_hessians:
+            # Of the group the mean, its factor and it whitened; of an expert sums, mean, and it
+            # whitened, with its half.
+            factoring = (7 if paired else 6) * square
         # All linears of the group: weights (float32), masks and codes. One of them: the same
         # transposed, and its changes.
         each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)

@@ -9,11 +9,8 @@ from sparse_expansion.algorithms.hessian import (
     merge_hessians,
     merge_moments,
     moment_sum,
-    regularise_hessian,
-    shrink,
     upper_cholesky_factor,
 )
-from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum
 
 
@@ -149,98 +146,3 @@ def test_counts_travel():
     assert (
         merge_hessians([HessianSum(torch.eye(1), 3), HessianSum(torch.eye(1), 4)]).num_tokens == 7
     )
-
-
-def test_shrinking_by_hand():
-    """Two tokens (2, 0) and (0, 2) against a group whose mean is the identity."""
-    part = hessian_sum(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
-    whole = HessianSum(torch.eye(2) * 10, 10)
-    # S = 2 I, mean |x|^4 = 16, |S|^2 = 8, |S - T|^2 = 2: (16 - 8) / 1 / 2 is more than 1.
-    found, weight = shrink(part, whole)
-    assert weight == 1.0 and torch.equal(found.sum_DD, 2 * torch.eye(2)) and found.num_tokens == 2
-    whole = HessianSum(torch.eye(2) * -30, 10)
-    # T = -3 I: |S - T|^2 = 50, the weight 8 / 50.
-    found, weight = shrink(part, whole)
-    assert weight == pytest.approx(0.16)
-    assert torch.allclose(found.sum_DD, 2 * (0.84 * 2 - 0.16 * 3) * torch.eye(2))
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_little_to_know_anything_is_all_the_groups(count):
-    part = HessianSum(torch.full((2, 2), 9.0 * count), count, torch.ones(2, 2), 324.0 * count)
-    found, weight = shrink(part, HessianSum(torch.eye(2) * 6, 3))
-    assert weight == 1.0 and torch.equal(found.sum_DD, 2 * torch.eye(2))
-    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
-
-
-def test_residuals_are_drawn_towards_nothing_by_a_weight_of_their_own():
-    """Four tokens (2, 0), (2, 0), (2, 0) and (0, 2) whose residuals are half of them."""
-    X = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    part = hessian_sum(X, X / 2)
-    assert part.cross_fourth == 16
-    # C = diag(3, 1) / 2, mean |d|^2 |x|^2 = 4, |C|^2 = 2.5: (4 - 2.5) / 3 / 2.5, for any group.
-    for whole in (HessianSum(torch.eye(2) * -30, 10), part):
-        found, _ = shrink(part, whole)
-        assert torch.allclose(found.cross_DD, 0.8 * torch.diag(torch.tensor([6.0, 2.0])))
-
-
-def test_one_cluster_keeps_what_a_later_linear_makes_up_for():
-    """Its expert is its group, whose sums it is all drawn to, but its residuals are well known."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(4000, 4, generator=generator)
-    part = hessian_sum(X, X * torch.tensor([0.1, 0.2, 0.0, -0.1]))
-    found, weight = shrink(part, part)
-    assert weight == 1.0
-    torch.testing.assert_close(found.sum_DD, part.sum_DD)
-    torch.testing.assert_close(found.cross_DD, part.cross_DD, rtol=0.01, atol=1.0)
-
-
-@pytest.mark.parametrize("count", [5, 20, 100, 2000])
-def test_shrinking_is_nearer_the_truth(count):
-    """Of normal inputs with a known second moment, averaged over draws, in float64."""
-    generator = torch.Generator().manual_seed(count)
-    scale = torch.linspace(0.2, 2.0, 12)
-    truth, target = torch.diag(scale**2), torch.eye(12) * 1.5
-    whole = HessianSum(target * 1000, 1000)
-    errors, weights = torch.zeros(3, dtype=torch.float64), []
-    for _ in range(40):
-        part = hessian_sum(torch.randn(count, 12, generator=generator) * scale)
-        found, weight = shrink(part, whole)
-        weights.append(weight)
-        for i, guess in enumerate((found.sum_DD / count, part.sum_DD / count, target)):
-            errors[i] += (guess.double() - truth).square().sum()
-    assert errors[0] <= 1.1 * errors[1:].min()
-    assert errors[0] < 0.98 * errors[1] or count == 2000
-    assert sum(weights) / 40 < 0.05 if count == 2000 else sum(weights) > 0
-
-
-def test_fourth_powers_are_summed():
-    X = torch.randn(50, 7)
-    halves = merge_hessians([hessian_sum(X[:20]), hessian_sum(X[20:])])
-    oracle = float(X.double().square().sum(dim=1).square().sum())
-    assert hessian_sum(X).fourth == pytest.approx(oracle, rel=1e-6)
-    assert halves.fourth == pytest.approx(oracle, rel=1e-6)
-
-
-def test_regularising_takes_the_groups_sums_for_few_tokens():
-    part = HessianSum(torch.eye(2), 4, torch.ones(2, 2), 9.0)
-    group = HessianSum(torch.eye(2) * 30, 20, None, 7.0)
-    found, share = regularise_hessian(part, group, CompressionConfig(min_tokens_per_expert=5))
-    assert share == 1.0 and torch.equal(found.sum_DD, group.sum_DD) and found.num_tokens == 20
-    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
-    found, share = regularise_hessian(part, group, CompressionConfig(min_tokens_per_expert=4))
-    assert found is part and share == 0.0
-    shrunk = CompressionConfig(min_tokens_per_expert=4, shrink_hessians=True)
-    found, share = regularise_hessian(part, group, shrunk)
-    assert torch.equal(found.sum_DD, shrink(part, group)[0].sum_DD)
-    assert share == shrink(part, group)[1] > 0
-
-
-@pytest.mark.parametrize("least", [0, 5])
-def test_without_a_token_all_features_count_alike(least):
-    """As for an expert of a mixture that nothing was routed to."""
-    nothing = HessianSum(torch.zeros(3, 3), 0, torch.zeros(2, 3), 0.0)
-    settings = CompressionConfig(min_tokens_per_expert=least, shrink_hessians=True)
-    found, share = regularise_hessian(nothing, nothing, settings)
-    assert torch.equal(found.sum_DD, torch.eye(3)) and share == 1.0
-    assert found.num_tokens == 0 and torch.equal(found.cross_DD, torch.zeros(2, 3))

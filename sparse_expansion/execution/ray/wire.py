@@ -19,7 +19,7 @@ def to_wire(value: Any) -> Any:
         return tensor.numpy()
     if isinstance(value, HessianSum):
         sums = to_wire(value.sum_DD), to_wire(value.cross_DD)
-        return ("HessianSum", *sums, value.num_tokens, value.fourth, value.cross_fourth)
+        return ("HessianSum", *sums, value.num_tokens, value.cross_fourth)
     if isinstance(value, list):
         return [to_wire(part) for part in value]
     return value

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from sparse_expansion.algorithms.compress import ExpertWeights, compress_linears
-from sparse_expansion.algorithms.hessian import merge_hessians, regularise_hessian
+from sparse_expansion.algorithms.hessian import merge_hessians
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
+from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import guard_tensors
@@ -87,6 +88,7 @@ def _expert_hessians(
     floor = compression.min_tokens(width)
     H_KDD = torch.empty(len(shards[0]), width, width, device=context.device)
     cross_KDD: torch.Tensor | None = None
+    regulariser = Regulariser(gram, compression)
     stats: dict[str, Any] = {"tokens": [], "starved": [], "group_share": []}
     for k, parts in enumerate(zip(*shards, strict=True)):
         # All shards hand on sums, or all hand on rows: one product of many rows is faster.
@@ -99,7 +101,7 @@ def _expert_hessians(
         )
         stats["tokens"].append(merged.num_tokens)
         stats["starved"].append(merged.num_tokens < floor or not gram.num_tokens)
-        merged, weight = regularise_hessian(merged, gram, compression)
+        merged, weight = regulariser.regularise(merged)
         stats["group_share"].append(weight)
         H_KDD[k] = merged.sum_DD
         if merged.cross_DD is not None:

@@ -8,7 +8,7 @@ import torch
 
 from sparse_expansion.algorithms import neurons as measures
 from sparse_expansion.algorithms.compress import compress_linears
-from sparse_expansion.algorithms.hessian import regularise_hessian
+from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CLUSTERINGS
 from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import ExpandedLinear
@@ -133,11 +133,12 @@ def _change_of_outputs(
         num_clusters: number of experts.
     """
     compression, device = context.config.compression, context.device
+    regulariser = Regulariser(gram, compression)
     (X_cal, labels_T), (X_held, held_T) = calibration, held_out
     change_TO = torch.empty(X_held.shape[0], W_OD.shape[0], device=device)
     for k in range(num_clusters):
         H = sum_hessians(rows_of(X_cal, torch.nonzero(labels_T == k).flatten()), device)
-        H, _ = regularise_hessian(H, gram, compression)
+        H, _ = regulariser.regularise(H)
         made = compress_linears(
             {"": W_OD}, H.sum_DD[None], compression, {"": None}, products=context.config.products
         )[""]
