@@ -78,6 +78,11 @@ def capture_key(layer: int, shard: int) -> str:
     return f"{block_key(layer)}/capture/{shard_name(shard)}"
 
 
+def sensitivity_name(experts: ExpertRange) -> str:
+    """Under which name is handed on how much the block depends on experts' outputs."""
+    return f"{range_name(experts)} outputs"
+
+
 def recapture_key(layer: int, group: str, shard: int) -> str:
     """Key of the unit that captures a group's inputs behind compressed linears of its block."""
     return f"{group_key(layer, group)}/recapture/{shard_name(shard)}"

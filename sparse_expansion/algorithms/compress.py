@@ -6,7 +6,8 @@ outside, and ``[K, D, O]`` where a pruner works on them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +25,10 @@ from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
 
 ROWS_PER_SUM = 64
 """Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
+OUTPUT_FLOOR = 0.5
+"""Weight of an output that nothing depends on in the calibration text, where the mean has 1 more.
+
+Without it, other kinds of text lose far more than the calibration's gains, see docs/quality.md."""
 SKETCH_ROWS = 256
 """Rows that a weight's output energy is computed from where it has more."""
 
@@ -46,7 +51,8 @@ class ExpertWeights:
     """Features that none of the expert's tokens used."""
     relative_error_K: tuple[float, ...]
     """``tr(E H E^T) / tr(W H W^T)`` with ``E = W - W_k``: the share of the outputs' energy that is
-    lost on the expert's calibration tokens (whose energy is estimated, see ``_sketch``)."""
+    lost on the expert's calibration tokens (whose energy is estimated, see ``_sketch``), outputs
+    weighed if they are."""
 
 
 def compress_experts(
@@ -76,6 +82,7 @@ def compress_linears(
     grids: dict[str, AffineGrid | None],
     *,
     cross_KDD: torch.Tensor | None = None,
+    output_weights: Mapping[str, torch.Tensor] | None = None,
     products: str = AUTO_PRODUCTS,
     compiled: bool | None = None,
 ) -> dict[str, ExpertWeights]:
@@ -91,6 +98,8 @@ def compress_linears(
         cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
             be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
             update weights has no use for it.
+        output_weights: by name what errors of experts' outputs ``[K, O]`` are multiplied with
+            before they are compared, see ``output_weights``; those of other linears are 1.
         products: how large products are taken, see the module ``products``.
         compiled: whether sweeps take their compiled loops; by default on a CPU.
 
@@ -116,21 +125,75 @@ def compress_linears(
     else:
         check_hessians(ordered_KDD)
     dead_KD = ordered_KDD.diagonal(dim1=1, dim2=2) == 0
-    made = {}
-    for name, W_OD in weights.items():
+
+    def solved(W_OD: torch.Tensor, grid: AffineGrid | None, chosen: slice) -> ExpertWeights:
+        part = None if factor is None else factor.of(chosen)
+        order = None if order_KD is None else order_KD[chosen]
+        cross = None if cross_KDD is None else cross_KDD[chosen]
         problem = Problem(
             weight_OD=W_OD,
-            target_KDO=_target(W_OD, pruner, dead_KD, order_KD, cross_KDD, factor, products),
-            H_KDD=ordered_KDD,
-            factor=factor,
-            grid=grids[name],
-            columns_KD=order_KD,
+            target_KDO=_target(W_OD, pruner, dead_KD[chosen], order, cross, part, products),
+            H_KDD=ordered_KDD[chosen],
+            factor=part,
+            grid=grid,
+            columns_KD=order,
             config=config,
             products=products,
             compiled=compiled,
         )
-        made[name] = _experts(problem, pruner.solve(problem), H_KDD, dead_KD)
+        return _experts(problem, pruner.solve(problem), H_KDD[chosen], dead_KD[chosen])
+
+    made = {}
+    for name, W_OD in weights.items():
+        scale_KO = (output_weights or {}).get(name)
+        if scale_KO is None:
+            made[name] = solved(W_OD, grids[name], slice(None))
+        else:
+            made[name] = _weighed(W_OD, grids[name], scale_KO, solved)
     return made
+
+
+def _weighed(
+    W_OD: torch.Tensor,
+    grid: AffineGrid | None,
+    scale_KO: torch.Tensor,
+    solved: Callable[[torch.Tensor, AffineGrid | None, slice], ExpertWeights],
+) -> ExpertWeights:
+    """Experts each of which has rows in units of its own: what is compared is compared weighed."""
+    found = []
+    for k, scale_O in enumerate(scale_KO):
+        scaled = None if grid is None else grid.scaled(scale_O)
+        made = solved(W_OD.float() * scale_O[:, None], scaled, slice(k, k + 1))
+        found.append(replace(made, weight_KOD=made.weight_KOD / scale_O[:, None]))
+    codes = [made.codes_KOD for made in found if made.codes_KOD is not None]
+    return ExpertWeights(
+        weight_KOD=torch.cat([made.weight_KOD for made in found]),
+        kept_KOD=torch.cat([made.kept_KOD for made in found]),
+        codes_KOD=torch.cat(codes) if codes else None,
+        damping_fraction_K=sum((made.damping_fraction_K for made in found), ()),
+        damping_attempts_K=sum((made.damping_attempts_K for made in found), ()),
+        num_dead_K=sum((made.num_dead_K for made in found), ()),
+        relative_error_K=sum((made.relative_error_K for made in found), ()),
+    )
+
+
+def output_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:
+    """What errors of experts' outputs are multiplied with before they are compared ``[K, O]``.
+
+    Their squares are the outputs' sensitivities relative to their mean, half the expert's and half
+    the whole group's, plus ``OUTPUT_FLOOR``: what its own tokens did not use is of use elsewhere.
+
+    Args:
+        squares_KO: sums over every expert's tokens, see ``data.sensitivities``.
+        of_group_O: over all tokens of the group.
+    """
+    both = [of_group_O.expand_as(squares_KO), squares_KO]
+    means = [squares.mean(dim=1, keepdim=True) for squares in both]
+    relative = [
+        squares / torch.where(mean > 0, mean, 1.0)
+        for squares, mean in zip(both, means, strict=True)
+    ]
+    return (torch.stack(relative).mean(dim=0) + OUTPUT_FLOOR).sqrt().float()
 
 
 def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor) -> ExpertWeights:

@@ -166,6 +166,16 @@ class HessianFactor:
     attempts_K: tuple[int, ...]
     """Factorizations tried per expert, 1 when the first one held."""
 
+    def of(self, chosen: slice) -> HessianFactor:
+        """Those of some of the experts."""
+        return HessianFactor(
+            self.factor_KDD[chosen],
+            self.dead_KD[chosen],
+            self.damping_fraction_K[chosen],
+            self.damping_K[chosen],
+            self.attempts_K[chosen],
+        )
+
 
 def upper_cholesky_factor(
     H_KDD: torch.Tensor,

@@ -6,7 +6,7 @@ output channel).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,10 @@ class AffineGrid:
     def max_code(self) -> int:
         """Largest code."""
         return 2**self.bits - 1
+
+    def scaled(self, scale_O: torch.Tensor) -> AffineGrid:
+        """The grid of rows that are multiplied with positive numbers: codes stay the same."""
+        return replace(self, scale_OG=self.scale_OG * scale_O[:, None])
 
     def columns(self, columns_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point ``[D, O]`` of the given input columns (transposed)."""

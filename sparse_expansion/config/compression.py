@@ -118,6 +118,12 @@ class CompressionConfig:
         "what the expert's tokens leave uncertain.",
         group="experts",
     )
+    weigh_outputs: bool = setting(
+        False,
+        "Let an error of a linear's output count for as much as the block's output depends on it, "
+        "where zeros may lie anywhere.",
+        group="pruning",
+    )
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -213,6 +219,19 @@ class CompressionConfig:
         shares = given.get("layer_sparsity", UNIFORM)
         given["layer_sparsity"] = shares if isinstance(shares, str) else tuple(shares) or way
         return cls(**given)
+
+    def weighs(self, level: int, *, is_routed: bool) -> bool:
+        """Whether outputs of a group's linears are weighed.
+
+        Those behind others put out what the block does, rows of N:M have equal shares of zeros
+        anyway, and what an expert of a mixture puts out is weighed by the mixture's own router.
+
+        Args:
+            level: of the group.
+            is_routed: whether its linears are those of a mixture's experts.
+        """
+        is_free = self.sparsity.group is None and 0 < self.sparsity.fraction < 1
+        return self.weigh_outputs and is_free and level == 0 and not is_routed
 
     def min_tokens(self, width: int) -> int:
         """Tokens below which an expert of ``width`` input features is starved."""

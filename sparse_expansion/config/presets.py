@@ -15,6 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pruner": "admm",
         "damping_fraction": 0.1,
         "shrink_hessians": True,
+        "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "calibration_inputs": "sequential",
     },

@@ -25,6 +25,7 @@ from sparse_expansion.run_files import (
     range_name,
     reduce_key,
     router_key,
+    sensitivity_name,
     shard_affinity,
 )
 from sparse_expansion.units import Unit
@@ -40,6 +41,9 @@ class GroupUnits:
         self.position = position
         self.group = block.shape.groups[position]
         self.paired = block.calibration.is_paired(self.group.level)
+        self.weighs = block.config.compression.weighs(
+            self.group.level, is_routed=self.group.is_routed
+        )
         tokens = block.shard_tokens * self.group.tokens_share
         self.expert_tokens = tokens / block.config.routing.num_clusters
         """Tokens of one shard that are routed to one expert, on average."""
@@ -111,6 +115,11 @@ class GroupUnits:
         summing = 0.0
         if self.gathered.is_summed:
             summing = hessian_flops(width, self.expert_tokens, paired=self.paired)
+        outputs = [range_name(part) for part in span]
+        weighing = 0.0
+        if self.weighs:
+            outputs += [sensitivity_name(part) for part in span]
+            weighing = block.shard_tokens * 2.0 * self.group.used_weights
         return calibrate.gather.unit(
             key=gather_key(block.layer, name, experts, shard),
             params={
@@ -120,13 +129,15 @@ class GroupUnits:
                 "ranges": span,
                 "summed": self.gathered.is_summed,
                 **({"recaptured": block.ranges} if self.paired else {}),
+                **({"weighs": True} if self.weighs else {}),
             },
             after=(router_key(block.layer, name), self._source(shard)),
-            outputs=tuple(range_name(part) for part in span),
+            outputs=tuple(outputs),
             affinity=shard_affinity(block.layer, shard),
             layer=block.layer,
             rank=4,
-            cost=count * (self.expert_tokens * routing_flops(block.config, width) + summing),
+            cost=count * (self.expert_tokens * routing_flops(block.config, width) + summing)
+            + weighing,
             move_cost=block.shard_flops,
             output_bytes=count * self.gathered.num_bytes,
             traffic_bytes=self.captured_bytes + count * self.gathered.num_bytes,
@@ -140,6 +151,7 @@ class GroupUnits:
             (gather_key(block.layer, name, spanned, shard), range_name(experts))
             for shard in block.shards
         ]
+        weights = [(key, sensitivity_name(experts)) for key, _ in parts if self.weighs]
         reductions, parts = self._reductions(experts, parts)
         count = range_size(experts)
         # Where sums are handed on, the shards have done the products.
@@ -148,8 +160,13 @@ class GroupUnits:
         moved = len(parts) * self.gathered.num_bytes + expert_bytes(block.config, self.group)
         unit = make.experts.unit(
             key=experts_key(block.layer, name, experts),
-            params={"layer": block.layer, "group": name, "experts": experts},
-            inputs=((router_key(block.layer, name), "gram"), *parts),
+            params={
+                "layer": block.layer,
+                "group": name,
+                "experts": experts,
+                **({"weighed": len(weights)} if weights else {}),
+            },
+            inputs=((router_key(block.layer, name), "gram"), *weights, *parts),
             is_persistent=True,
             layer=block.layer,
             # Before further gathering: experts consume what fills memory.

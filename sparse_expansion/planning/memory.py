@@ -329,7 +329,13 @@ class _StageMemory:
         )
         ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
         spans = gathered_ranges(ranges, gathered.num_bytes, config.calibration.num_shards)
-        return 2 * self.experts_per_unit * len(spans[0]) * gathered.num_bytes
+        found = 2 * self.experts_per_unit * len(spans[0]) * gathered.num_bytes
+        if not config.compression.weighs(group.level, is_routed=group.is_routed):
+            return found
+        # Gradients of all outputs, and the squares of one linear's.
+        batch = max(TOKENS_PER_FORWARD, config.calibration.seqlen)
+        squares = batch * group.rows * (self.item + FLOAT32_BYTES / group.num_linears)
+        return max(found, self.forward() + int(squares))
 
     def experts(self, group: GroupShape, *, paired: bool) -> int:
         """Bytes to make a range of a group's experts."""

@@ -29,6 +29,8 @@ class GroupShape:
     """How many groups of the block its input has passed through."""
     tokens_share: float = 1.0
     """Share of the tokens that pass through it: less than 1 for the experts of a mixture."""
+    is_routed: bool = False
+    """Whether the linears are those of a mixture's experts."""
 
     @property
     def used_weights(self) -> float:
@@ -140,6 +142,7 @@ def group_shape(block: nn.Module, group: LinearGroup, tokens_share: float = 1.0)
         num_linears=len(shapes),
         level=group.level,
         tokens_share=tokens_share if group.is_routed else 1.0,
+        is_routed=group.is_routed,
     )
 
 

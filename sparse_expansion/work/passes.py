@@ -17,6 +17,7 @@ from sparse_expansion.data.activations import (
     GroupInputs,
     copy_outside_heap,
 )
+from sparse_expansion.data.sensitivities import OutputSensitivities
 from sparse_expansion.data.transfers import settle, to_device
 from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.run_files import ExpertRange
@@ -99,6 +100,7 @@ def run_block(
     groups: tuple[LinearGroup, ...] = (),
     *,
     stop: bool = False,
+    weighs: tuple[OutputSensitivities, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """A block's output on a shard's hidden states, on the device, and the inputs of groups in it.
 
@@ -112,6 +114,8 @@ def run_block(
         block: dense, or with compressed linears.
         groups: whose inputs are wanted.
         stop: before the last of these groups; there is no output then.
+        weighs: what adds up sensitivities on the way, and the clusters of the shard's tokens; where
+            it stops the block there is no output.
     """
     shell = context.shell()
     tokens = context.shard_tokens(shard)
@@ -123,6 +127,7 @@ def run_block(
     row = 0
     with (
         torch.no_grad(),
+        contextlib.nullcontext() if weighs is None else weighs[0],
         GroupInputs(block, groups, stop=stop) as seen,
         AttentionOutputs(
             block,
@@ -142,6 +147,8 @@ def run_block(
                 found = call.run(block, to_device(hidden[part], context.device))
                 if out is not None:
                     out[part] = found
+            if weighs is not None:
+                weighs[0].add_up(weighs[1][rows])
             made = seen.take()
             if stop and kept_TD is None:
                 assert attention.output is not None
@@ -213,6 +220,32 @@ def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> to
         # Those of all shards of a block are kept: small, there may be millions of tokens.
         labels[key] = labels_T.to(torch.int16)
     return labels[key]
+
+
+def shard_sensitivities(
+    context: WorkContext, layer: int, shard: int, group: str
+) -> list[torch.Tensor]:
+    """How much the dense block depends on the outputs of a group's linears, on a shard.
+
+    Returns:
+        Of every linear the sums over every cluster's tokens ``[K, O]``, kept beside the labels.
+    """
+    key = (layer, shard, group)
+    kept = context.captures.sensitivities
+    if key not in kept:
+        labels_T = shard_labels(context, layer, shard, group)
+        behind = {}
+        for other in context.shell().groups(layer):
+            if other.level and not other.is_routed:
+                weights = [context.dense_weight(layer, name).float() for name in other.linears]
+                squares_D = torch.cat(weights).square().sum(dim=0)
+                behind[other.linears[0]] = squares_D.sqrt().to(context.device)
+        block = context.dense_block(layer)
+        linears = context.group(layer, group).linears
+        found = OutputSensitivities(block, linears, behind, context.config.routing.num_clusters)
+        run_block(context, layer, shard, block, weighs=(found, labels_T))
+        kept[key] = found.squares()
+    return kept[key]
 
 
 def rows_of(X_TD: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from sparse_expansion.algorithms import compress
-from sparse_expansion.algorithms.compress import compress_experts, compress_linears
+from sparse_expansion.algorithms.compress import (
+    compress_experts,
+    compress_linears,
+    output_weights,
+)
 from sparse_expansion.algorithms.hessian import upper_cholesky_factor
-from sparse_expansion.algorithms.quantization import fit_grid
+from sparse_expansion.algorithms.quantization import dequantize, fit_grid
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 from sparse_expansion.types import CompressionError
 from tests.algorithms.test_sweep import config, problem
@@ -95,3 +99,90 @@ def test_without_zeros_and_grid_the_experts_are_the_dense_weight(pruner):
     assert made.num_dead_K == (0, 1) and made.relative_error_K == (0, 0)
     with pytest.raises(CompressionError, match="finite"):
         compress.compress_linears({"": W}, H / 0, config, {"": None})
+
+
+def test_output_weights_by_hand():
+    """Half by the expert's tokens, half by its group's, each over its mean, and a floor."""
+    squares_KO = torch.tensor([[0.0, 2.0, 4.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    group_O = torch.tensor([9.0, 0.0, 0.0], dtype=torch.float64)
+    found_KO = output_weights(squares_KO, group_O).square()
+    assert torch.allclose(found_KO, torch.tensor([[2.0, 1.0, 1.5], [2.0, 0.5, 0.5]]))
+    assert found_KO.dtype == torch.float32
+
+
+def test_rows_that_count_for_more_keep_more():
+    """By hand: of [3, 2] and [1, 1] the second row's weights are worth 5 each."""
+    W, H = torch.tensor([[3.0, 2.0], [1.0, 1.0]]), torch.eye(2)[None]
+    weights = {"": torch.tensor([[1.0, 5.0]])}
+    settings = config(pruner="magnitude")
+    plain = compress_linears({"": W}, H, settings, {"": None})[""]
+    weighed = compress_linears({"": W}, H, settings, {"": None}, output_weights=weights)[""]
+    assert plain.weight_KOD.tolist() == [[[3.0, 2.0], [0.0, 0.0]]]
+    assert weighed.weight_KOD.tolist() == [[[0.0, 0.0], [1.0, 1.0]]]
+    # Of 9 + 4 + 25 (1 + 1) the first row's 13 are lost.
+    assert weighed.relative_error_K == pytest.approx((13 / 63,))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+def test_less_is_lost_as_outputs_are_weighed(pruner, bits):
+    W, H = problem(rows=12, width=24, experts=2)
+    scale_O = torch.logspace(-1, 1, 12)
+    settings = config(pruner=pruner, bits=bits, block_size=8, damping_fraction=0.1)
+    grid = None if bits is None else fit_grid(W, bits=bits, symmetric=False, group_size=None)
+
+    def made(**weights):
+        return compress_linears({"": W}, H, settings, {"": grid}, **weights)[""]
+
+    def lost(found, scale_O):
+        E = (W - found.weight_KOD) * scale_O[:, None]
+        return torch.einsum("kod,kde,koe->k", E, H, E)
+
+    plain, weighed = made(), made(output_weights={"": scale_O.expand(2, -1)})
+    assert torch.equal(plain.kept_KOD.sum(dim=(1, 2)), weighed.kept_KOD.sum(dim=(1, 2)))
+    assert bool((lost(weighed, scale_O) < 0.9 * lost(plain, scale_O)).all())
+    ones = torch.ones(12)
+    assert bool((lost(weighed, ones) > lost(plain, ones)).all())
+    rows_K = weighed.kept_KOD.sum(dim=2)
+    assert bool((rows_K[:, -1] > rows_K[:, 0]).all())
+    assert bool((weighed.weight_KOD[~weighed.kept_KOD] == 0).all())
+    energy = torch.einsum("od,kde,oe->k", W * scale_O[:, None], H, W * scale_O[:, None])
+    expected = (lost(weighed, scale_O) / energy).tolist()
+    assert weighed.relative_error_K == pytest.approx(expected, rel=1e-3)
+    if grid is not None:
+        scale, zero = (part.T for part in grid.columns(torch.arange(24)))
+        on_grid = dequantize(weighed.codes_KOD.float(), scale, zero)
+        torch.testing.assert_close(
+            weighed.weight_KOD, on_grid * weighed.kept_KOD, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_others_are_not_weighed():
+    W, H = problem()
+    weights = {"a": torch.linspace(0.1, 3.0, 6)[None]}
+    found = compress_linears(
+        {"a": W, "b": W}, H, config(), {"a": None, "b": None}, output_weights=weights
+    )
+    assert torch.equal(found["b"].weight_KOD, compress_experts(W, H, config(), None).weight_KOD)
+    assert not torch.equal(found["a"].kept_KOD, found["b"].kept_KOD)
+
+
+def test_every_expert_has_weights_of_its_own():
+    W, H = problem(experts=2)
+    scale_KO = torch.stack([torch.linspace(0.1, 3.0, 6), torch.linspace(3.0, 0.1, 6)])
+    settings = config(bits=4, act_order=True, block_size=8)
+    grid = fit_grid(W, bits=4, symmetric=False, group_size=None)
+
+    def made(chosen):
+        weights = {"": scale_KO[chosen]}
+        return compress_linears({"": W}, H[chosen], settings, {"": grid}, output_weights=weights)[
+            ""
+        ]
+
+    both = made(slice(0, 2))
+    for k in range(2):
+        alone = made(slice(k, k + 1))
+        for field in ("weight_KOD", "kept_KOD", "codes_KOD"):
+            assert torch.equal(getattr(both, field)[k], getattr(alone, field)[0])
+        for field in ("damping_fraction_K", "num_dead_K", "relative_error_K"):
+            assert getattr(both, field)[k] == getattr(alone, field)[0]

@@ -9,6 +9,7 @@ from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.config import (
     CompressionConfig,
     RunConfig,
+    SparsityPattern,
 )
 from sparse_expansion.data.activations import GroupInputs
 from sparse_expansion.model.block_calls import BlockCall
@@ -206,6 +207,37 @@ def test_one_experts_hessian_is_its_groups_however_it_is_shrunk(
     ]
     name = "model.layers.0.mlp.gate_proj.experts.0.values"
     torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["dense", "compressed", "sequential"])
+def test_outputs_are_weighed_where_zeros_may_lie_anywhere(
+    schedule, tmp_path, llama_folder, text_folder
+):
+    def kept(name, pattern, weighs):
+        compression = CompressionConfig(
+            block_size=16, sparsity=SparsityPattern.parse(pattern), weigh_outputs=weighs
+        )
+        store, _, _ = make(
+            llama_folder,
+            text_folder,
+            tmp_path / name,
+            clusters=2,
+            schedule=schedule,
+            compression=compression,
+            data_shards=2,
+        )
+        return tensors(store)
+
+    plain, weighed = kept("plain", "0.5", False), kept("weighed", "0.5", True)
+    for linear, is_weighed in (("gate_proj", True), ("up_proj", True), ("down_proj", False)):
+        name = f"model.layers.0.mlp.{linear}.experts.1.bitmask"
+        same = torch.equal(plain[name], weighed[name])
+        # A linear behind them that makes up for them is made on other inputs.
+        assert same is (not is_weighed and schedule != "sequential")
+        values = name.replace("bitmask", "values")
+        assert plain[values].shape == weighed[values].shape
+    others = kept("n:m", "2:4", False), kept("weighed n:m", "2:4", True)
+    assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
 
 
 def test_balanced_clusters_in_a_run(tmp_path, llama_folder, text_folder):

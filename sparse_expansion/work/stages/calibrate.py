@@ -8,7 +8,8 @@ import torch
 
 from sparse_expansion.algorithms.hessian import check_finite, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
-from sparse_expansion.run_files import ExpertRange, range_name, router_file
+from sparse_expansion.data.activations import copy_outside_heap
+from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.blocks import expanded_before
 from sparse_expansion.work.captures import DENSE_INPUTS
@@ -22,6 +23,7 @@ from sparse_expansion.work.passes import (
     run_block,
     sample_rows,
     shard_labels,
+    shard_sensitivities,
 )
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.routers import grid_tensors, router_owner, router_tensors
@@ -104,16 +106,26 @@ def gather(
     ranges: list[ExpertRange],
     summed: bool,
     recaptured: list[ExpertRange] | None = None,
+    weighs: bool = False,
 ) -> Done:
     """Hand on one shard's inputs of ranges of experts: their rows, or the rows' Hessian sums.
 
     Where the inputs were captured again (behind the ranges of experts given), every row is followed
-    by its residual to the dense block's.
+    by its residual to the dense block's. Where outputs are weighed, hand on too how much the block
+    depends on the experts', linear by linear: over each expert's tokens, and over all of them.
     """
     level = context.group(layer, group).level
     inputs = captured_inputs(context, layer, shard, level, recaptured)
     X_TD, dense_TD = inputs[group], inputs.get(group + DENSE_INPUTS)
     labels_T = shard_labels(context, layer, shard, group)
+    done = Done()
+    # Before rows take memory, too.
+    for squares_KO in shard_sensitivities(context, layer, shard, group) if weighs else ():
+        total_1O = squares_KO.sum(dim=0, keepdim=True)
+        for experts in ranges:
+            own_KO = squares_KO[experts[0] : experts[1] + 1]
+            both = context.buffers.hold(copy_outside_heap(torch.cat([own_KO, total_1O])))
+            done.outputs.setdefault(sensitivity_name(experts), []).append(both)
 
     def inputs_of(expert: int) -> torch.Tensor | HessianSum:
         chosen = torch.nonzero(labels_T == expert).flatten()
@@ -126,12 +138,10 @@ def gather(
             return context.buffers.hold(part_TE)
         return held_sum(context, sum_hessians(part_TE, context.device, X_TD.shape[1]))
 
-    return Done(
-        outputs={
-            range_name(experts): [inputs_of(k) for k in range(experts[0], experts[1] + 1)]
-            for experts in ranges
-        }
-    )
+    for experts in ranges:
+        chosen = range(experts[0], experts[1] + 1)
+        done.outputs[range_name(experts)] = [inputs_of(k) for k in chosen]
+    return done
 
 
 @stage()

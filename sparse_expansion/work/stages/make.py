@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from sparse_expansion.algorithms.compress import ExpertWeights, compress_linears
+from sparse_expansion.algorithms.compress import (
+    ExpertWeights,
+    compress_linears,
+    output_weights,
+)
 from sparse_expansion.algorithms.hessian import merge_hessians
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
@@ -39,8 +43,14 @@ def experts(
     layer: int,
     group: str,
     experts: ExpertRange,
+    weighed: int = 0,
 ) -> Done:
-    """Sum the Hessians in shard order, compress, and write the experts' file."""
+    """Sum the Hessians in shard order, compress, and write the experts' file.
+
+    The first of the shards' inputs, as many as ``weighed``, are what their captures found of the
+    outputs' weights, linear by linear.
+    """
+    squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
     H_KDD, cross_KDD, stats = _expert_hessians(context, gram, shards, compression)
@@ -55,6 +65,7 @@ def experts(
         compression,
         grids,
         cross_KDD=cross_KDD,
+        output_weights=_output_weights(context, list(weights), squares),
         products=context.config.products,
     )
     tensors: dict[str, torch.Tensor] = {}
@@ -75,6 +86,19 @@ def experts(
     is_read = context.config.calibration.follows_compression or context.config.refines
     read_in = layer if is_read else None
     return Done(stats=stats, files=context.write(file, tensors, read_in=read_in))
+
+
+def _output_weights(
+    context: WorkContext, names: list[str], shards: tuple[list[torch.Tensor | HessianSum], ...]
+) -> dict[str, torch.Tensor]:
+    """What errors of experts' outputs ``[K, O]`` are multiplied with; empty without shards."""
+    found = {}
+    for name, *parts in zip(names, *shards, strict=True) if shards else ():
+        # The last row is of all tokens.
+        both = torch.stack([to_device(p, context.device) for p in parts if torch.is_tensor(p)])
+        squares_KO = both.sum(dim=0)
+        found[name] = output_weights(squares_KO[:-1], squares_KO[-1])
+    return found
 
 
 def _expert_hessians(
