@@ -99,7 +99,7 @@ def compress_linears(
             be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
             update weights has no use for it.
         output_weights: by name what errors of experts' outputs ``[K, O]`` are multiplied with
-            before they are compared, see ``output_weights``; those of other linears are 1.
+            before they are compared, see ``sensitivity_weights``; those of other linears are 1.
         products: how large products are taken, see the module ``products``.
         compiled: whether sweeps take their compiled loops; by default on a CPU.
 
@@ -177,7 +177,7 @@ def _weighed(
     )
 
 
-def output_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:
+def sensitivity_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:
     """What errors of experts' outputs are multiplied with before they are compared ``[K, O]``.
 
     Their squares are the outputs' sensitivities relative to their mean, half the expert's and half

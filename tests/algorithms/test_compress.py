@@ -7,7 +7,7 @@ from sparse_expansion.algorithms import compress
 from sparse_expansion.algorithms.compress import (
     compress_experts,
     compress_linears,
-    output_weights,
+    sensitivity_weights,
 )
 from sparse_expansion.algorithms.hessian import upper_cholesky_factor
 from sparse_expansion.algorithms.quantization import dequantize, fit_grid
@@ -105,7 +105,7 @@ def test_output_weights_by_hand():
     """Half by the expert's tokens, half by its group's, each over its mean, and a floor."""
     squares_KO = torch.tensor([[0.0, 2.0, 4.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     group_O = torch.tensor([9.0, 0.0, 0.0], dtype=torch.float64)
-    found_KO = output_weights(squares_KO, group_O).square()
+    found_KO = sensitivity_weights(squares_KO, group_O).square()
     assert torch.allclose(found_KO, torch.tensor([[2.0, 1.0, 1.5], [2.0, 0.5, 0.5]]))
     assert found_KO.dtype == torch.float32
 

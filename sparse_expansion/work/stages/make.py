@@ -12,7 +12,7 @@ import torch
 from sparse_expansion.algorithms.compress import (
     ExpertWeights,
     compress_linears,
-    output_weights,
+    sensitivity_weights,
 )
 from sparse_expansion.algorithms.hessian import merge_hessians
 from sparse_expansion.algorithms.packing.experts import pack_expert
@@ -97,7 +97,7 @@ def _output_weights(
         # The last row is of all tokens.
         both = torch.stack([to_device(p, context.device) for p in parts if torch.is_tensor(p)])
         squares_KO = both.sum(dim=0)
-        found[name] = output_weights(squares_KO[:-1], squares_KO[-1])
+        found[name] = sensitivity_weights(squares_KO[:-1], squares_KO[-1])
     return found
 
 
