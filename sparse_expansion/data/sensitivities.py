@@ -84,12 +84,11 @@ class OutputSensitivities:
         outputs = [out for out in self._outputs if out is not None]
         gradients = torch.autograd.grad(list(self._ends.values()), outputs)
         self._outputs, self._ends = [None] * len(outputs), {}
-        chosen_T = labels_T.to(gradients[0].device, torch.int64)
+        # A product, for additions by index are made in any order on a GPU.
+        labels_T = labels_T.to(gradients[0].device, torch.int64)
+        is_in_KT = nn.functional.one_hot(labels_T, self._num_clusters).T.float()
         for place, gradient in enumerate(gradients):
-            squares_TO = gradient.flatten(0, -2).float().square_()
-            total_KO = squares_TO.new_zeros(self._num_clusters, squares_TO.shape[1])
-            for k in range(self._num_clusters):
-                total_KO[k] = squares_TO[chosen_T == k].sum(dim=0)
+            total_KO = is_in_KT @ gradient.flatten(0, -2).float().square()
             before_KO = self._sums[place]
             self._sums[place] = total_KO.double() if before_KO is None else before_KO + total_KO
 
