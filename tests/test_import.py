@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import sparse_expansion
 
@@ -67,14 +69,19 @@ def test_the_command_line_as_a_module_imports_nothing_heavy(flags):
 
 def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
     (tmp_path / "mine.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"text": "words"}\nno JSON\n')
     for folder, files in {
         "full": {"notes": "precious"},
-        "model": {"config.json": "{}", "model.safetensors": ""},
-        "broken": {"config.json": "{", "model.safetensors": ""},
+        "model": {"config.json": "{}", "tokenizer.json": "{}"},
+        "mute": {"config.json": "{}"},
+        "broken": {"config.json": "{"},
         "thin": {"config.json": "{}"},
+        "cut": {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "cut"},
     }.items():
         (tmp_path / folder).mkdir()
+        if folder in ("model", "mute"):
+            save_file({"a": np.zeros(1)}, tmp_path / folder / "model.safetensors")
         for name, content in files.items():
             (tmp_path / folder / name).write_text(content)
     names = {path.name for path in tmp_path.iterdir()}
@@ -85,6 +92,9 @@ def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
         "run --model model --dataset rows.jsonl",
         f"run --model broken {text}",
         f"run --model thin {text}",
+        f"run --model cut {text}",
+        f"run --model mute {text}",
+        "run --model model --dataset empty.txt",
         f"run --model . {text}",
         "evaluate --model model --tasks arc_eazy",
         f"write-text --model model --output out.jsonl {no_gpu}",

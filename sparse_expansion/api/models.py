@@ -108,15 +108,16 @@ class ModelRequest:
         """Look at the model's name, and at its folder, before anything is loaded.
 
         Raises:
-            ValueError: the name leads nowhere, or to a folder without configuration or weights.
+            ValueError: the name leads nowhere, or to a folder without configuration, weights or
+                tokenizer.
         """
         if not isinstance(self.model, str | Path):
             return
-        from sparse_expansion.model.model_folder import weight_files
+        from sparse_expansion.model.model_folder import check_contents
 
         source = named_origin(str(self.model), self.size).source
         if source.kind == "folder":
-            weight_files(Path(source.location))
+            check_contents(Path(source.location))
 
     def settings(self) -> dict[str, Any]:
         """What ``run.yaml`` has of it: by which names and paths it is asked for again."""

@@ -47,7 +47,8 @@ def check_beginning(path: Path, column: str | None) -> None:
         column: of rows, see ``Rows``.
 
     Raises:
-        ValueError: it is not UTF-8, or a line is not a JSON object with a text.
+        ValueError: it is not UTF-8, a single file is empty, or a line is not a JSON object with a
+            text.
     """
     files = [path]
     if path.is_dir():
@@ -64,6 +65,8 @@ def check_beginning(path: Path, column: str | None) -> None:
             text = codecs.getincrementaldecoder("utf-8-sig")().decode(begin, final=is_whole)
         except UnicodeDecodeError:
             raise _not_utf8(file) from None
+        if is_whole and file == path and not text.strip():
+            raise ValueError(f"dataset file {path} is empty: give one with text")
         if file.suffix == ".jsonl":
             lines = text.split("\n")
             # The last line of a part is a part of a line.

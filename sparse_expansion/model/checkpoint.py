@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from sparse_expansion.messages import one_line
@@ -19,9 +19,9 @@ from sparse_expansion.model.model_folder import (
     CONFIG_NAME,
     INDEX_NAME,
     check_model_folder,
+    open_weights,
     weight_files,
 )
-from sparse_expansion.plain_files import check_plain
 from sparse_expansion.types import MODEL_DTYPES
 
 _log = logging.getLogger(__name__)
@@ -46,17 +46,9 @@ class CheckpointFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of all tensors by name."""
         for file in self._files:
-            try:
-                check_plain(file)
-                with safe_open(str(file), framework="pt") as handle:
-                    names = list(handle.keys())
-                    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
-            except FileNotFoundError:
-                raise ValueError(f"{file} is missing: download the model again") from None
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} is truncated or not a safetensors file ({error}): download it again"
-                ) from None
+            with open_weights(file, framework="pt") as handle:
+                names = list(handle.keys())
+                shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
             for name in names:
                 if name in self._file_of:
                     raise ValueError(

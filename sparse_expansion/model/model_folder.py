@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.config.checks import parse_json
-from sparse_expansion.plain_files import check_plain_folder, read_plain
+from sparse_expansion.plain_files import check_plain, check_plain_folder, read_plain
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
+_TOKENIZER_WORDS = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+"""One of them is in the name of a file of every tokenizer."""
 
 
 def check_model_folder(folder: Path) -> None:
@@ -30,6 +37,47 @@ def check_model_folder(folder: Path) -> None:
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
     parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
+
+
+def check_contents(folder: Path) -> None:
+    """Answer a model's folder from which no model can be run.
+
+    Raises:
+        ValueError: it has no weight files or broken ones, see ``weight_files`` and
+            ``open_weights``, or nothing that could be a tokenizer.
+    """
+    for file in weight_files(folder):
+        with open_weights(file, framework="numpy"):
+            pass
+    names = [path.name for path in folder.iterdir()]
+    if not any(word in name for name in names for word in _TOKENIZER_WORDS):
+        raise ValueError(
+            f"{folder} has no tokenizer: save it there too (tokenizer.save_pretrained())"
+        )
+
+
+@contextmanager
+def open_weights(file: Path, *, framework: str) -> Iterator[Any]:
+    """A weight file, its header read.
+
+    Args:
+        file: of safetensors.
+        framework: of the tensors that are read from it, a name of safetensors'.
+
+    Raises:
+        ValueError: it is missing, truncated or of another format.
+    """
+    try:
+        check_plain(file)
+        handle = safe_open(str(file), framework=framework)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: download the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file ({error}): download it again"
+        ) from None
+    with handle:
+        yield handle
 
 
 def weight_files(folder: Path) -> list[Path]:

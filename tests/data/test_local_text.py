@@ -127,6 +127,8 @@ def test_json_of_great_depth_is_one_line(tmp_path):
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
         # Cut inside of a character, at the file's end and not at that of what is looked at.
         ("a.txt", b"words \xc3", "a.txt is not UTF-8 text"),
+        ("a.txt", b" \n", "a.txt is empty: give one with text"),
+        ("a.jsonl", b"", "a.jsonl is empty: give one with text"),
         ("a.jsonl", b'{"text": "words"}\nwords', "a.jsonl, line 2: not a JSON object"),
         ("a.jsonl", b'{"body": "words"}', "name one of body by --text-column"),
         ("a.jsonl", b'{"messages": [{"content": "words"}]}', "has no 'role'"),
