@@ -225,13 +225,15 @@ class CompressionConfig:
 
         Those behind others put out what the block does, rows of N:M have equal shares of zeros
         anyway, and what an expert of a mixture puts out is weighed by the mixture's own router.
+        Pruners that leave weights as they are, and take no grid, compare no errors.
 
         Args:
             level: of the group.
             is_routed: whether its linears are those of a mixture's experts.
         """
         is_free = self.sparsity.group is None and 0 < self.sparsity.fraction < 1
-        return self.weigh_outputs and is_free and level == 0 and not is_routed
+        compares = PRUNERS[self.pruner].takes_grid
+        return self.weigh_outputs and compares and is_free and level == 0 and not is_routed
 
     def min_tokens(self, width: int) -> int:
         """Tokens below which an expert of ``width`` input features is starved."""

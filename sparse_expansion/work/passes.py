@@ -242,7 +242,8 @@ def shard_sensitivities(
                 behind[other.linears[0]] = squares_D.sqrt().to(context.device)
         block = context.dense_block(layer)
         linears = context.group(layer, group).linears
-        found = OutputSensitivities(block, linears, behind, context.config.routing.num_clusters)
+        clusters = context.config.routing.at(layer).num_clusters
+        found = OutputSensitivities(block, linears, behind, clusters)
         run_block(context, layer, shard, block, weighs=(found, labels_T))
         kept[key] = found.squares()
     return kept[key]

@@ -133,3 +133,22 @@ print(sorted(names - set(sys.stdlib_module_names)))
         [sys.executable, "-c", code, folder], check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == "['sparse_expansion']"
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "is_routed", "weighs"),
+    [
+        ({}, 0, False, True),
+        ({"pruner": "sparsegpt", "bits": 4}, 0, False, True),
+        ({}, 1, False, False),
+        ({}, 0, True, False),
+        ({"weigh_outputs": False}, 0, False, False),
+        ({"sparsity": SparsityPattern.parse("2:4")}, 0, False, False),
+        ({"sparsity": SparsityPattern.parse("0"), "bits": 4}, 0, False, False),
+        ({"pruner": "wanda"}, 0, False, False),
+        ({"pruner": "magnitude"}, 0, False, False),
+    ],
+)
+def test_outputs_are_weighed_where_errors_compete(changes, level, is_routed, weighs):
+    config = CompressionConfig(**{"pruner": "admm", "weigh_outputs": True, **changes})
+    assert config.weighs(level, is_routed=is_routed) is weighs
