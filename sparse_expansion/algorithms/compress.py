@@ -28,7 +28,8 @@ ROWS_PER_SUM = 64
 OUTPUT_FLOOR = 0.5
 """Weight of an output that nothing depends on in the calibration text, where the mean has 1 more.
 
-Without it, other kinds of text lose far more than the calibration's gains, see docs/quality.md."""
+With a hundredth, other kinds of text lose far more than the calibration's gains, see
+docs/quality.md."""
 SKETCH_ROWS = 256
 """Rows that a weight's output energy is computed from where it has more."""
 

@@ -22,10 +22,12 @@ def spare_retries(dataset: str | None) -> None:
     Raises:
         ValueError: see ``weighted_sources``.
     """
+    if dataset is None:
+        return
     from sparse_expansion.data.names import needs_hub
 
     # A proxy looks names up itself.
-    if dataset is None or not needs_hub(dataset) or {"http", "https", "all"} & set(getproxies()):
+    if not needs_hub(dataset) or {"http", "https", "all"} & set(getproxies()):
         return
     try:
         socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or _HUB_ADDRESS).hostname, 443)

@@ -223,9 +223,9 @@ class CompressionConfig:
     def weighs(self, level: int, *, is_routed: bool) -> bool:
         """Whether outputs of a group's linears are weighed.
 
-        Those behind others put out what the block does, rows of N:M have equal shares of zeros
-        anyway, and what an expert of a mixture puts out is weighed by the mixture's own router.
-        Pruners that leave weights as they are, and take no grid, compare no errors.
+        Those behind others put out what the block does, and rows of N:M have equal shares of zeros
+        anyway. Pruners that leave weights as they are, and take no grid, compare no errors. For
+        the experts of a mixture the block would have to run once each.
 
         Args:
             level: of the group.

@@ -29,6 +29,7 @@ class OutputSensitivities:
         block: nn.Module,
         linears: Sequence[str],
         behind: Mapping[str, torch.Tensor],
+        labels_T: torch.Tensor,
         num_clusters: int,
     ) -> None:
         """Hook the linears. The block is stopped behind them, by ``AllInputsSeenError``.
@@ -38,16 +39,19 @@ class OutputSensitivities:
             linears: names of the linears whose outputs are looked at, which share their inputs.
             behind: by name of a linear behind them the norms of its weight's columns ``[D]``, of
                 all linears together that share its input.
+            labels_T: clusters of all tokens that will run.
             num_clusters: K.
         """
-        self._sums: list[torch.Tensor | None] = [None] * len(linears)
+        self.squares_KO: dict[str, torch.Tensor] = {}
+        """By name of a linear the sums over every cluster's tokens, float64."""
+        self._labels_T = labels_T
         self._num_clusters = num_clusters
-        self._outputs: list[torch.Tensor | None] = [None] * len(linears)
         self._behind = behind
+        self._outputs: dict[str, torch.Tensor] = {}
         self._ends: dict[str, torch.Tensor] = {}
         self._handles = [
-            block.get_submodule(name).register_forward_hook(self._output_hook(place))
-            for place, name in enumerate(linears)
+            block.get_submodule(name).register_forward_hook(self._output_hook(name))
+            for name in linears
         ]
         self._handles += [
             block.get_submodule(name).register_forward_pre_hook(self._input_hook(name))
@@ -55,13 +59,12 @@ class OutputSensitivities:
         ]
         self._grad = torch.enable_grad()
 
-    def _output_hook(self, place: int) -> Any:
+    def _output_hook(self, name: str) -> Any:
         """A hook that gives in place of an output a copy of it, in which gradients end."""
 
         def hook(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-            found = out.detach().requires_grad_()
-            self._outputs[place] = found
-            return found
+            self._outputs[name] = out.detach().requires_grad_()
+            return self._outputs[name]
 
         return hook
 
@@ -75,26 +78,21 @@ class OutputSensitivities:
 
         return hook
 
-    def add_up(self, labels_T: torch.Tensor) -> None:
+    def add_up(self, rows: slice) -> None:
         """Add the tokens of one run of the block to their clusters.
 
         Args:
-            labels_T: clusters of the run's tokens.
+            rows: of the labels that are those of the run's tokens.
         """
-        outputs = [out for out in self._outputs if out is not None]
-        gradients = torch.autograd.grad(list(self._ends.values()), outputs)
-        self._outputs, self._ends = [None] * len(outputs), {}
+        gradients = torch.autograd.grad(list(self._ends.values()), list(self._outputs.values()))
         # A product, for additions by index are made in any order on a GPU.
-        labels_T = labels_T.to(gradients[0].device, torch.int64)
+        labels_T = self._labels_T[rows].to(gradients[0].device, torch.int64)
         is_in_KT = nn.functional.one_hot(labels_T, self._num_clusters).T.float()
-        for place, gradient in enumerate(gradients):
-            total_KO = is_in_KT @ gradient.flatten(0, -2).float().square()
-            before_KO = self._sums[place]
-            self._sums[place] = total_KO.double() if before_KO is None else before_KO + total_KO
-
-    def squares(self) -> list[torch.Tensor]:
-        """Of every linear the sums over every cluster's tokens ``[K, O]``, float64."""
-        return [sums_KO for sums_KO in self._sums if sums_KO is not None]
+        for name, gradient in zip(self._outputs, gradients, strict=True):
+            total_KO = (is_in_KT @ gradient.flatten(0, -2).float().square()).double()
+            before_KO = self.squares_KO.get(name)
+            self.squares_KO[name] = total_KO if before_KO is None else before_KO + total_KO
+        self._outputs, self._ends = {}, {}
 
     def __enter__(self) -> OutputSensitivities:
         self._grad.__enter__()

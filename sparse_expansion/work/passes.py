@@ -100,7 +100,7 @@ def run_block(
     groups: tuple[LinearGroup, ...] = (),
     *,
     stop: bool = False,
-    weighs: tuple[OutputSensitivities, torch.Tensor] | None = None,
+    sensitivities: OutputSensitivities | None = None,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """A block's output on a shard's hidden states, on the device, and the inputs of groups in it.
 
@@ -114,20 +114,20 @@ def run_block(
         block: dense, or with compressed linears.
         groups: whose inputs are wanted.
         stop: before the last of these groups; there is no output then.
-        weighs: what adds up sensitivities on the way, and the clusters of the shard's tokens; where
-            it stops the block there is no output.
+        sensitivities: of the block, which are added up and stop it; there is no output then.
     """
     shell = context.shell()
     tokens = context.shard_tokens(shard)
     hidden = context.read_hidden(layer, shard)
-    out = None if stop else torch.empty_like(hidden, device=context.device)
+    is_stopped = stop or sensitivities is not None
+    out = None if is_stopped else torch.empty_like(hidden, device=context.device)
     captured = CapturedRows(context.buffers, tokens.numel())
     routed = {group.name for group in groups if group.is_routed}
     kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
     row = 0
     with (
         torch.no_grad(),
-        contextlib.nullcontext() if weighs is None else weighs[0],
+        sensitivities or contextlib.nullcontext(),
         GroupInputs(block, groups, stop=stop) as seen,
         AttentionOutputs(
             block,
@@ -147,8 +147,8 @@ def run_block(
                 found = call.run(block, to_device(hidden[part], context.device))
                 if out is not None:
                     out[part] = found
-            if weighs is not None:
-                weighs[0].add_up(weighs[1][rows])
+            if sensitivities is not None:
+                sensitivities.add_up(rows)
             made = seen.take()
             if stop and kept_TD is None:
                 assert attention.output is not None
@@ -200,7 +200,7 @@ def sample_rows(context: WorkContext, shard: int, X_TD: torch.Tensor) -> torch.T
     tokens = calibration.windows_of(shard) * calibration.seqlen
     share = max(1, context.config.routing.fit_tokens * tokens // calibration.num_tokens)
     chosen = evenly_spaced(X_TD.shape[0], share).to(X_TD.device)
-    return context.buffers.hold(copy_outside_heap(X_TD[chosen]))
+    return held(context, X_TD[chosen])
 
 
 def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> torch.Tensor:
@@ -243,9 +243,9 @@ def shard_sensitivities(
         block = context.dense_block(layer)
         linears = context.group(layer, group).linears
         clusters = context.config.routing.at(layer).num_clusters
-        found = OutputSensitivities(block, linears, behind, clusters)
-        run_block(context, layer, shard, block, weighs=(found, labels_T))
-        kept[key] = found.squares()
+        found = OutputSensitivities(block, linears, behind, labels_T, clusters)
+        run_block(context, layer, shard, block, sensitivities=found)
+        kept[key] = [found.squares_KO[name] for name in linears]
     return kept[key]
 
 
@@ -254,11 +254,12 @@ def rows_of(X_TD: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return X_TD[chosen.to(X_TD.device)]
 
 
+def held(context: WorkContext, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is handed on, where it may stay until it is used."""
+    return context.buffers.hold(copy_outside_heap(tensor))
+
+
 def held_sum(context: WorkContext, total: HessianSum) -> HessianSum:
     """A Hessian sum that is handed on, where it may stay until it is used."""
-
-    def held(sum_DD: torch.Tensor) -> torch.Tensor:
-        return context.buffers.hold(copy_outside_heap(sum_DD))
-
-    cross_DD = None if total.cross_DD is None else held(total.cross_DD)
-    return replace(total, sum_DD=held(total.sum_DD), cross_DD=cross_DD)
+    cross_DD = None if total.cross_DD is None else held(context, total.cross_DD)
+    return replace(total, sum_DD=held(context, total.sum_DD), cross_DD=cross_DD)

@@ -8,7 +8,6 @@ import torch
 
 from sparse_expansion.algorithms.hessian import check_finite, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
-from sparse_expansion.data.activations import copy_outside_heap
 from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
 from sparse_expansion.types import HessianSum
 from sparse_expansion.work.blocks import expanded_before
@@ -18,6 +17,7 @@ from sparse_expansion.work.passes import (
     capture_block,
     captured_inputs,
     embed_windows,
+    held,
     held_sum,
     rows_of,
     run_block,
@@ -124,7 +124,7 @@ def gather(
         total_1O = squares_KO.sum(dim=0, keepdim=True)
         for experts in ranges:
             own_KO = squares_KO[experts[0] : experts[1] + 1]
-            both = context.buffers.hold(copy_outside_heap(torch.cat([own_KO, total_1O])))
+            both = held(context, torch.cat([own_KO, total_1O]))
             done.outputs.setdefault(sensitivity_name(experts), []).append(both)
 
     def inputs_of(expert: int) -> torch.Tensor | HessianSum:

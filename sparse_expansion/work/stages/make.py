@@ -47,8 +47,8 @@ def experts(
 ) -> Done:
     """Sum the Hessians in shard order, compress, and write the experts' file.
 
-    The first of the shards' inputs, as many as ``weighed``, are what their captures found of the
-    outputs' weights, linear by linear.
+    The first of the shards' inputs, as many as ``weighed``, are how much the block depends on the
+    experts' outputs, linear by linear, see ``gather``.
     """
     squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
