@@ -63,18 +63,14 @@ class HessianSum:
 
     sum_DD: torch.Tensor
     num_tokens: int
+    sum_D: torch.Tensor | None = None
+    """``sum x``, float64; None where nobody needs it."""
     cross_DD: torch.Tensor | None = None
     """``sum d x^T``, where ``d`` is the dense residual: the dense block's input less ``x``."""
-    cross_fourth: float = 0.0
-    """``sum |d|^2 |x|^2``: how far single tokens' ``d x^T`` are from their mean."""
-
-
-@dataclass(frozen=True)
-class MomentSum:
-    """``sum x``, ``sum x x^T`` and the count of one shard's tokens: all that PCA needs."""
-
-    sum_D: torch.Tensor
-    gram: HessianSum
+    residual_D: torch.Tensor | None = None
+    """``sum d``, float64, where there are residuals."""
+    residual_energy: float = 0.0
+    """``sum |d|^2``."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sparse_expansion.types import CompressionError, MomentSum, Router
+from sparse_expansion.types import CompressionError, HessianSum, Router
 
 OVERSAMPLING = 16
 """Vectors that subspace iteration carries beyond the components that are wanted."""
@@ -18,7 +18,7 @@ SUBSPACE_TOLERANCE = 1e-5
 """Relative growth of the captured variance at which the iteration ends."""
 
 
-def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_pca(moments: HessianSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading principal components from ``sum x``, ``sum x x^T`` and the count.
 
     The covariance ``sum x x^T / T - mean mean^T`` is formed in float64, so that the tokens never
@@ -31,13 +31,14 @@ def fit_pca(moments: MomentSum, *, num_components: int) -> tuple[torch.Tensor, t
     Raises:
         CompressionError: there are no tokens.
     """
-    count = moments.gram.num_tokens
+    assert moments.sum_D is not None
+    count = moments.num_tokens
     if count == 0:
         raise CompressionError("no calibration tokens to fit a router on")
     width = moments.sum_D.shape[0]
-    mean_D = moments.sum_D.double() / count
+    mean_D = moments.sum_D / count
     # In place: for a wide layer each float64 copy is gigabytes.
-    covariance = moments.gram.sum_DD.double().div_(count).addr_(mean_D, mean_D, alpha=-1)
+    covariance = moments.sum_DD.double().div_(count).addr_(mean_D, mean_D, alpha=-1)
     first = max(0, width - num_components)
     if takes_subspace_iteration(width, num_components):
         vectors = _leading_vectors(covariance.float(), num_components)

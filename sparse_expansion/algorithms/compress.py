@@ -6,7 +6,7 @@ outside, and ``[K, D, O]`` where a pruner works on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from sparse_expansion.algorithms.pruners.base import Problem, Pruner, Solution
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
+from sparse_expansion.types import HessianSum
 
 ROWS_PER_SUM = 64
 """Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
@@ -53,7 +54,62 @@ class ExpertWeights:
     relative_error_K: tuple[float, ...]
     """``tr(E H E^T) / tr(W H W^T)`` with ``E = W - W_k``: the share of the outputs' energy that is
     lost on the expert's calibration tokens (whose energy is estimated, see ``_sketch``), outputs
-    weighed if they are."""
+    weighed if they are. An expert with a bias loses nothing of their mean's."""
+    bias_KO: torch.Tensor | None = None
+    """float32, what is to be added to the linear's own bias; None where means are not given."""
+
+
+@dataclass(frozen=True)
+class InputMeans:
+    """What experts with biases have to know of their tokens, see ``algorithms.centring``."""
+
+    input_KD: torch.Tensor
+    """Mean of the inputs."""
+    residual_KD: torch.Tensor | None
+    """Mean of the dense residuals, None where there are none."""
+    num_tokens_K: tuple[int, ...]
+    """Tokens that the sums are over."""
+
+    @classmethod
+    def of(cls, part: HessianSum) -> InputMeans:
+        """That of one expert's sums."""
+        assert part.sum_D is not None
+        count = max(part.num_tokens, 1)
+        residual_D = part.residual_D
+        return cls(
+            (part.sum_D / count).float()[None],
+            None if residual_D is None else (residual_D / count).float()[None],
+            (part.num_tokens,),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[InputMeans]) -> InputMeans:
+        """Those of several experts, all of which have residuals or none."""
+        residuals = [part.residual_KD for part in parts if part.residual_KD is not None]
+        return cls(
+            torch.cat([part.input_KD for part in parts]),
+            torch.cat(residuals) if residuals else None,
+            sum((part.num_tokens_K for part in parts), ()),
+        )
+
+    def energies(self, W_OD: torch.Tensor, chosen: slice) -> list[float]:
+        """``n |W m|^2`` of some experts: what sums about means leave out of outputs' energies."""
+        means_KO = self.input_KD[chosen] @ W_OD.float().T
+        squares = means_KO.square().sum(dim=1).tolist()
+        return [n * square for n, square in zip(self.num_tokens_K[chosen], squares, strict=True)]
+
+    def biases(self, W_OD: torch.Tensor, weight_KOD: torch.Tensor) -> torch.Tensor:
+        """``W (m + r) - V_k m``, the best bias of every expert, ``[K, O]``.
+
+        Args:
+            W_OD: the dense weight.
+            weight_KOD: the experts.
+        """
+        W = W_OD.float()
+        found = [torch.mv(W - V, m) for V, m in zip(weight_KOD, self.input_KD, strict=True)]
+        if self.residual_KD is not None:
+            found = [b + torch.mv(W, r) for b, r in zip(found, self.residual_KD, strict=True)]
+        return torch.stack(found)
 
 
 def compress_experts(
@@ -83,6 +139,7 @@ def compress_linears(
     grids: dict[str, AffineGrid | None],
     *,
     cross_KDD: torch.Tensor | None = None,
+    means: InputMeans | None = None,
     output_weights: Mapping[str, torch.Tensor] | None = None,
     products: str = AUTO_PRODUCTS,
     compiled: bool | None = None,
@@ -99,6 +156,7 @@ def compress_linears(
         cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
             be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
             update weights has no use for it.
+        means: where experts have biases, with Hessians and cross sums about these means.
         output_weights: by name what errors of experts' outputs ``[K, O]`` are multiplied with
             before they are compared, see ``sensitivity_weights``; those of other linears are 1.
         products: how large products are taken, see the module ``products``.
@@ -109,7 +167,8 @@ def compress_linears(
     """
     if config.sparsity.fraction == 0 and all(grid is None for grid in grids.values()):
         check_hessians(H_KDD)
-        return {name: _unchanged(W_OD, H_KDD) for name, W_OD in weights.items()}
+        has_biases = means is not None
+        return {name: _unchanged(W, H_KDD, has_biases=has_biases) for name, W in weights.items()}
     pruner = pruner_of(config.pruner)
     if not pruner.updates_weights:
         cross_KDD = None
@@ -142,7 +201,8 @@ def compress_linears(
             products=products,
             compiled=compiled,
         )
-        return _experts(problem, pruner.solve(problem), H_KDD[chosen], dead_KD[chosen])
+        common = None if means is None else means.energies(W_OD, chosen)
+        return _experts(problem, pruner.solve(problem), H_KDD[chosen], dead_KD[chosen], common)
 
     made = {}
     for name, W_OD in weights.items():
@@ -151,6 +211,9 @@ def compress_linears(
             made[name] = solved(W_OD, grids[name], slice(None))
         else:
             made[name] = _weighed(W_OD, grids[name], scale_KO, solved)
+        if means is not None:
+            bias_KO = means.biases(W_OD, made[name].weight_KOD)
+            made[name] = replace(made[name], bias_KO=bias_KO)
     return made
 
 
@@ -197,7 +260,7 @@ def sensitivity_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> t
     return (torch.stack(relative).mean(dim=0) + OUTPUT_FLOOR).sqrt().float()
 
 
-def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor) -> ExpertWeights:
+def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor, *, has_biases: bool) -> ExpertWeights:
     """Experts that are the dense weight: nothing is to be dropped and nothing to be rounded."""
     num_experts = len(H_KDD)
     weight_KOD = W_OD.float().expand(num_experts, -1, -1).clone()
@@ -210,6 +273,7 @@ def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor) -> ExpertWeights:
         damping_attempts_K=(0,) * num_experts,
         num_dead_K=tuple(int(n) for n in dead_KD.sum(dim=1)),
         relative_error_K=(0.0,) * num_experts,
+        bias_KO=weight_KOD.new_zeros(weight_KOD.shape[:2]) if has_biases else None,
     )
 
 
@@ -238,9 +302,16 @@ def _target(
 
 
 def _experts(
-    problem: Problem, solution: Solution, H_KDD: torch.Tensor, dead_KD: torch.Tensor
+    problem: Problem,
+    solution: Solution,
+    H_KDD: torch.Tensor,
+    dead_KD: torch.Tensor,
+    common: Sequence[float] | None,
 ) -> ExpertWeights:
-    """The experts of a solution, features in their original order, which is that of ``H_KDD``."""
+    """The experts of a solution, features in their original order, which is that of ``H_KDD``.
+
+    Outputs' energies are those by ``H_KDD``, and in common with the mean what is given.
+    """
     num_experts = len(H_KDD)
     weight_KOD, kept_KOD = (
         found.transpose(1, 2).contiguous() for found in (solution.weight_KDO, solution.kept_KDO)
@@ -268,7 +339,9 @@ def _experts(
         damping_fraction_K=fractions,
         damping_attempts_K=attempts,
         num_dead_K=tuple(int(n) for n in dead_KD.sum(dim=1)),
-        relative_error_K=_relative_errors(problem.weight_OD.float(), H_KDD, lost_K),
+        relative_error_K=_relative_errors(
+            problem.weight_OD.float(), H_KDD, lost_K, common or [0.0] * num_experts
+        ),
     )
 
 
@@ -312,7 +385,7 @@ def _lost_energies(problem: Problem, solution: Solution) -> torch.Tensor:
 
 
 def _relative_errors(
-    W_OD: torch.Tensor, H_KDD: torch.Tensor, lost_K: torch.Tensor
+    W_OD: torch.Tensor, H_KDD: torch.Tensor, lost_K: torch.Tensor, common: Sequence[float]
 ) -> tuple[float, ...]:
     """``tr(E H E^T) / tr(W H W^T)``; the energies take O(K D^2) operations instead of O(K O D^2).
 
@@ -324,12 +397,13 @@ def _relative_errors(
         H_KDD: Hessian sums.
         lost_K: ``tr(E H E^T)``. The sweep's loss counts the damping as if it were data: it is its
             loss less ``damping |E|^2``, without dead columns, which reach no output.
+        common: of every expert what else its outputs' energy is.
     """
     gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
     gram_into(_sketch(W_OD), gram_DD)
     errors = []
-    for H_DD, lost in zip(H_KDD, lost_K.tolist(), strict=True):
-        energy = sum(
+    for H_DD, lost, rest in zip(H_KDD, lost_K.tolist(), common, strict=True):
+        energy = rest + sum(
             _inner_product(gram, H)
             for gram, H in zip(gram_DD.split(ROWS_PER_SUM), H_DD.split(ROWS_PER_SUM), strict=True)
         )

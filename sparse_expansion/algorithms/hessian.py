@@ -1,17 +1,18 @@
-"""Hessian sums, their regularisation, bounded damping, and the factor that the sweep needs.
+"""Hessian sums, bounded damping, and the factor that the sweep needs.
 
 Shapes: T tokens, D input features, K experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from sparse_expansion.algorithms.products import exact_terms, has_float32_sums
-from sparse_expansion.types import CompressionError, HessianSum, MomentSum
+from sparse_expansion.types import CompressionError, HessianSum
 
 MAX_DAMPING_ATTEMPTS = 6
 """Factorizations of one Hessian that are tried at most."""
@@ -22,14 +23,15 @@ GRAM_BASE = 256
 
 
 def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = None) -> HessianSum:
-    """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32.
+    """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32, and ``sum x``.
 
     The sum is left unscaled: SparseGPT's ``H = 2/T sum x x^T`` (arXiv 2301.00774, section 3)
     differs by a factor that cancels in the sweep.
 
     Args:
         X_TD: inputs, any floating dtype.
-        dense_residual_TD: the dense block's inputs less these; ``sum d x^T`` is added up too.
+        dense_residual_TD: the dense block's inputs less these; ``sum d x^T`` and the like are added
+            up too.
 
     Raises:
         CompressionError: an activation is NaN or infinite.
@@ -42,19 +44,24 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         sum_DD = X.new_empty(X.shape[1], X.shape[1])
         gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
-    total = HessianSum(sum_DD, X.shape[0])
+    total = HessianSum(sum_DD, X.shape[0], _column_sums(X))
     if dense_residual_TD is None:
         return total
     residual_TD = dense_residual_TD
     cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
     check_finite(residual_TD)
-    cross_fourth = float((_squared_norms(X) * _squared_norms(residual_TD)).sum())
-    return replace(total, cross_DD=cross_DD, cross_fourth=cross_fourth)
+    norms_T = torch.linalg.vector_norm(residual_TD.float(), dim=1)
+    return replace(
+        total,
+        cross_DD=cross_DD,
+        residual_D=_column_sums(residual_TD.float()),
+        residual_energy=float(norms_T.double().square().sum()),
+    )
 
 
-def _squared_norms(X_TD: torch.Tensor) -> torch.Tensor:
-    """Of every row, as float64."""
-    return torch.linalg.vector_norm(X_TD.float(), dim=1).double().square()
+def _column_sums(X_TD: torch.Tensor) -> torch.Tensor:
+    """In float32, as float64."""
+    return X_TD.sum(dim=0).double()
 
 
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
@@ -96,48 +103,43 @@ def check_finite(X_TD: torch.Tensor, squares_D: torch.Tensor | None = None) -> N
         )
 
 
-def moment_sum(X_TD: torch.Tensor) -> MomentSum:
-    """``sum x`` and ``sum x x^T`` over the rows of ``X_TD``, in float32; the first as float64."""
-    return MomentSum(X_TD.float().sum(dim=0).double(), hessian_sum(X_TD))
-
-
 def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
     """Add sums and counts in the given order (float addition is not associative).
 
     Raises:
         ValueError: ``sums`` is empty.
     """
-    total: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
-    count, cross_fourth = 0, 0.0
+    total: HessianSum | None = None
     for part in sums:
-        total = part.sum_DD.clone() if total is None else total.add_(part.sum_DD)
-        if part.cross_DD is not None:
-            cross = part.cross_DD.clone() if cross is None else cross.add_(part.cross_DD)
-        count += part.num_tokens
-        cross_fourth += part.cross_fourth
+        if total is None:
+            total = map_tensors(part, torch.Tensor.clone)
+            continue
+        total = HessianSum(
+            total.sum_DD.add_(part.sum_DD),
+            total.num_tokens + part.num_tokens,
+            _added(total.sum_D, part.sum_D),
+            _added(total.cross_DD, part.cross_DD),
+            _added(total.residual_D, part.residual_D),
+            total.residual_energy + part.residual_energy,
+        )
     if total is None:
         raise ValueError("no Hessian sums to merge")
-    return HessianSum(total, count, cross, cross_fourth)
+    return total
 
 
-def merge_moments(sums: Iterable[MomentSum]) -> MomentSum:
-    """Add the moments of several shards (or chunks) in the given order, one at a time.
+def _added(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
+    """``total``, which is written to, with ``part``: sums that are merged have the same parts."""
+    return None if total is None or part is None else total.add_(part)
 
-    Raises:
-        ValueError: ``sums`` is empty.
-    """
-    sum_D: torch.Tensor | None = None
 
-    def grams() -> Iterator[HessianSum]:
-        nonlocal sum_D
-        for part in sums:
-            sum_D = part.sum_D.clone() if sum_D is None else sum_D.add_(part.sum_D)
-            yield part.gram
-
-    gram = merge_hessians(grams())
-    assert sum_D is not None
-    return MomentSum(sum_D, gram)
+def map_tensors(total: HessianSum, change: Callable[[torch.Tensor], torch.Tensor]) -> HessianSum:
+    """The same sums with a change of each tensor, such as its device."""
+    found: dict[str, Any] = {
+        field.name: change(value)
+        for field in fields(total)
+        if isinstance(value := getattr(total, field.name), torch.Tensor)
+    }
+    return replace(total, **found)
 
 
 def check_hessians(H_KDD: torch.Tensor) -> None:

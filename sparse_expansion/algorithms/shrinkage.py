@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from sparse_expansion.algorithms.centring import about_mean
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum
 
@@ -99,16 +100,18 @@ def shrink(part: HessianSum, target: ShrinkTarget) -> tuple[HessianSum, float]:
 def _residual_weight(part: HessianSum) -> float:
     """The weight of nothing in the products of dense residuals with inputs.
 
-    As ``shrink`` has it, with nothing for ``T``, in the inputs' own coordinates. The numerator is
-    estimated by ``(mean |d|^2 |x|^2 - |C|^2) / (n - 1)``, where ``C`` is the mean of ``d x^T``.
+    As ``shrink`` has it, with nothing for ``T``, in the inputs' own coordinates: the numerator is
+    that of normal inputs and residuals, ``(tr(S) mean |d|^2 + |C|^2) / n``, where ``C`` is the mean
+    of ``d x^T``.
     """
     assert part.cross_DD is not None
     count = part.num_tokens
     energy = _energy(part.cross_DD) / max(count, 1) ** 2
     if count <= 1 or energy <= 0:
         return 1.0
-    spread = max(0.0, part.cross_fourth / count - energy) / (count - 1)
-    return min(1.0, spread / energy)
+    trace = float(part.sum_DD.diagonal().sum(dtype=torch.float64)) / count
+    noise = (trace * part.residual_energy / count + energy) / count
+    return min(1.0, noise / energy)
 
 
 class Regulariser:
@@ -118,12 +121,14 @@ class Regulariser:
         """Look at nothing yet.
 
         Args:
-            group: sums over (a sample of) the tokens of all experts, where they are added up.
-            compression: the settings, of which ``min_tokens_per_expert`` and ``shrink_hessians``
-                count.
+            group: sums over (a sample of) the tokens of all experts, where they are added up; about
+                their clusters' means where experts have biases, see ``algorithms.centring``.
+            compression: the settings, of which ``min_tokens_per_expert``, ``shrink_hessians`` and
+                ``expert_biases`` count.
         """
         self._group = group
         self._compression = compression
+        self._about_means = compression.expert_biases
         self._target: ShrinkTarget | None = None
 
     def regularise(self, part: HessianSum) -> tuple[HessianSum, float]:
@@ -132,7 +137,8 @@ class Regulariser:
         An expert with fewer tokens than ``CompressionConfig.min_tokens`` would be fitted to these
         tokens alone: it takes its whole group's sums and so becomes the plain expert of no cluster.
         Where the group has no token, as an expert of a mixture may, all features count alike: what
-        is pruned then are the smallest weights.
+        is pruned then are the smallest weights. An expert with a bias has its sums about its mean,
+        and its tokens' own mean, or without one its group's.
 
         Args:
             part: sums over the expert's own tokens.
@@ -147,15 +153,34 @@ class Regulariser:
         if not group.num_tokens and not part.num_tokens:
             width = part.sum_DD.shape[0]
             return replace(part, sum_DD=torch.eye(width, device=part.sum_DD.device)), 1.0
+        if self._about_means:
+            part = self._part_about_mean(part)
         if part.num_tokens < self._compression.min_tokens(part.sum_DD.shape[0]):
-            cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
-            return replace(group, cross_DD=cross_DD), 1.0
+            return self._in_place_of(part), 1.0
         if not self._compression.shrink_hessians:
             return part, 0.0
         if self._target is None:
             there = replace(group, sum_DD=group.sum_DD.to(part.sum_DD.device))
             self._target = ShrinkTarget(there)
         return shrink(part, self._target)
+
+    def _part_about_mean(self, part: HessianSum) -> HessianSum:
+        """An expert's sums about its mean; with its group's mean where it has no token."""
+        if part.num_tokens or self._group.sum_D is None:
+            return about_mean(part)
+        mean_D = self._group.sum_D / max(self._group.num_tokens, 1)
+        return replace(part, sum_D=mean_D.to(part.sum_DD.device))
+
+    def _in_place_of(self, part: HessianSum) -> HessianSum:
+        """The group's sums, with the mean of an expert's tokens and no residuals."""
+        cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
+        ratio = max(self._group.num_tokens, 1) / max(part.num_tokens, 1)
+        return replace(
+            self._group,
+            sum_D=None if part.sum_D is None else part.sum_D * ratio,
+            cross_DD=cross_DD,
+            residual_D=None if part.residual_D is None else part.residual_D * ratio,
+        )
 
 
 def _energy(A_DD: torch.Tensor) -> float:

@@ -38,7 +38,8 @@ class StoredLinear:
     experts: Sequence[dict[str, torch.Tensor]]
     """Streams by name, as ``packing.pack_expert`` made them."""
     grid: AffineGrid | None
-    bias_O: torch.Tensor | None
+    bias_KO: torch.Tensor | None = None
+    """Of every expert; rows may be one and the same memory."""
 
 
 def have_kernels(device: torch.device) -> bool:
@@ -55,8 +56,8 @@ def have_kernels(device: torch.device) -> bool:
 class StoredExperts:
     """Tables that lead kernels to the streams of all experts of linears that share their input.
 
-    It holds 16 bytes an expert, and 4 bytes a row of every bitmask. The streams themselves are not
-    held: they have to stay where they are as long as it is used.
+    It holds 16 bytes an expert, 4 bytes a row of every bitmask, and experts' biases. The streams
+    themselves are not held: they have to stay where they are as long as it is used.
     """
 
     def __init__(self, layout: PackedLayout, linears: Sequence[StoredLinear]) -> None:
@@ -84,8 +85,8 @@ class StoredExperts:
         some = linears[0].experts[0]
         self.device, self._value_dtype = some[value_name].device, some[value_name].dtype
         self._mask_bytes = some[mask_name].numel()
-        bias_O, grid = linears[0].bias_O, linears[0].grid
-        self._bias_dtype = None if bias_O is None else bias_O.dtype
+        bias_KO, grid = linears[0].bias_KO, linears[0].grid
+        self._bias_dtype = None if bias_KO is None else bias_KO.dtype
         self._grid_size = 0 if grid is None else grid.group_size
         self.masks = self._addresses(linears, mask_name)
         """Addresses of masks (int64) by linear and expert, and of ``values`` likewise."""
@@ -98,8 +99,12 @@ class StoredExperts:
         ]
         self._scales = self._table([scale.data_ptr() for scale, _ in self._grids])
         self._zero_points = self._table([zero_point.data_ptr() for _, zero_point in self._grids])
-        biases = [linear.bias_O for linear in linears]
-        self._biases = self._table([0 if one is None else one.data_ptr() for one in biases])
+        self.biases = [linear.bias_KO for linear in linears]
+        """Of every linear, as they were given."""
+        rows = [[None] * self.num_experts if one is None else list(one) for one in self.biases]
+        self._biases = self._table(
+            [[0 if row_O is None else row_O.data_ptr() for row_O in row] for row in rows]
+        )
         self._patterns = self._pattern_tables()
         self.starts = self._row_starts(linears)
         """Kept weights before every row of every bitmask, ``[linears, K, O]`` (int32)."""
@@ -282,7 +287,7 @@ class StoredExperts:
 def multiply_dense(
     X_TD: torch.Tensor,
     W_EOD: torch.Tensor,
-    bias_O: torch.Tensor | None,
+    bias_KO: torch.Tensor | None,
     order_T: torch.Tensor,
     ends_K: torch.Tensor,
     out_TO: torch.Tensor,
@@ -294,7 +299,7 @@ def multiply_dense(
     Args:
         X_TD: all tokens.
         W_EOD: the weights of E experts, of the tokens' dtype.
-        bias_O: of all experts.
+        bias_KO: of all experts; rows may be one and the same memory.
         order_T: sorts tokens by expert (int64).
         ends_K: where each expert's tokens end in that order (int64), of all experts.
         out_TO: is written where the experts' tokens are.
@@ -307,21 +312,24 @@ def multiply_dense(
         product_TO = torch.nn.functional.grouped_mm(
             X_TD[order_T], W_EOD.transpose(1, 2), offs=ends_K.to(torch.int32)
         )
-        out_TO[order_T] = product_TO if bias_O is None else product_TO + bias_O
+        if bias_KO is not None:
+            place_T = torch.arange(len(X_TD), device=X_TD.device)
+            product_TO = product_TO + bias_KO[torch.bucketize(place_T, ends_K, right=True)]
+        out_TO[order_T] = product_TO
         return
     tiles = -(-len(X_TD) // kernel.TILE_TOKENS) + count
     kernel.multiply_grouped[(tiles, -(-rows // kernel.TILE_ROWS))](
         X_TD.contiguous(),
         W_EOD,
         out_TO,
-        out_TO if bias_O is None else bias_O,
+        out_TO if bias_KO is None else bias_KO,
         order_T,
         ends_K,
         first,
         count,
         O=rows,
         D=columns,
-        HAS_BIAS=bias_O is not None,
+        BIAS_STRIDE=-1 if bias_KO is None else bias_KO.stride(0),
         EXPERTS=1 << max(0, count - 1).bit_length(),
         TILE_TOKENS=kernel.TILE_TOKENS,
         TILE_ROWS=kernel.TILE_ROWS,

@@ -125,6 +125,13 @@ class CompressionConfig:
         group="pruning",
     )
 
+    expert_biases: bool = setting(
+        False,
+        "Give every expert a bias, by which its outputs have the dense ones' mean on its tokens, "
+        "and make its weights for how inputs differ from theirs; one expert alone has none.",
+        group="experts",
+    )
+
     def __post_init__(self) -> None:
         """Check the bounds."""
         require(

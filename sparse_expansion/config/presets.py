@@ -13,8 +13,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "best": {
         "pruner": "admm",
-        "damping_fraction": 0.1,
+        "damping_fraction": 0.2,
         "shrink_hessians": True,
+        "expert_biases": True,
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "calibration_inputs": "sequential",

@@ -63,6 +63,10 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
     if compression["sparsity"].group is not None and isinstance(compression["layer_sparsity"], str):
         # N:M leaves no choice, so that nothing is measured.
         compression["layer_sparsity"] = UNIFORM
+    routing = routing_config(values)
+    if routing.most_clusters == 1:
+        # A plain sparse model stays one that has no biases of its own, and that is exported.
+        compression["expert_biases"] = False
     calibration = field_values(CalibrationConfig, values)
     calibration |= {"seqlen": seqlen, "whole_text": calibration["dataset_size"] == ALL_WINDOWS}
     if calibration["whole_text"]:
@@ -70,7 +74,7 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         calibration["dataset_size"] = 1
     return RunConfig(
         compression=CompressionConfig(**compression),
-        routing=routing_config(values),
+        routing=routing,
         calibration=CalibrationConfig(**calibration),
         refinement=RefinementConfig(**field_values(RefinementConfig, values)),
         **field_values(RunConfig, values),

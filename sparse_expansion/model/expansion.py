@@ -98,12 +98,13 @@ class ExpandedLinear(nn.Module):
         Args:
             in_features: the width D of the input.
             out_features: the width O of the output.
-            bias: whether the dense linear has a bias, which all experts share.
+            bias: whether the dense linear has a bias, which all experts share; those that the
+                settings give experts of their own come on top.
             compression: the settings of pruning and quantization.
             routing: the settings of the router.
             first: the group's first linear, which owns its router; ``None`` for that one itself.
             cache: holds unpacked experts.
-            dtype: the dtype of kept values and of the bias.
+            dtype: the dtype of kept values and of biases.
         """
         super().__init__()
         self.in_features = in_features
@@ -154,7 +155,7 @@ class ExpandedLinear(nn.Module):
         grid = None if self.grid is None else self.grid.grid()
         streams = self.tensors(expert)
         if have_kernels(next(iter(streams.values())).device):
-            stored = StoredExperts(self.layout, [StoredLinear([streams], grid, None)])
+            stored = StoredExperts(self.layout, [StoredLinear([streams], grid)])
             return stored.unpack(0, 1, dtype)[0]
         return unpack_expert(streams, layout=self.layout, grid=grid, dtype=dtype)
 
@@ -174,8 +175,22 @@ class ExpandedLinear(nn.Module):
         return StoredLinear(
             [self.tensors(expert) for expert in range(len(self.experts))],
             grid,
-            None if self.bias is None else self.bias.detach(),
+            self._biases(),
         )
+
+    def bias_of(self, expert: int) -> torch.Tensor | None:
+        """What is added to an expert's products ``[O]``, None where that is nothing."""
+        if not self.layout.has_bias:
+            return self.bias
+        own_O = self.tensors(expert)["bias"]
+        return own_O if self.bias is None else own_O + self.bias
+
+    def _biases(self) -> torch.Tensor | None:
+        """``bias_of`` every expert, ``[K, O]``: one and the same memory where they share it."""
+        if self.layout.has_bias:
+            own_KO = torch.stack([self.tensors(k)["bias"] for k in range(len(self.experts))])
+            return own_KO if self.bias is None else own_KO + self.bias.detach()
+        return None if self.bias is None else self.bias.detach().expand(len(self.experts), -1)
 
     def streams_state(self) -> tuple[Any, ...]:
         """What changes when any expert's tensors are moved, loaded again, or written to."""
@@ -220,13 +235,17 @@ class ExpandedLinear(nn.Module):
         # Where all experts are to stay unpacked, several tokens are faster with what is there.
         most = 1 if self.cache.max_bytes is None else STORED_TOKENS
         if 0 < X_TD.shape[0] <= most and is_plain and self._takes_stored_form():
-            matrices = [self.cache.stored(self, expert) for expert in routing.experts_T.tolist()]
+            experts = routing.experts_T.tolist()
+            matrices = [self.cache.stored(self, expert) for expert in experts]
             pairs = zip(matrices, X_TD, strict=True)
             out_TO = torch.stack([matrix.matvec(x_D) for matrix, x_D in pairs])
-            return out_TO if self.bias is None else out_TO + self.bias
+            biases = [bias for bias in map(self.bias_of, experts) if bias is not None]
+            return out_TO + torch.stack(biases) if biases else out_TO
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
-            nn.functional.linear(tokens, self.cache.dense(self, expert, X_TD.dtype), self.bias)
+            nn.functional.linear(
+                tokens, self.cache.dense(self, expert, X_TD.dtype), self.bias_of(expert)
+            )
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
@@ -250,7 +269,7 @@ class ExpandedLinear(nn.Module):
         """The text that ``print(model)`` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"experts={len(self.experts)}, bias={self.bias is not None}"
+            f"experts={len(self.experts)}, bias={self.bias is not None or self.layout.has_bias}"
         )
 
 

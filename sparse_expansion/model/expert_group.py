@@ -26,6 +26,7 @@ class Linear(Protocol):
     layout: PackedLayout
     cache: ExpertCache
     bias: torch.nn.Parameter | None
+    """That all experts share."""
 
     @property
     def device(self) -> torch.device:
@@ -114,14 +115,14 @@ class ExpertGroup:
                 X_TD.dtype,
                 lambda: stored.unpack(0, stored.num_experts, X_TD.dtype, linear=index),
             )
-            multiply_dense(X_TD, weights, linear.bias, *where)
+            multiply_dense(X_TD, weights, stored.biases[index], *where)
             return out_TO
         # Experts that have tokens, into memory that the next ones take over.
         step = max(1, linear.cache.max_bytes // (rows * columns * X_TD.element_size()))
         for first in range(0, stored.num_experts, step):
             count = min(step, stored.num_experts - first)
             weights = stored.unpack(first, count, X_TD.dtype, routing.sizes_K, linear=index)
-            multiply_dense(X_TD, weights, linear.bias, *where, first=first)
+            multiply_dense(X_TD, weights, stored.biases[index], *where, first=first)
         return out_TO
 
     def forget(self) -> None:

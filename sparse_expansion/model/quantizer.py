@@ -38,7 +38,9 @@ from sparse_expansion.model.verification import verify_loaded
 
 Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
 QUANT_METHOD = "sparse_expansion"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Experts of version 2 have no biases of their own."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -75,9 +77,9 @@ class SparseExpansionConfig(QuantizationConfigMixin):
     ) -> None:
         """Check the version, the residency, and the form of the rest."""
         self.quant_method = quant_method
-        if format_version != FORMAT_VERSION:
+        if format_version not in READABLE_VERSIONS:
             raise ValueError(
-                f"checkpoint format_version {format_version} is not {FORMAT_VERSION}: load it "
+                f"checkpoint format_version {format_version} is none of 2 and 3: load it "
                 "with the release of sparse-expansion that wrote it"
             )
         if expert_residency not in ("compressed", "dense"):

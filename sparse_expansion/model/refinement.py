@@ -83,7 +83,9 @@ class TrainableLinear(nn.Module):
         X_TD = X.reshape(-1, X.shape[-1])
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
-            nn.functional.linear(tokens, self.effective_weight(expert).to(X.dtype), linear.bias)
+            nn.functional.linear(
+                tokens, self.effective_weight(expert).to(X.dtype), linear.bias_of(expert)
+            )
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
         ]
@@ -91,11 +93,13 @@ class TrainableLinear(nn.Module):
         return out_TO.reshape(*X.shape[:-1], linear.out_features)
 
     def packed(self, expert: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """One expert's streams: its mask, which is unchanged, and its trained values or codes."""
+        """One expert's streams: mask and bias, which are unchanged, and trained values or codes."""
         weight_OD = self.weight_KOD[expert].detach()
-        layout = self._linear[0].layout
+        linear = self._linear[0]
+        layout, bias_O = linear.layout, linear.tensors(expert).get("bias")
         codes = None if self._grid is None else quantize(weight_OD, *self._grid).to(torch.uint8)
-        return pack_expert(weight_OD, self.kept_KOD[expert], codes, layout=layout, dtype=dtype)
+        kept_OD = self.kept_KOD[expert]
+        return pack_expert(weight_OD, kept_OD, codes, bias_O, layout=layout, dtype=dtype)
 
     def zero_pruned_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that a step leaves them at zero."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from sparse_expansion.algorithms.hessian import map_tensors
 from sparse_expansion.algorithms.perplexity import window_nll
 from sparse_expansion.data.activations import (
     AllInputsSeenError,
@@ -261,5 +262,4 @@ def held(context: WorkContext, tensor: torch.Tensor) -> torch.Tensor:
 
 def held_sum(context: WorkContext, total: HessianSum) -> HessianSum:
     """A Hessian sum that is handed on, where it may stay until it is used."""
-    cross_DD = None if total.cross_DD is None else held(context, total.cross_DD)
-    return replace(total, sum_DD=held(context, total.sum_DD), cross_DD=cross_DD)
+    return map_tensors(total, partial(held, context))

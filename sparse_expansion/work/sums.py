@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import nn
 
+from sparse_expansion.algorithms.centring import about_cluster_means
 from sparse_expansion.algorithms.clustering import (
     balance_clusters,
     few_centroids,
@@ -17,22 +19,16 @@ from sparse_expansion.algorithms.clustering import (
 )
 from sparse_expansion.algorithms.hessian import (
     hessian_sum,
+    map_tensors,
     merge_hessians,
-    merge_moments,
-    moment_sum,
 )
 from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.data.transfers import is_on_device, to_device
-from sparse_expansion.types import HessianSum, MomentSum, Router
+from sparse_expansion.types import HessianSum, Router
 
 CHUNK_TOKENS = 8192
 """Tokens that are summed, projected or routed at a time."""
-
-
-def sum_moments(X_TD: torch.Tensor, device: str) -> MomentSum:
-    """Sum and Gram matrix of inputs ``[T, D]``."""
-    return merge_moments(moment_sum(to_device(part, device)) for part in X_TD.split(CHUNK_TOKENS))
 
 
 def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> HessianSum:
@@ -55,8 +51,7 @@ def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> H
 
 def sum_to_device(part: HessianSum, device: str) -> HessianSum:
     """The sum on a device: itself where it is there."""
-    cross_DD = None if part.cross_DD is None else to_device(part.cross_DD, device)
-    return replace(part, sum_DD=to_device(part.sum_DD, device), cross_DD=cross_DD)
+    return map_tensors(part, partial(to_device, device=device))
 
 
 def joined(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
@@ -73,6 +68,7 @@ def fit_router(
     device: str,
     seed: int,
     is_routed: bool = False,
+    about_means: bool = False,
 ) -> tuple[Router, HessianSum, int]:
     """PCA and KMeans on samples of a group's inputs.
 
@@ -83,12 +79,45 @@ def fit_router(
         seed: of KMeans.
         is_routed: whether the inputs are those of an expert of a mixture, which may get fewer
             tokens than there are clusters, or none.
+        about_means: whether the Hessian sum is wanted about the clusters' means.
 
     Returns:
         The router, the samples' Hessian sum, and how many tokens they have.
     """
-    moments = merge_moments(sum_moments(X_TD, device) for X_TD in samples)
-    num_tokens, width = moments.gram.num_tokens, moments.sum_D.shape[0]
+    router, moments = _fitted(samples, routing, device, seed, is_routed=is_routed)
+    if about_means:
+        moments = _about_cluster_means(moments, samples, router, device)
+    return router, moments, moments.num_tokens
+
+
+def _about_cluster_means(
+    moments: HessianSum, samples: Sequence[torch.Tensor], router: Router, device: str
+) -> HessianSum:
+    """The samples' sums, over tokens less their cluster's mean."""
+    sums_KD = torch.zeros(router.num_clusters, len(router.mean_D), dtype=torch.float64)
+    sums_KD, counts_K = sums_KD.to(device), torch.zeros(router.num_clusters, device=device)
+    for X_TD in samples:
+        for part in X_TD.split(CHUNK_TOKENS):
+            there_TD = to_device(part, device).float()
+            # A product, for additions by index are made in any order on a GPU.
+            is_in_KT = nn.functional.one_hot(route(there_TD, router), router.num_clusters).T.float()
+            sums_KD += (is_in_KT @ there_TD).double()
+            counts_K += is_in_KT.sum(dim=1)
+    return about_cluster_means(moments, sums_KD, counts_K)
+
+
+def _fitted(
+    samples: Sequence[torch.Tensor],
+    routing: RoutingConfig,
+    device: str,
+    seed: int,
+    *,
+    is_routed: bool,
+) -> tuple[Router, HessianSum]:
+    """PCA and KMeans, and the samples' Hessian sum."""
+    moments = merge_hessians(sum_hessians(X_TD, device) for X_TD in samples)
+    assert moments.sum_D is not None
+    num_tokens, width = moments.num_tokens, moments.sum_D.shape[0]
     components_PD = None
     if routing.pca_reduction_factor is None:
         mean_D = (moments.sum_D / (max(1, num_tokens) if is_routed else num_tokens)).float()
@@ -106,7 +135,7 @@ def fit_router(
     )
     if is_routed and num_tokens < routing.num_clusters:
         router = Router(mean_D, components_PD, few_centroids(Z_TP, routing.num_clusters))
-        return router, moments.gram, num_tokens
+        return router, moments
     centroids_KP = fit_kmeans(
         Z_TP,
         num_clusters=routing.num_clusters,
@@ -117,7 +146,7 @@ def fit_router(
     )
     if routing.balance:
         centroids_KP = balance_clusters(Z_TP, centroids_KP, least=routing.balance)
-    return Router(mean_D, components_PD, centroids_KP), moments.gram, Z_TP.shape[0]
+    return Router(mean_D, components_PD, centroids_KP), moments
 
 
 def route_all(X_TD: torch.Tensor, router: Router, device: str) -> torch.Tensor:

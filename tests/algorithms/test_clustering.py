@@ -9,14 +9,14 @@ from sparse_expansion.algorithms.clustering import (
     project,
     route,
 )
-from sparse_expansion.algorithms.hessian import merge_moments, moment_sum
+from sparse_expansion.algorithms.hessian import hessian_sum, merge_hessians
 from sparse_expansion.algorithms.kmeans import fit_kmeans
-from sparse_expansion.types import CompressionError, MomentSum, Router
+from sparse_expansion.types import CompressionError, Router
 
 
 def test_pca_from_sums_equals_pca_of_the_tokens():
     X = torch.randn(500, 12) @ torch.randn(12, 12) + 3
-    moments = merge_moments([moment_sum(X[:123]), moment_sum(X[123:])])
+    moments = merge_hessians([hessian_sum(X[:123]), hessian_sum(X[123:])])
     mean, components = fit_pca(moments, num_components=4)
     reference = PCA(4).fit(X.double().numpy())
     np.testing.assert_allclose(mean.numpy(), reference.mean_, rtol=1e-5, atol=1e-5)
@@ -28,13 +28,13 @@ def test_pca_from_sums_equals_pca_of_the_tokens():
 
 def test_pca_by_hand():
     X = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [3.0, 3.0], [1.0, 1.0]])
-    mean, components = fit_pca(moment_sum(X), num_components=1)
+    mean, components = fit_pca(hessian_sum(X), num_components=1)
     assert mean.tolist() == [1.0, 1.0]
     torch.testing.assert_close(components, torch.full((1, 2), 0.5**0.5))
 
 
 def test_pca_of_nothing():
-    empty = MomentSum(torch.zeros(2, dtype=torch.float64), moment_sum(torch.zeros(0, 2)).gram)
+    empty = hessian_sum(torch.zeros(0, 2))
     with pytest.raises(CompressionError, match="no calibration tokens"):
         fit_pca(empty, num_components=1)
 
@@ -76,13 +76,13 @@ def test_leading_components_capture_what_a_full_decomposition_does():
     scales = torch.logspace(1, -2, 300)
     X = torch.randn(2000, 300, generator=generator) * scales
     X = X @ torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
-    mean, components = fit_pca(moment_sum(X), num_components=12)
+    mean, components = fit_pca(hessian_sum(X), num_components=12)
     torch.testing.assert_close(components @ components.T, torch.eye(12), rtol=1e-5, atol=1e-5)
     centred = (X - mean).double()
     captured = float((centred @ components.double().T).square().sum())
     best = float(torch.linalg.svdvals(centred)[:12].square().sum())
     assert (1 - 1e-3) * best < captured <= best * (1 + 1e-6)
-    again = fit_pca(moment_sum(X), num_components=12)[1]
+    again = fit_pca(hessian_sum(X), num_components=12)[1]
     assert torch.equal(components, again)
 
 

@@ -7,8 +7,6 @@ from sparse_expansion.algorithms.hessian import (
     MAX_DAMPING_ATTEMPTS,
     hessian_sum,
     merge_hessians,
-    merge_moments,
-    moment_sum,
     upper_cholesky_factor,
 )
 from sparse_expansion.types import CompressionError, HessianSum
@@ -56,12 +54,15 @@ def test_merge_leaves_its_inputs_alone_and_refuses_nothing():
         merge_hessians([])
 
 
-def test_moments_merge():
-    X = torch.randn(20, 3)
-    merged = merge_moments([moment_sum(X[:7]), moment_sum(X[7:])])
+def test_all_parts_of_sums_merge():
+    X, d = torch.randn(20, 3), torch.randn(20, 3)
+    merged = merge_hessians([hessian_sum(X[:7], d[:7]), hessian_sum(X[7:], d[7:])])
     # Chunks are summed in float32, and their sums in float64.
     torch.testing.assert_close(merged.sum_D, X.double().sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(merged.gram.sum_DD, X.T @ X)
+    torch.testing.assert_close(merged.residual_D, d.double().sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged.sum_DD, X.T @ X)
+    torch.testing.assert_close(merged.cross_DD, d.T @ X)
+    assert merged.residual_energy == pytest.approx(float(d.square().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

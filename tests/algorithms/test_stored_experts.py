@@ -50,8 +50,8 @@ def _few_programs(monkeypatch):
         monkeypatch.setattr(triton_unpack, "ROWS", 16)
 
 
-def linear(wanted, group_size, dtype, *, bias=True):
-    """Random experts of a layout on the kernels' device."""
+def linear(wanted, group_size, dtype, *, bias=True, is_shared=False):
+    """Random experts of a layout on the kernels' device, with biases of their own or of all."""
     rows, columns = wanted.shape
     grid = None
     if wanted.bits is not None:
@@ -67,8 +67,10 @@ def linear(wanted, group_size, dtype, *, bias=True):
         weight = (torch.randn(wanted.shape) * kept).to(dtype)
         packed = pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
         experts.append({name: part.to(KERNEL_DEVICE) for name, part in packed.items()})
-    bias_O = torch.randn(rows, device=KERNEL_DEVICE).to(dtype) if bias else None
-    return StoredLinear(experts, grid, bias_O)
+    bias_KO = torch.randn(EXPERTS, rows, device=KERNEL_DEVICE).to(dtype)
+    if is_shared:
+        bias_KO = bias_KO[0].expand(EXPERTS, -1)
+    return StoredLinear(experts, grid, bias_KO if bias else None)
 
 
 def unpacked(one, wanted, dtype):
@@ -93,11 +95,11 @@ def unpacked(one, wanted, dtype):
 def check_products(found, one, wanted, X, experts):
     """``found [T, O]`` is within rounding of the product in float64, token by token."""
     weights = unpacked(one, wanted, torch.float32).double()
-    bias = 0 if one.bias_O is None else one.bias_O.cpu().double()
+    biases = torch.zeros(EXPERTS, 1) if one.bias_KO is None else one.bias_KO.cpu()
     # The interpreter cuts float32 off where a GPU rounds it to bfloat16.
     unit = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[found.dtype]
     for token, expert in enumerate(experts.tolist()):
-        x = X[token].cpu().double()
+        x, bias = X[token].cpu().double(), biases[expert].double()
         scale = weights[expert].abs() @ x.abs() + abs(bias)
         error = (found[token].cpu().double() - weights[expert] @ x - bias).abs()
         assert bool((error <= unit * scale + 1e-30).all())
@@ -164,20 +166,24 @@ def test_experts_without_a_token_are_not_unpacked():
 
 
 @pytest.mark.parametrize(
-    ("step", "dtype", "grouped"),
+    ("step", "dtype", "grouped", "is_shared"),
     [
-        (EXPERTS, torch.float32, False),
-        (2, torch.float32, False),
-        (2, torch.float16, False),
+        (EXPERTS, torch.float32, False, False),
+        (2, torch.float32, False, False),
+        (2, torch.float32, False, True),
+        (2, torch.float16, False, False),
         # By PyTorch's own product; the interpreter multiplies no bfloat16.
-        (EXPERTS, torch.bfloat16, True),
+        (EXPERTS, torch.bfloat16, True, False),
+        (EXPERTS, torch.bfloat16, True, True),
     ],
 )
-def test_unpacked_experts_are_multiplied_in_one_product(step, dtype, grouped, monkeypatch):
+def test_unpacked_experts_are_multiplied_in_one_product(
+    step, dtype, grouped, is_shared, monkeypatch
+):
     """More tokens than a tile has, experts without any, and pieces that do not hold all experts."""
     monkeypatch.setattr(stored_experts, "takes_grouped_product", lambda weights: grouped)
     wanted = layout((24, 72), "0.5")
-    one = linear(wanted, None, dtype)
+    one = linear(wanted, None, dtype, is_shared=is_shared)
     stored = StoredExperts(wanted, [one])
     for sizes in ([70, 0, 3], [0, 5, 0], [0, 0, 67]):
         experts = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
@@ -188,7 +194,7 @@ def test_unpacked_experts_are_multiplied_in_one_product(step, dtype, grouped, mo
         for first in range(0, EXPERTS, step):
             weights = stored.unpack(first, min(step, EXPERTS - first), dtype)
             order = torch.argsort(experts, stable=True)
-            multiply_dense(X, weights, one.bias_O, order, ends, out, first=first)
+            multiply_dense(X, weights, one.bias_KO, order, ends, out, first=first)
         check_products(out, one, wanted, X, experts)
 
 

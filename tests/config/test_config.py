@@ -69,7 +69,7 @@ def test_sizes_are_written_in_the_largest_unit_that_is_exact():
 
 
 def test_digests_do_not_change_unnoticed():
-    assert digest(RunConfig().to_dict()) == "7f507c8ea86a1e91"
+    assert digest(RunConfig().to_dict()) == "e998d1bf5ff49627"
     config = RunConfig(
         compression=CompressionConfig(
             sparsity=SparsityPattern.parse("2:4"),
@@ -81,7 +81,7 @@ def test_digests_do_not_change_unnoticed():
         routing=RoutingConfig(pca_reduction_factor=None),
         calibration=CalibrationConfig(seqlen=512, calibration_inputs="sequential"),
     )
-    assert digest(config.to_dict()) == "4d27dc854675b126"
+    assert digest(config.to_dict()) == "92148a8a7b0445e0"
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -386,7 +386,7 @@ def test_wire_format():
         torch.randn(2, 3),
         torch.randn(4).bfloat16(),
         HessianSum(torch.eye(2), 3),
-        HessianSum(torch.eye(2), 3, torch.ones(2, 2), 3.5),
+        HessianSum(torch.eye(2), 3, cross_DD=torch.ones(2, 2), residual_energy=3.5),
         [HessianSum(torch.zeros(1, 1), 0)],
         5,
     ]
@@ -398,7 +398,7 @@ def test_wire_format():
     assert from_wire(to_wire(values[2])).cross_DD is None
     back = from_wire(to_wire(values[3]))
     assert torch.equal(back.cross_DD, torch.ones(2, 2))
-    assert back.cross_fourth == 3.5
+    assert back.residual_energy == 3.5 and back.sum_D is None
 
 
 def command(model: Path, text: Path, output: Path, *flags: str) -> list[str]:

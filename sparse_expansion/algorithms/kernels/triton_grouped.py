@@ -21,7 +21,7 @@ def multiply_grouped(  # type: ignore[no-untyped-def]
     count,
     O: tl.constexpr,  # noqa: E741 - the number of rows, as everywhere
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -30,8 +30,9 @@ def multiply_grouped(  # type: ignore[no-untyped-def]
     """Write ``X W_k^T`` of the tokens of experts ``first`` to ``first + count - 1``.
 
     ``X`` is ``[tokens, D]``, ``W [count, O, D]``, ``out [tokens, O]``. ``order`` sorts tokens by
-    expert, ``ends [all experts]`` (int64) is where each one's tokens end. A program finds the
-    expert and tile that it is for by itself; there are more programs than tiles.
+    expert, ``ends [all experts]`` (int64) is where each one's tokens end. Experts' biases are
+    ``BIAS_STRIDE`` apart, 0 where they share one; there are none where it is below 0. A program
+    finds the expert and tile that it is for by itself; there are more programs than tiles.
     """
     each = tl.arange(0, EXPERTS)
     known = each < count
@@ -68,7 +69,8 @@ def multiply_grouped(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-    if HAS_BIAS:
+    if BIAS_STRIDE >= 0:
+        bias += (first + expert) * BIAS_STRIDE
         total += tl.load(bias + row, mask=has_row, other=0.0).to(tl.float32)[None, :]
     tl.store(
         out + token[:, None] * O + row[None, :],

@@ -52,7 +52,7 @@ def multiply_stored(  # type: ignore[no-untyped-def]
 
     A program is started for every token, and does the work where no earlier token's program does.
     ``X`` is ``[tokens, D]``, ``experts [tokens]``, ``out [linears, tokens, O]``. ``masks``,
-    ``values`` (addresses by linear and expert), ``scales``, ``zero_points`` and ``biases``
+    ``values`` and ``biases`` (addresses by linear and expert), ``scales`` and ``zero_points``
     (addresses by linear) lead to the streams; ``starts [linears, experts, O]`` are the kept weights
     before every row of a bitmask. ``VALUE`` and ``BIAS`` are what is at the addresses.
     """
@@ -150,7 +150,7 @@ def multiply_stored(  # type: ignore[no-untyped-def]
                 sum3 += w * tl.load(x3 + column, mask=column < D, other=0.0).to(tl.float32)
     bias = tl.zeros((ROWS,), tl.float32)
     if BIAS is not None:
-        bias_of = tl.load(biases + linear).to(tl.pointer_type(BIAS))
+        bias_of = tl.load(biases + which).to(tl.pointer_type(BIAS))
         bias = tl.load(bias_of + row, mask=inside, other=0.0).to(tl.float32)
     out += linear.to(tl.int64) * tokens * O + row
     dtype: tl.constexpr = out.dtype.element_ty

@@ -39,6 +39,7 @@ def pack_expert(
     weight_OD: torch.Tensor,
     kept_OD: torch.Tensor,
     codes_OD: torch.Tensor | None,
+    bias_O: torch.Tensor | None = None,
     *,
     layout: PackedLayout,
     dtype: torch.dtype,
@@ -50,8 +51,9 @@ def pack_expert(
         weight_OD: the compressed weight.
         kept_OD: bool, which weights are kept.
         codes_OD: uint8 codes where quantized.
+        bias_O: the expert's bias, where the layout has one.
         layout: the expert's layout.
-        dtype: the dtype of stored values.
+        dtype: the dtype of stored values, and of the bias.
         compiled: whether by compiled loops; by default on a CPU.
 
     Raises:
@@ -77,6 +79,9 @@ def pack_expert(
         tensors["values"] = kept
     else:
         tensors["codes"] = (pack_codes if compiled else device.pack_fields)(kept, layout.bits)
+    if layout.has_bias:
+        assert bias_O is not None
+        tensors["bias"] = bias_O.to(dtype)
     return tensors
 
 

@@ -29,6 +29,8 @@ class PackedLayout:
     """Ones of a full group."""
     rest_kept: int = 0
     """Ones of a row's last, shorter group."""
+    has_bias: bool = False
+    """Whether the expert has a bias of its own."""
 
     @classmethod
     def of(cls, rows: int, columns: int, config: CompressionConfig) -> PackedLayout:
@@ -37,7 +39,7 @@ class PackedLayout:
         kept = pattern.num_kept(rows, columns, config.block_size)
         is_sparse = pattern.fraction > 0
         if pattern.group is None or pattern.pruned is None or pattern.group > MAX_PATTERN_GROUP:
-            return cls(rows, columns, kept, config.bits, is_sparse)
+            return cls(rows, columns, kept, config.bits, is_sparse, has_bias=config.expert_biases)
         rest = columns % pattern.group
         return cls(
             rows,
@@ -48,6 +50,7 @@ class PackedLayout:
             group=pattern.group,
             group_kept=pattern.group - pattern.pruned,
             rest_kept=rest - rest * pattern.pruned // pattern.group,
+            has_bias=config.expert_biases,
         )
 
     @property
@@ -79,6 +82,8 @@ class PackedLayout:
             found["values"] = ("value", self.num_kept)
         else:
             found["codes"] = ("uint8", packed_bytes(self.num_kept, self.bits))
+        if self.has_bias:
+            found["bias"] = ("value", self.rows)
         return found
 
     def num_bytes(self, item_bytes: int) -> int:
@@ -89,7 +94,7 @@ class PackedLayout:
         )
 
     def information_bits(self, item_bytes: int) -> float:
-        """Bits that the expert's information takes: mask or patterns, and values or codes.
+        """Bits that the expert's information takes: mask or patterns, values or codes, and a bias.
 
         Fields are counted with their share of a bit (``log2`` of a group's patterns), and without
         the bits that fill the last byte.
@@ -104,7 +109,8 @@ class PackedLayout:
                 full * math.log2(math.comb(self.group, self.group_kept))
                 + math.log2(math.comb(rest, self.rest_kept))
             )
-        return mask + self.num_kept * (8 * item_bytes if self.bits is None else self.bits)
+        bias = 8 * item_bytes * self.rows if self.has_bias else 0
+        return mask + self.num_kept * (8 * item_bytes if self.bits is None else self.bits) + bias
 
 
 def grid_bytes(rows: int, columns: int, config: CompressionConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ def to_wire(value: Any) -> Any:
             return ("bfloat16", tensor.view(torch.uint16).numpy())
         return tensor.numpy()
     if isinstance(value, HessianSum):
-        sums = to_wire(value.sum_DD), to_wire(value.cross_DD)
-        return ("HessianSum", *sums, value.num_tokens, value.cross_fourth)
+        return ("HessianSum", *(to_wire(getattr(value, field.name)) for field in fields(value)))
     if isinstance(value, list):
         return [to_wire(part) for part in value]
     return value
@@ -36,6 +36,5 @@ def from_wire(value: Any) -> Any:
         if kind == "bfloat16":
             return torch.from_numpy(parts[0]).view(torch.bfloat16)
         assert kind == "HessianSum"
-        sum_DD, cross_DD = (from_wire(part) for part in parts[:2])
-        return HessianSum(sum_DD, parts[2], cross_DD, *parts[3:])
+        return HessianSum(*map(from_wire, parts))
     return value

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from sparse_expansion.algorithms.hessian import check_finite, merge_hessians
+from sparse_expansion.algorithms.hessian import check_finite, map_tensors, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
 from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
 from sparse_expansion.types import HessianSum
@@ -72,14 +70,17 @@ def recapture(
 @stage(is_final=True)
 def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
     """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids."""
-    routing = context.config.routing.at(layer)
-    linears = context.group(layer, group)
+    linears, compression = context.group(layer, group), context.config.compression
     found, gram, fit_tokens = fit_router(
-        samples, routing, device=context.device, seed=seed, is_routed=linears.is_routed
+        samples,
+        context.config.routing.at(layer),
+        device=context.device,
+        seed=seed,
+        is_routed=linears.is_routed,
+        about_means=compression.expert_biases,
     )
     prefix = context.shell().block_prefix(layer)
     tensors = router_tensors(found, router_owner(context, layer, group))
-    compression = context.config.compression
     if compression.bits is not None:
         for linear in linears.linears:
             grid = fit_grid(
@@ -91,7 +92,7 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
             tensors |= grid_tensors(grid, prefix + linear)
     return Done(
         stats={"fit_tokens": fit_tokens},
-        outputs={"gram": replace(gram, sum_DD=context.buffers.hold(gram.sum_DD))},
+        outputs={"gram": map_tensors(gram, context.buffers.hold)},
         files=context.write(router_file(layer, group), tensors, read_in=layer),
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from sparse_expansion.algorithms.compress import (
     ExpertWeights,
+    InputMeans,
     compress_linears,
     sensitivity_weights,
 )
@@ -53,7 +54,7 @@ def experts(
     squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
-    H_KDD, cross_KDD, stats = _expert_hessians(context, gram, shards, compression)
+    H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, compression)
     prefix = context.shell().block_prefix(layer)
     weights = {
         name: context.dense_weight(layer, name) for name in context.group(layer, group).linears
@@ -65,6 +66,7 @@ def experts(
         compression,
         grids,
         cross_KDD=cross_KDD,
+        means=means,
         output_weights=_output_weights(context, list(weights), squares),
         products=context.config.products,
     )
@@ -106,13 +108,14 @@ def _expert_hessians(
     gram: HessianSum,
     shards: tuple[list[torch.Tensor | HessianSum], ...],
     compression: CompressionConfig,
-) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
-    """Hessians ``[K, D, D]`` of a range of experts, their cross sums, and facts for the marker."""
+) -> tuple[torch.Tensor, torch.Tensor | None, InputMeans | None, dict[str, Any]]:
+    """Of a range of experts: Hessians ``[K, D, D]``, cross sums, means, facts for the marker."""
     width = gram.sum_DD.shape[0]
     floor = compression.min_tokens(width)
     H_KDD = torch.empty(len(shards[0]), width, width, device=context.device)
     cross_KDD: torch.Tensor | None = None
     regulariser = Regulariser(gram, compression)
+    means: list[InputMeans] = []
     stats: dict[str, Any] = {"tokens": [], "starved": [], "group_share": []}
     for k, parts in enumerate(zip(*shards, strict=True)):
         # All shards hand on sums, or all hand on rows: one product of many rows is faster.
@@ -128,12 +131,14 @@ def _expert_hessians(
         merged, weight = regulariser.regularise(merged)
         stats["group_share"].append(weight)
         H_KDD[k] = merged.sum_DD
+        means.append(InputMeans.of(merged))
         if merged.cross_DD is not None:
             cross_KDD = torch.empty_like(H_KDD) if cross_KDD is None else cross_KDD
             cross_KDD[k] = merged.cross_DD
         # Before the next one is made: for a wide layer each is gigabytes.
         del merged, sums, rows, parts
-    return H_KDD, cross_KDD, stats
+    all_means = InputMeans.joined(means) if compression.expert_biases else None
+    return H_KDD, cross_KDD, all_means, stats
 
 
 def _packed(
@@ -141,7 +146,8 @@ def _packed(
 ) -> dict[str, torch.Tensor]:
     codes = None if result.codes_KOD is None else result.codes_KOD[expert]
     weight_OD, kept_OD = result.weight_KOD[expert], result.kept_KOD[expert]
-    return pack_expert(weight_OD, kept_OD, codes, layout=layout, dtype=dtype)
+    bias_O = None if result.bias_KO is None else result.bias_KO[expert]
+    return pack_expert(weight_OD, kept_OD, codes, bias_O, layout=layout, dtype=dtype)
 
 
 @stage(name="refine", is_final=True, replaces="experts", loads_block=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from sparse_expansion.algorithms import neurons as measures
-from sparse_expansion.algorithms.compress import compress_linears
+from sparse_expansion.algorithms.compress import InputMeans, compress_linears
 from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CLUSTERINGS
 from sparse_expansion.data.transfers import to_device
@@ -89,7 +89,13 @@ def clusters(
     X_cal, X_held = X_TD[:calibration_tokens], to_device(X_TD[calibration_tokens:], device)
     sample = rows_of(X_cal, evenly_spaced(len(X_cal), config.routing.fit_tokens))
     routing = replace(config.routing, num_clusters=num_clusters)
-    router, gram, _ = fit_router([sample], routing, device=device, seed=seed)
+    router, gram, _ = fit_router(
+        [sample],
+        routing,
+        device=device,
+        seed=seed,
+        about_means=config.compression.expert_biases,
+    )
     module = context.shell().load_block(layer).get_submodule(linear)
     W_OD = context.dense_weight(layer, linear)
     with torch.no_grad():
@@ -140,11 +146,18 @@ def _change_of_outputs(
         H = sum_hessians(rows_of(X_cal, torch.nonzero(labels_T == k).flatten()), device)
         H, _ = regulariser.regularise(H)
         made = compress_linears(
-            {"": W_OD}, H.sum_DD[None], compression, {"": None}, products=context.config.products
+            {"": W_OD},
+            H.sum_DD[None],
+            compression,
+            {"": None},
+            means=InputMeans.of(H) if compression.expert_biases else None,
+            products=context.config.products,
         )[""]
         chosen = torch.nonzero(held_T == k).flatten()
         delta_OD = made.weight_KOD[0] - W_OD.float()
         change_TO[chosen] = X_held[chosen].float() @ delta_OD.T
+        if made.bias_KO is not None:
+            change_TO[chosen] += made.bias_KO[0]
     return change_TO
 
 
