@@ -5,12 +5,13 @@ are to be ``W (x + d)`` does best with ``b = W (m + r) - V m``, whatever ``V`` i
 judged by sums about the means, in which the inputs' common part is nothing: the mean of a cluster
 is most of the energy of its inputs.
 
-Shapes: D input features, K clusters.
+Shapes: D input features, O output features, K experts or clusters.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +20,59 @@ from sparse_expansion.types import HessianSum
 VARIANCE_FLOOR = 1e-4
 """Share of the sum of a feature's squares that is added to that about the mean, so that what a
 difference of large float32 sums leaves is never taken for an energy, or below 0."""
+
+
+@dataclass(frozen=True)
+class InputMeans:
+    """What experts with biases have to know of their tokens, beside sums about the means."""
+
+    input_KD: torch.Tensor
+    """Mean of the inputs."""
+    residual_KD: torch.Tensor | None
+    """Mean of the dense residuals, None where there are none."""
+    num_tokens_K: tuple[int, ...]
+    """Tokens that the sums are over."""
+
+    @classmethod
+    def of(cls, part: HessianSum) -> InputMeans:
+        """That of one expert's sums."""
+        assert part.sum_D is not None
+        count = max(part.num_tokens, 1)
+        residual_D = part.residual_D
+        return cls(
+            (part.sum_D / count).float()[None],
+            None if residual_D is None else (residual_D / count).float()[None],
+            (part.num_tokens,),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[InputMeans]) -> InputMeans:
+        """Those of several experts, all of which have residuals or none."""
+        residuals = [part.residual_KD for part in parts if part.residual_KD is not None]
+        return cls(
+            torch.cat([part.input_KD for part in parts]),
+            torch.cat(residuals) if residuals else None,
+            sum((part.num_tokens_K for part in parts), ()),
+        )
+
+    def energies(self, W_OD: torch.Tensor, chosen: slice) -> list[float]:
+        """``n |W m|^2`` of some experts: what sums about means leave out of outputs' energies."""
+        means_KO = self.input_KD[chosen] @ W_OD.float().T
+        squares = means_KO.square().sum(dim=1).tolist()
+        return [n * square for n, square in zip(self.num_tokens_K[chosen], squares, strict=True)]
+
+    def biases(self, W_OD: torch.Tensor, weight_KOD: torch.Tensor) -> torch.Tensor:
+        """``W (m + r) - V_k m``, the best bias of every expert, ``[K, O]``.
+
+        Args:
+            W_OD: the dense weight.
+            weight_KOD: the experts.
+        """
+        W = W_OD.float()
+        found = [torch.mv(W - V, m) for V, m in zip(weight_KOD, self.input_KD, strict=True)]
+        if self.residual_KD is not None:
+            found = [b + torch.mv(W, r) for b, r in zip(found, self.residual_KD, strict=True)]
+        return torch.stack(found)
 
 
 def about_mean(part: HessianSum) -> HessianSum:

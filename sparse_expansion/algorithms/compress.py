@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sparse_expansion.algorithms.centring import InputMeans
 from sparse_expansion.algorithms.hessian import (
     HessianFactor,
     check_hessians,
@@ -22,7 +23,6 @@ from sparse_expansion.algorithms.pruners.base import Problem, Pruner, Solution
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
-from sparse_expansion.types import HessianSum
 
 ROWS_PER_SUM = 64
 """Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
@@ -58,58 +58,9 @@ class ExpertWeights:
     bias_KO: torch.Tensor | None = None
     """float32, what is to be added to the linear's own bias; None where means are not given."""
 
-
-@dataclass(frozen=True)
-class InputMeans:
-    """What experts with biases have to know of their tokens, see ``algorithms.centring``."""
-
-    input_KD: torch.Tensor
-    """Mean of the inputs."""
-    residual_KD: torch.Tensor | None
-    """Mean of the dense residuals, None where there are none."""
-    num_tokens_K: tuple[int, ...]
-    """Tokens that the sums are over."""
-
-    @classmethod
-    def of(cls, part: HessianSum) -> InputMeans:
-        """That of one expert's sums."""
-        assert part.sum_D is not None
-        count = max(part.num_tokens, 1)
-        residual_D = part.residual_D
-        return cls(
-            (part.sum_D / count).float()[None],
-            None if residual_D is None else (residual_D / count).float()[None],
-            (part.num_tokens,),
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[InputMeans]) -> InputMeans:
-        """Those of several experts, all of which have residuals or none."""
-        residuals = [part.residual_KD for part in parts if part.residual_KD is not None]
-        return cls(
-            torch.cat([part.input_KD for part in parts]),
-            torch.cat(residuals) if residuals else None,
-            sum((part.num_tokens_K for part in parts), ()),
-        )
-
-    def energies(self, W_OD: torch.Tensor, chosen: slice) -> list[float]:
-        """``n |W m|^2`` of some experts: what sums about means leave out of outputs' energies."""
-        means_KO = self.input_KD[chosen] @ W_OD.float().T
-        squares = means_KO.square().sum(dim=1).tolist()
-        return [n * square for n, square in zip(self.num_tokens_K[chosen], squares, strict=True)]
-
-    def biases(self, W_OD: torch.Tensor, weight_KOD: torch.Tensor) -> torch.Tensor:
-        """``W (m + r) - V_k m``, the best bias of every expert, ``[K, O]``.
-
-        Args:
-            W_OD: the dense weight.
-            weight_KOD: the experts.
-        """
-        W = W_OD.float()
-        found = [torch.mv(W - V, m) for V, m in zip(weight_KOD, self.input_KD, strict=True)]
-        if self.residual_KD is not None:
-            found = [b + torch.mv(W, r) for b, r in zip(found, self.residual_KD, strict=True)]
-        return torch.stack(found)
+    def with_biases(self, means: InputMeans, W_OD: torch.Tensor) -> ExpertWeights:
+        """The same with the best biases for copies of ``W_OD``."""
+        return replace(self, bias_KO=means.biases(W_OD, self.weight_KOD))
 
 
 def compress_experts(
@@ -172,11 +123,9 @@ def compress_linears(
     pruner = pruner_of(config.pruner)
     if not pruner.updates_weights:
         cross_KDD = None
-    order_KD: torch.Tensor | None = None
+    order_KD = _column_order(H_KDD) if config.act_order else None
     ordered_KDD = H_KDD
-    if config.act_order:
-        diagonal = H_KDD.diagonal(dim1=1, dim2=2)
-        order_KD = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    if order_KD is not None:
         ordered_KDD = _reordered(H_KDD, order_KD)
         cross_KDD = None if cross_KDD is None else _reordered(cross_KDD, order_KD)
     factor: HessianFactor | None = None
@@ -212,8 +161,7 @@ def compress_linears(
         else:
             made[name] = _weighed(W_OD, grids[name], scale_KO, solved)
         if means is not None:
-            bias_KO = means.biases(W_OD, made[name].weight_KOD)
-            made[name] = replace(made[name], bias_KO=bias_KO)
+            made[name] = made[name].with_biases(means, W_OD)
     return made
 
 
@@ -343,6 +291,12 @@ def _experts(
             problem.weight_OD.float(), H_KDD, lost_K, common or [0.0] * num_experts
         ),
     )
+
+
+def _column_order(H_KDD: torch.Tensor) -> torch.Tensor:
+    """Columns by falling diagonal, ``[K, D]``."""
+    diagonal = H_KDD.diagonal(dim1=1, dim2=2)
+    return torch.argsort(diagonal, dim=1, descending=True, stable=True)
 
 
 def _reordered(H_KDD: torch.Tensor, order_KD: torch.Tensor) -> torch.Tensor:

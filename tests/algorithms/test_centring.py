@@ -5,10 +5,11 @@ import torch
 
 from sparse_expansion.algorithms.centring import (
     VARIANCE_FLOOR,
+    InputMeans,
     about_cluster_means,
     about_mean,
 )
-from sparse_expansion.algorithms.compress import InputMeans, compress_linears
+from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.hessian import hessian_sum, merge_hessians
 from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CompressionConfig, SparsityPattern

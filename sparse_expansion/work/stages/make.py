@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from sparse_expansion.algorithms.centring import InputMeans
 from sparse_expansion.algorithms.compress import (
     ExpertWeights,
-    InputMeans,
     compress_linears,
     sensitivity_weights,
 )

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from sparse_expansion.algorithms import neurons as measures
-from sparse_expansion.algorithms.compress import InputMeans, compress_linears
+from sparse_expansion.algorithms.centring import InputMeans
+from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CLUSTERINGS
 from sparse_expansion.data.transfers import to_device
