@@ -80,11 +80,6 @@ def _exportable(shell: ModelShell, form: str) -> CompressionConfig:
             "have room for one: export a model made with --num_clusters 1"
         )
     compression = shell.expansion.compression_config()
-    if compression.expert_biases:
-        raise ValueError(
-            f"experts of {shell.folder} have biases, and other formats have no room for them: "
-            "export a model made with --no-expert-biases"
-        )
     if form == PACK_QUANTIZED:
         if compression.bits is None:
             raise ValueError(f"{shell.folder} is not quantized: export it with --format {DENSE}")

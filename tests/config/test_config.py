@@ -23,6 +23,7 @@ from sparse_expansion.config import (
     parse_size,
 )
 from sparse_expansion.config.fields import settings_of
+from sparse_expansion.config.values import completed, run_config
 
 SECTIONS = (
     CompressionConfig,
@@ -152,3 +153,10 @@ print(sorted(names - set(sys.stdlib_module_names)))
 def test_outputs_are_weighed_where_errors_compete(changes, level, is_routed, weighs):
     config = CompressionConfig(**{"pruner": "admm", "weigh_outputs": True, **changes})
     assert config.weighs(level, is_routed=is_routed) is weighs
+
+
+@pytest.mark.parametrize(("clusters", "has_biases"), [(1, False), (2, True)])
+def test_one_expert_alone_has_no_bias(clusters, has_biases):
+    values = completed({"preset": "best", "num_clusters": clusters})
+    assert values["expert_biases"]
+    assert run_config(values, seqlen=32).compression.expert_biases is has_biases

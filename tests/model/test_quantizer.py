@@ -14,7 +14,7 @@ import sparse_expansion
 from sparse_expansion.cli import main
 from sparse_expansion.model.quantizer import SparseExpansionConfig
 from sparse_expansion.model.streaming import ModelShell
-from tests.model.running import expand, stream
+from tests.model.running import expand, logits, stream
 
 
 def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):
@@ -123,6 +123,22 @@ def test_truncated_checkpoint_is_not_loaded(tmp_path, llama_folder, text_folder,
         == 2
     )
     assert file.name in capsys.readouterr().err
+
+
+def test_folders_of_version_2_are_read_as_before(neox_folder, text_folder, tmp_path):
+    """They have no biases of experts, and settings that say nothing of them."""
+    made = expand(neox_folder, text_folder, tmp_path / "m", "--no-expert-biases")
+    tokens = torch.randint(1, 500, (3, 30))
+    before = logits(AutoModelForCausalLM.from_pretrained(made), tokens)
+    config = json.loads((made / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 3
+    config["quantization_config"]["format_version"] = 2
+    assert config["quantization_config"]["compression"].pop("expert_biases") is False
+    (made / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((made / "manifest.json").read_text())
+    del manifest["sha256_of_the_rest"], manifest["files"]["config.json"]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(made), tokens), before)
 
 
 def test_config_from_a_newer_format_is_refused():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sparse_expansion.algorithms.compress import compress_experts
@@ -238,6 +239,43 @@ def test_outputs_are_weighed_where_zeros_may_lie_anywhere(
         assert plain[values].shape == weighed[values].shape
     others = kept("n:m", "2:4", False), kept("weighed n:m", "2:4", True)
     assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_outputs_of_experts_with_biases_have_the_dense_mean(
+    shards, tmp_path, neox_folder, text_folder
+):
+    """Of the block that has the dense inputs; its later linear makes up for the earlier one."""
+    _, windows, _ = make(
+        neox_folder,
+        text_folder,
+        tmp_path / "o",
+        clusters=3,
+        schedule="sequential",
+        compression=CompressionConfig(block_size=16, expert_biases=True, shrink_hessians=True),
+        data_shards=shards,
+    )
+    dense, expanded = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (neox_folder, tmp_path / "o")
+    )
+    ends = []
+
+    def hook(module, args, out):
+        ends.append((args[0].flatten(0, 1), out.flatten(0, 1)))
+
+    for name in ("dense_h_to_4h", "dense_4h_to_h"):
+        for model in (dense, expanded):
+            linear = model.gpt_neox.layers[0].mlp.get_submodule(name)
+            handle = linear.register_forward_hook(hook)
+            with torch.no_grad():
+                model(windows)
+            handle.remove()
+        (_, wanted), (inputs, found) = ends[-2:]
+        experts = linear.group_router(inputs).experts_T
+        assert len(experts.unique()) == 3
+        for k in range(3):
+            lost = (wanted - found)[experts == k].float()
+            assert float(lost.mean(0).abs().max()) < 0.01 * float(lost.square().mean().sqrt())
 
 
 def test_balanced_clusters_in_a_run(tmp_path, llama_folder, text_folder):
