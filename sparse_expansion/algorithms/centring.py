@@ -20,6 +20,8 @@ from sparse_expansion.types import HessianSum
 VARIANCE_FLOOR = 1e-4
 """Share of the sum of a feature's squares that is added to that about the mean, so that what a
 difference of large float32 sums leaves is never taken for an energy, or below 0."""
+ROUNDED_FLOOR = 4e-3
+"""The same where the factors of the sums' products were rounded to TF32, to one part in 2048."""
 
 
 @dataclass(frozen=True)
@@ -116,4 +118,6 @@ def about_cluster_means(
 
 
 def _add_floor(about_DD: torch.Tensor, sum_DD: torch.Tensor) -> None:
-    about_DD.diagonal().add_(sum_DD.diagonal(), alpha=VARIANCE_FLOOR)
+    rounded = sum_DD.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    floor = ROUNDED_FLOOR if rounded else VARIANCE_FLOOR
+    about_DD.diagonal().add_(sum_DD.diagonal(), alpha=floor)

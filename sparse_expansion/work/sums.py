@@ -94,14 +94,16 @@ def _about_cluster_means(
     moments: HessianSum, samples: Sequence[torch.Tensor], router: Router, device: str
 ) -> HessianSum:
     """The samples' sums, over tokens less their cluster's mean."""
-    sums_KD = torch.zeros(router.num_clusters, len(router.mean_D), dtype=torch.float64)
-    sums_KD, counts_K = sums_KD.to(device), torch.zeros(router.num_clusters, device=device)
+    shape = router.num_clusters, len(router.mean_D)
+    sums_KD = torch.zeros(shape, dtype=torch.float64, device=device)
+    counts_K = torch.zeros(shape[0], dtype=torch.float64, device=device)
     for X_TD in samples:
-        for part in X_TD.split(CHUNK_TOKENS):
-            there_TD = to_device(part, device).float()
+        for part in X_TD.split(CHUNK_TOKENS // 8):
+            there_TD = to_device(part, device)
+            labels_T = route(there_TD, router)
+            is_in_KT = nn.functional.one_hot(labels_T, router.num_clusters).T.double()
             # A product, for additions by index are made in any order on a GPU.
-            is_in_KT = nn.functional.one_hot(route(there_TD, router), router.num_clusters).T.float()
-            sums_KD += (is_in_KT @ there_TD).double()
+            sums_KD += is_in_KT @ there_TD.double()
             counts_K += is_in_KT.sum(dim=1)
     return about_cluster_means(moments, sums_KD, counts_K)
 

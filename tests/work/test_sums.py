@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from sparse_expansion.algorithms.centring import VARIANCE_FLOOR
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.types import CompressionError
-from sparse_expansion.work.sums import fit_router
+from sparse_expansion.work.sums import fit_router, route_all
 
 
 @pytest.mark.parametrize("reduction", [None, 2])
@@ -30,3 +31,21 @@ def test_a_router_of_an_expert_that_few_tokens_reach(count, reduction):
     if 0 < count < 3:
         with pytest.raises(CompressionError, match=f"{count} calibration tokens cannot fill 3"):
             fit_router(samples, routing, device="cpu", seed=1)
+
+
+@pytest.mark.parametrize("factor", [None, 4])
+def test_a_groups_sums_about_its_clusters_means(factor):
+    """Of several samples, longer than what is taken at a time, against float64."""
+    X = torch.randn(1500, 16) + 5 * torch.randint(0, 3, (1500, 1))
+    routing = RoutingConfig(num_clusters=3, pca_reduction_factor=factor, restarts=1)
+    samples = [X[:100], X[100:]]
+    plain_router, plain, _ = fit_router(samples, routing, device="cpu", seed=0)
+    router, found, tokens = fit_router(samples, routing, device="cpu", seed=0, about_means=True)
+    assert torch.equal(router.centroids_KP, plain_router.centroids_KP) and tokens == 1500
+    labels = route_all(X, router, "cpu")
+    parts = [X[labels == k].double() for k in range(3)]
+    wanted = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in parts)
+    wanted += VARIANCE_FLOOR * torch.diag(X.double().square().sum(0))
+    torch.testing.assert_close(found.sum_DD.double(), wanted, rtol=1e-4, atol=0.05)
+    assert float(found.sum_DD.trace()) < 0.2 * float(plain.sum_DD.trace())
+    assert torch.equal(found.sum_D, plain.sum_D)
