@@ -178,17 +178,21 @@ class ExpandedLinear(nn.Module):
             self._biases(),
         )
 
-    def bias_of(self, expert: int) -> torch.Tensor | None:
+    def own_bias(self, expert: int) -> torch.Tensor:
+        """One expert's bias as it is stored, ``[O]``."""
+        return self.tensors(expert)["bias"]
+
+    def bias_of(self, expert: int, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to an expert's products ``[O]``, None where that is nothing."""
         if not self.layout.has_bias:
             return self.bias
-        own_O = self.tensors(expert)["bias"]
+        own_O = self.cache.bias(self, expert, dtype)
         return own_O if self.bias is None else own_O + self.bias
 
     def _biases(self) -> torch.Tensor | None:
         """``bias_of`` every expert, ``[K, O]``: one and the same memory where they share it."""
         if self.layout.has_bias:
-            own_KO = torch.stack([self.tensors(k)["bias"] for k in range(len(self.experts))])
+            own_KO = torch.stack([self.own_bias(k) for k in range(len(self.experts))])
             return own_KO if self.bias is None else own_KO + self.bias.detach()
         return None if self.bias is None else self.bias.detach().expand(len(self.experts), -1)
 
@@ -239,12 +243,15 @@ class ExpandedLinear(nn.Module):
             matrices = [self.cache.stored(self, expert) for expert in experts]
             pairs = zip(matrices, X_TD, strict=True)
             out_TO = torch.stack([matrix.matvec(x_D) for matrix, x_D in pairs])
-            biases = [bias for bias in map(self.bias_of, experts) if bias is not None]
-            return out_TO + torch.stack(biases) if biases else out_TO
+            biases = [self.bias_of(expert, X_TD.dtype) for expert in experts]
+            known = [bias for bias in biases if bias is not None]
+            return out_TO + torch.stack(known) if known else out_TO
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
             nn.functional.linear(
-                tokens, self.cache.dense(self, expert, X_TD.dtype), self.bias_of(expert)
+                tokens,
+                self.cache.dense(self, expert, X_TD.dtype),
+                self.bias_of(expert, X_TD.dtype),
             )
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]

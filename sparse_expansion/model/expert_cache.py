@@ -32,6 +32,9 @@ class PackedExperts(Protocol):
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight, ``[O, D]``."""
 
+    def own_bias(self, expert: int) -> torch.Tensor:
+        """One expert's bias as it is stored, ``[O]``."""
+
     def stored(self, expert: int) -> StoredMatrix:
         """One expert's streams, made ready for products with single tokens."""
 
@@ -40,8 +43,8 @@ class ExpertCache:
     """Recently used experts; the least recent ones are evicted beyond ``max_bytes``.
 
     An expert is cached in up to two forms: its dense weight, which multiplies any number of tokens,
-    and what its stored streams need beside them to multiply a single token. Where a GPU multiplies
-    by all experts at once, a cache without a bound has them in one piece.
+    and what its stored streams need beside them to multiply a single token. So is its bias. Where a
+    GPU multiplies by all experts at once, a cache without a bound has them in one piece.
     """
 
     def __init__(self, max_bytes: int | None = DEFAULT_CACHE_BYTES) -> None:
@@ -56,6 +59,12 @@ class ExpertCache:
         """One expert's dense weight ``[O, D]``, unpacked if it is not cached."""
         key = (id(linear), expert, torch.Tensor)
         return self._weights(key, linear.state(expert), dtype, lambda: linear.unpack(expert, dtype))
+
+    def bias(self, linear: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's bias ``[O]``: experts that are held back are not loaded for it alone."""
+        key = (id(linear), expert, torch.nn.Parameter)
+        state = linear.state(expert)
+        return self._weights(key, state, dtype, lambda: linear.own_bias(expert).to(dtype))
 
     def all_dense(
         self, linear: StatefulExperts, dtype: torch.dtype, unpack: Callable[[], torch.Tensor]

@@ -84,7 +84,7 @@ class TrainableLinear(nn.Module):
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
             nn.functional.linear(
-                tokens, self.effective_weight(expert).to(X.dtype), linear.bias_of(expert)
+                tokens, self.effective_weight(expert).to(X.dtype), linear.bias_of(expert, X.dtype)
             )
             for expert, tokens in enumerate(parts)
             if tokens.shape[0]
@@ -96,7 +96,7 @@ class TrainableLinear(nn.Module):
         """One expert's streams: mask and bias, which are unchanged, and trained values or codes."""
         weight_OD = self.weight_KOD[expert].detach()
         linear = self._linear[0]
-        layout, bias_O = linear.layout, linear.tensors(expert).get("bias")
+        layout, bias_O = linear.layout, linear.own_bias(expert) if linear.layout.has_bias else None
         codes = None if self._grid is None else quantize(weight_OD, *self._grid).to(torch.uint8)
         kept_OD = self.kept_KOD[expert]
         return pack_expert(weight_OD, kept_OD, codes, bias_O, layout=layout, dtype=dtype)

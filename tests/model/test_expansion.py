@@ -21,7 +21,8 @@ def test_a_linear_equals_its_experts_one_token_at_a_time(expanded):
     experts = route(X.reshape(18, -1), linear.group_router.router())
     slow = torch.stack(
         [
-            linear.unpack(int(expert), torch.float32) @ x + linear.bias_of(int(expert))
+            linear.unpack(int(expert), torch.float32) @ x
+            + linear.bias_of(int(expert), torch.float32)
             for x, expert in zip(X.reshape(18, -1), experts, strict=True)
         ]
     ).reshape(2, 9, -1)

@@ -95,3 +95,20 @@ def test_a_copied_model_shares_no_entries(expanded):
     copied = copy.deepcopy(model.expert_cache)
     assert copied.max_bytes == model.expert_cache.max_bytes
     assert copied.num_bytes == 0 < model.expert_cache.num_bytes
+
+
+def test_experts_are_not_read_for_their_biases_alone(expanded, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(expanded)
+    linear = next(m for m in model.modules() if isinstance(m, ExpandedLinear))
+    X = torch.randn(1, 40, linear.in_features)
+    with torch.no_grad():
+        before = linear(X)
+        reads = []
+        monkeypatch.setattr(
+            ExpandedLinear, "tensors", lambda self, k: reads.append(k) or self.experts[k].tensors()
+        )
+        assert torch.equal(linear(X), before) and not reads
+        for one in linear.experts:
+            one.bias += 1
+        torch.testing.assert_close(linear(X), before + 1)
+    assert reads
