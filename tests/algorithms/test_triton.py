@@ -95,7 +95,7 @@ for kind, group, kept, field, bits, size, tokens in (
 signature = {"X": "*bf16", "W": "*bf16", "out": "*bf16", "bias": "*bf16", "order": "*i64"}
 signature |= {"ends": "*i64", "first": "i32", "count": "i32"}
 tile = {"TILE_TOKENS": 64, "TILE_ROWS": 128, "TILE_COLUMNS": 64}
-constants = {"O": 13824, "D": 5120, "HAS_BIAS": True, "EXPERTS": 16} | tile
+constants = {"O": 13824, "D": 5120, "BIAS_STRIDE": 13824, "EXPERTS": 16} | tile
 check(multiply_grouped, signature, constants, aligned=("X", "W", "out"))
 print("compiled")
 """

@@ -54,7 +54,7 @@ def test_flags_override_the_file(tmp_path):
     assert config.calibration.whole_text and config.calibration.seqlen == 64
     assert execution_options(args).activation_bytes == 3 << 30
     # What the file does not say is the preset's, as with flags.
-    assert config.compression.damping_fraction == 0.1
+    assert config.compression.damping_fraction == 0.2
     args = parse("run", "--config", path, "--num_clusters", "8", "-s", "0.7", "--model=n")
     config = run_config(args, 64)
     assert args.model == "n" and config.routing.num_clusters == 8

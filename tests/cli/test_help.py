@@ -95,7 +95,7 @@ def test_flags_of_fields_say_what_the_fields_say(command):
     ("command", "flag", "default"),
     [
         ("run", "--sparsity", "0.5"),
-        ("run", "--damping-fraction", "0.1"),
+        ("run", "--damping-fraction", "0.2"),
         ("run", "--pruner", "admm"),
         ("run", "--shrink-hessians", "on"),
         ("run", "--dataset-size", "128"),

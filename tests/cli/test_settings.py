@@ -164,7 +164,7 @@ def test_help_has_examples(command, capsys):
 @pytest.mark.parametrize(
     ("flags", "damping"),
     [
-        ("", 0.1),
+        ("", 0.2),
         ("--preset paper", 0.01),
         ("--preset best --damping-fraction 0.01", 0.01),
         ("--damping-fraction 0.01 --preset best", 0.01),
