@@ -381,6 +381,9 @@ class _StageMemory:
             # Of the group the mean, its factor and it whitened; of an expert sums, mean, and it
             # whitened, with its half.
             factoring = (7 if paired else 6) * square
+        if compression.expert_biases:
+            # An expert's sums as they come, beside those about its mean.
+            factoring += (2 if paired else 1) * square
         # All linears of the group: weights (float32), masks and codes. One of them: the same
         # transposed, and its changes.
         each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)
