@@ -116,6 +116,15 @@ def route(X_TD: torch.Tensor, router: Router) -> torch.Tensor:
     return torch.addmm(offset_K, inputs, matrix.T, alpha=-2).argmin(dim=1)
 
 
+def cluster_sums(rows_TF: torch.Tensor, labels_T: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Sums of every cluster's rows ``[K, F]``, in the rows' dtype.
+
+    A product, for additions by index are made in any order on a GPU.
+    """
+    is_in_TK = torch.nn.functional.one_hot(labels_T, num_clusters)
+    return is_in_TK.T.to(rows_TF) @ rows_TF
+
+
 def few_centroids(Z_TP: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Centroids ``[K, P]`` for fewer tokens than clusters: each token, and the first one again.
 

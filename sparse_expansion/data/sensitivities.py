@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_expansion.algorithms.clustering import cluster_sums
 from sparse_expansion.data.activations import AllInputsSeenError
 
 
@@ -85,11 +86,10 @@ class OutputSensitivities:
             rows: of the labels that are those of the run's tokens.
         """
         gradients = torch.autograd.grad(list(self._ends.values()), list(self._outputs.values()))
-        # A product, for additions by index are made in any order on a GPU.
         labels_T = self._labels_T[rows].to(gradients[0].device, torch.int64)
-        is_in_KT = nn.functional.one_hot(labels_T, self._num_clusters).T.float()
         for name, gradient in zip(self._outputs, gradients, strict=True):
-            total_KO = (is_in_KT @ gradient.flatten(0, -2).float().square()).double()
+            squares_TO = gradient.flatten(0, -2).float().square()
+            total_KO = cluster_sums(squares_TO, labels_T, self._num_clusters).double()
             before_KO = self.squares_KO.get(name)
             self.squares_KO[name] = total_KO if before_KO is None else before_KO + total_KO
         self._outputs, self._ends = {}, {}

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from sparse_expansion.algorithms.centring import about_cluster_means
 from sparse_expansion.algorithms.clustering import (
     balance_clusters,
+    cluster_sums,
     few_centroids,
     fit_pca,
     project,
@@ -101,10 +101,8 @@ def _about_cluster_means(
         for part in X_TD.split(CHUNK_TOKENS // 8):
             there_TD = to_device(part, device)
             labels_T = route(there_TD, router)
-            is_in_KT = nn.functional.one_hot(labels_T, router.num_clusters).T.double()
-            # A product, for additions by index are made in any order on a GPU.
-            sums_KD += is_in_KT @ there_TD.double()
-            counts_K += is_in_KT.sum(dim=1)
+            sums_KD += cluster_sums(there_TD.double(), labels_T, router.num_clusters)
+            counts_K += torch.bincount(labels_T, minlength=router.num_clusters)
     return about_cluster_means(moments, sums_KD, counts_K)
 
 
