@@ -312,10 +312,15 @@ def multiply_dense(
         product_TO = torch.nn.functional.grouped_mm(
             X_TD[order_T], W_EOD.transpose(1, 2), offs=ends_K.to(torch.int32)
         )
-        if bias_KO is not None:
+        if bias_KO is None:
+            out_TO[order_T] = product_TO
+        elif bias_KO.stride(0) == 0:
+            # One that all share need not be copied for every token.
+            out_TO[order_T] = product_TO + bias_KO[0]
+        else:
             place_T = torch.arange(len(X_TD), device=X_TD.device)
-            product_TO = product_TO + bias_KO[torch.bucketize(place_T, ends_K, right=True)]
-        out_TO[order_T] = product_TO
+            expert_T = torch.bucketize(place_T, ends_K, right=True)
+            out_TO[order_T] = product_TO + bias_KO[expert_T]
         return
     tiles = -(-len(X_TD) // kernel.TILE_TOKENS) + count
     kernel.multiply_grouped[(tiles, -(-rows // kernel.TILE_ROWS))](
