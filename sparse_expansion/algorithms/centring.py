@@ -2,8 +2,8 @@
 
 With inputs of mean ``m`` and a dense residual of mean ``r``, an expert ``V x + b`` of outputs that
 are to be ``W (x + d)`` does best with ``b = W (m + r) - V m``, whatever ``V`` is. ``V`` is then
-judged by sums about the means, in which the inputs' common part is nothing: the mean of a cluster
-is most of the energy of its inputs.
+judged by sums about the means, in which the inputs' common part is nothing: the means of clusters
+have a good part of the inputs' energy, see docs/method.md.
 
 Shapes: D input features, O output features, K experts or clusters.
 """

@@ -124,7 +124,6 @@ class CompressionConfig:
         "where zeros may lie anywhere.",
         group="pruning",
     )
-
     expert_biases: bool = setting(
         False,
         "Give every expert a bias, by which its outputs have the dense ones' mean on its tokens, "

@@ -79,7 +79,8 @@ class SparseExpansionConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         if format_version not in READABLE_VERSIONS:
             raise ValueError(
-                f"checkpoint format_version {format_version} is none of 2 and 3: load it "
+                f"checkpoint format_version {format_version} is none of "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: load it "
                 "with the release of sparse-expansion that wrote it"
             )
         if expert_residency not in ("compressed", "dense"):
