@@ -18,6 +18,9 @@ ALLOCATIONS = (UNIFORM, MEASURED)
 """Ways to share out zeros over the blocks, beside a list of shares."""
 QUANTIZED_BITS = 4
 """Bits of a quantized weight where none are asked for."""
+ROW, AUTO = "row", "auto"
+AUTO_GROUP_SIZE = 128
+"""Input columns that share a scale where that is left to the program and weights are quantized."""
 
 
 def read_layer_sparsity(text: str) -> str | tuple[float, ...]:
@@ -31,6 +34,24 @@ def read_layer_sparsity(text: str) -> str | tuple[float, ...]:
     if text in ALLOCATIONS:
         return text
     return tuple(map(float, read_by_block(text, "layer_sparsity", int | float, "[0.6, 0.8]")))
+
+
+def read_group_size(text: str) -> int | str | None:
+    """How many input columns share a scale: a number, None for whole rows, or ``auto``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text == AUTO:
+        return AUTO
+    if text == ROW:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"group_size {text!r} is no whole number, {ROW} or {AUTO}, e.g. {AUTO_GROUP_SIZE}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +107,11 @@ class CompressionConfig:
     )
     group_size: int | None = setting(
         None,
-        "Input columns that share a scale.",
+        f"Input columns that share a scale: a number; {ROW} is one scale for an output row, and "
+        f"{AUTO} {AUTO_GROUP_SIZE} columns where weights are quantized.",
         metavar="COLUMNS",
-        meanings={None: "one scale for an output row"},
+        parse=read_group_size,
+        meanings={None: ROW},
         group="quantization",
     )
     act_order: bool = setting(

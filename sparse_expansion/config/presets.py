@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_expansion.config.compression import MEASURED
+from sparse_expansion.config.compression import AUTO, MEASURED
 from sparse_expansion.config.pruners import PRUNERS
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "calibration_inputs": "sequential",
+        "group_size": AUTO,
     },
 }
 """By name of the preset: values of fields that differ from the fields' defaults."""

@@ -9,7 +9,13 @@ from typing import Any
 
 from sparse_expansion.config.calibration import ALL_WINDOWS, CalibrationConfig
 from sparse_expansion.config.checks import require
-from sparse_expansion.config.compression import QUANTIZED_BITS, UNIFORM, CompressionConfig
+from sparse_expansion.config.compression import (
+    AUTO,
+    AUTO_GROUP_SIZE,
+    QUANTIZED_BITS,
+    UNIFORM,
+    CompressionConfig,
+)
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.fields import Setting, settings_of
 from sparse_expansion.config.nearest import did_you_mean
@@ -51,6 +57,8 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         ValueError: a value is out of bounds, or values contradict each other.
     """
     compression = field_values(CompressionConfig, values)
+    if compression["group_size"] == AUTO:
+        compression["group_size"] = AUTO_GROUP_SIZE if values["quantize"] else None
     bits = values["bits"]
     if bits is not None and not values["quantize"]:
         raise ValueError(f"--bits {bits} needs --quantize: add it, or drop --bits")

@@ -6,6 +6,8 @@ compressed-tensors, for experts that are quantized: its own library packs the co
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sparse_expansion.config import CompressionConfig
 from sparse_expansion.jobs.export_config import companion_files, for_both_generations
 from sparse_expansion.jobs.export_formats import DENSE, FORMATS, PACK_QUANTIZED
 from sparse_expansion.model.expansion import ExpandedLinear, PackedExpert
-from sparse_expansion.model.families import LinearGroup
+from sparse_expansion.model.families import LinearGroup, linear_shape
 from sparse_expansion.model.model_folder import CONFIG_NAME, INDEX_NAME
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.model.verification import verify
@@ -49,7 +51,7 @@ def export(folder: Path, output: str, form: str) -> dict[str, Any]:
     files = _WeightFiles(store)
     files.write("model-trunk.safetensors", _trunk_tensors(shell))
     for layer in range(shell.num_blocks):
-        tensors = _block_tensors(shell, layer, form, symmetric=compression.symmetric)
+        tensors = _block_tensors(shell, layer, form, compression)
         files.write(f"model-block-{layer:05d}.safetensors", tensors)
     files.write_index()
     for name, data in companion_files(folder).items():
@@ -94,7 +96,22 @@ def _exportable(shell: ModelShell, form: str) -> CompressionConfig:
                 f"{shell.config.model_type} with --format {DENSE}"
             )
         _pack_to_int32()
+        return _with_whole_groups(shell, compression)
     return compression
+
+
+def _with_whole_groups(shell: ModelShell, compression: CompressionConfig) -> CompressionConfig:
+    """The same with groups of columns that divide the width of every linear.
+
+    Readers of the format know no shorter last group. Groups are split until there is none, and
+    the parts have the scale of the whole.
+    """
+    if compression.group_size is None:
+        return compression
+    block = shell.meta_block(0)
+    names = [name for group in shell.family.groups for name in group.linears]
+    widths = [linear_shape(block, name)[1] for name in names]
+    return replace(compression, group_size=math.gcd(compression.group_size, *widths))
 
 
 class _WeightFiles:
@@ -125,7 +142,7 @@ def _trunk_tensors(shell: ModelShell) -> dict[str, torch.Tensor]:
 
 
 def _block_tensors(
-    shell: ModelShell, layer: int, form: str, *, symmetric: bool
+    shell: ModelShell, layer: int, form: str, compression: CompressionConfig
 ) -> dict[str, torch.Tensor]:
     """All tensors of a block, with its expanded linears as the format has them."""
     prefix = shell.block_prefix(layer)
@@ -143,7 +160,7 @@ def _block_tensors(
         if linear.bias is not None:
             tensors[shell.stored_name(f"{prefix}{name}.bias")] = linear.bias
         if form == PACK_QUANTIZED:
-            found = _packed(linear, shell.dtype, symmetric=symmetric)
+            found = _packed(linear, shell.dtype, compression)
         else:
             W_OD = linear.unpack(0, shell.dtype)
             found = {"weight": W_OD.T.contiguous() if shell.family.is_transposed else W_OD}
@@ -154,11 +171,16 @@ def _block_tensors(
 
 
 def _packed(
-    linear: ExpandedLinear, dtype: torch.dtype, *, symmetric: bool
+    linear: ExpandedLinear, dtype: torch.dtype, compression: CompressionConfig
 ) -> dict[str, torch.Tensor]:
     """Codes, scales and zero points as compressed-tensors names and packs them.
 
     A pruned weight gets its zero point as code, which is exactly 0.
+
+    Args:
+        linear: with one expert.
+        dtype: of the scales.
+        compression: with the groups of columns that are written.
     """
     pack_to_int32 = _pack_to_int32()
     expert = linear.experts[0]
@@ -175,13 +197,15 @@ def _packed(
     # compressed-tensors counts codes from -2^(bits - 1).
     offset = 1 << (layout.bits - 1)
     signed = (codes.to(torch.int16) - offset).to(torch.int8)
-    signed_zero = (zero.to(torch.int16) - offset).to(torch.int8)
+    # The group of the linear in which every group that is written lies.
+    written = groups[:: compression.group_size or layout.columns]
+    signed_zero = (zero.to(torch.int16) - offset).to(torch.int8)[:, written]
     found = {
         "weight_packed": pack_to_int32(signed, layout.bits),
-        "weight_scale": grid.scale_OG.to(dtype),
+        "weight_scale": grid.scale_OG.to(dtype)[:, written],
         "weight_shape": torch.tensor(layout.shape),
     }
-    if not symmetric:
+    if not compression.symmetric:
         found["weight_zero_point"] = pack_to_int32(signed_zero, layout.bits, packed_dim=0)
     return found
 

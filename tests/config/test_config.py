@@ -23,7 +23,7 @@ from sparse_expansion.config import (
     parse_size,
 )
 from sparse_expansion.config.fields import settings_of
-from sparse_expansion.config.values import completed, run_config
+from sparse_expansion.config.values import completed, plain_values, run_config
 
 SECTIONS = (
     CompressionConfig,
@@ -160,3 +160,24 @@ def test_one_expert_alone_has_no_bias(clusters, has_biases):
     values = completed({"preset": "best", "num_clusters": clusters})
     assert values["expert_biases"]
     assert run_config(values, seqlen=32).compression.expert_biases is has_biases
+
+
+@pytest.mark.parametrize(
+    ("given", "columns"),
+    [
+        ({"quantize": True}, 128),
+        ({"bits": 3}, 128),
+        ({}, None),
+        ({"group_size": "auto"}, None),
+        ({"group_size": "row", "bits": 4}, None),
+        ({"group_size": None, "bits": 4}, None),
+        ({"group_size": 32, "bits": 4}, 32),
+        ({"group_size": "32", "bits": 4}, 32),
+        ({"preset": "paper", "bits": 4}, None),
+    ],
+)
+def test_columns_share_a_scale_by_the_preset_where_weights_are_quantized(given, columns):
+    config = run_config(completed(given), seqlen=32)
+    assert config.compression.group_size == columns
+    again = {**plain_values(config), "quantize": config.compression.bits is not None}
+    assert run_config(completed(again), seqlen=32) == config

@@ -26,6 +26,7 @@ def plain(tmp_path_factory, neox_folder, text_folder):
         "pruned": expand(neox_folder, text_folder, root / "pruned", *one),
         "joint": expand(neox_folder, text_folder, root / "joint", *joint),
         "symmetric": expand(neox_folder, text_folder, root / "symmetric", *joint, "--symmetric"),
+        "uneven": expand(neox_folder, text_folder, root / "uneven", *joint, "--group-size", "24"),
     }
 
 
@@ -120,18 +121,23 @@ def test_packed_folder_is_loaded_by_compressed_tensors(plain, tmp_path):
     assert "gpt_neox.layers.0.mlp.dense_h_to_4h.weight" not in names
 
 
-def test_packed_weights_are_unpacked_by_compressed_tensors(plain, tmp_path):
-    """With zero points (which its loader in transformers takes at the wrong shape, 0.20)."""
+@pytest.mark.parametrize("kind", ["joint", "uneven"])
+def test_packed_weights_are_unpacked_by_compressed_tensors(kind, plain, tmp_path):
+    """With zero points (which its loader in transformers takes at the wrong shape, 0.20).
+
+    Groups of 24 columns do not divide the width, and its reader knows no shorter last group.
+    """
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    export_packed(plain["joint"], tmp_path / "out")
+    export_packed(plain[kind], tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     described = config["config_groups"]["group_0"]
+    assert described["weights"]["group_size"] == {"joint": 16, "uneven": 8}[kind]
     scheme = QuantizationScheme(
         targets=described["targets"], weights=QuantizationArgs(**described["weights"])
     )
-    model = AutoModelForCausalLM.from_pretrained(plain["joint"])
+    model = AutoModelForCausalLM.from_pretrained(plain[kind])
     name = "gpt_neox.layers.1.mlp.dense_4h_to_h"
     with safe_open(tmp_path / "out/model-block-00001.safetensors", framework="pt") as file:
         state = {
