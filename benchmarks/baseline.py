@@ -39,8 +39,9 @@ from benchmarks.synthetic import command
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.data.windows import calibration_windows
+from sparse_expansion.model.block_linears import dense_linear
 from sparse_expansion.model.expansion import ExpandedLinear
-from sparse_expansion.model.families import LinearGroup, dense_linear
+from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.streaming import ModelShell
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.config import RoutingConfig
-from sparse_expansion.model.families import dense_linear
+from sparse_expansion.model.block_linears import dense_linear
 from sparse_expansion.model.streaming import ModelShell
 
 BLOCK = 128

@@ -77,6 +77,7 @@ def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
         "mute": {"config.json": "{}"},
         "broken": {"config.json": "{"},
         "thin": {"config.json": "{}"},
+        "foreign": {"config.json": '{"model_type": "mamba"}'},
         "cut": {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "cut"},
     }.items():
         (tmp_path / folder).mkdir()
@@ -92,6 +93,8 @@ def test_wrong_names_are_answered_before_libraries_are_loaded(tmp_path):
         "run --model model --dataset rows.jsonl",
         f"run --model broken {text}",
         f"run --model thin {text}",
+        f"run --model foreign {text}",
+        "plan --model foreign",
         f"run --model cut {text}",
         f"run --model mute {text}",
         "run --model model --dataset empty.txt",

@@ -10,8 +10,8 @@ from typing import Any
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
 from sparse_expansion.jobs.prepare import Prepared
+from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.checkpoint import companions
-from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.manifest import MANIFEST_NAME
 from sparse_expansion.model.model_folder import CONFIG_NAME, INDEX_NAME
 from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD

@@ -18,8 +18,9 @@ from sparse_expansion.algorithms.packing.streams import unpack_codes
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.jobs.export_config import companion_files, for_both_generations
 from sparse_expansion.jobs.export_formats import DENSE, FORMATS, PACK_QUANTIZED
+from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.expansion import ExpandedLinear, PackedExpert
-from sparse_expansion.model.families import LinearGroup, linear_shape
+from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.model_folder import CONFIG_NAME, INDEX_NAME
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.model.verification import verify

@@ -19,7 +19,8 @@ from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes,
 from sparse_expansion.config import MEASURED, Cluster, RunConfig
 from sparse_expansion.execution.dispatch import VALUE_SHARE
 from sparse_expansion.execution.simulation import simulate
-from sparse_expansion.model.families import block_groups, family_of, linear_shape
+from sparse_expansion.model.block_linears import block_groups, linear_shape
+from sparse_expansion.model.families import family_of
 from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.model.plain_blocks import plain_blocks
 from sparse_expansion.planning.allocation import gap_units_of

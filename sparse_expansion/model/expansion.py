@@ -14,9 +14,9 @@ from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.algorithms.stored_experts import StoredExperts, StoredLinear, have_kernels
 from sparse_expansion.config import CompressionConfig, RoutingConfig
+from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.expert_group import ExpertGroup
-from sparse_expansion.model.families import linear_shape
 from sparse_expansion.model.operators import handle_of, multiply_experts, route_tokens
 from sparse_expansion.model.routing import (
     Float32Module,

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sparse_expansion.config.checks import parse_json
+from sparse_expansion.model.families import family_of
 from sparse_expansion.plain_files import check_plain, check_plain_folder, read_plain
 
 WEIGHTS_NAME = "model.safetensors"
@@ -20,11 +21,12 @@ _TOKENIZER_WORDS = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekk
 
 
 def check_model_folder(folder: Path) -> None:
-    """Answer a folder that has no configuration, or a broken one.
+    """Answer a folder that has no configuration, or one that is broken or of another kind of model.
 
     Raises:
-        ValueError: the folder is not there, has no ``config.json`` or one that is no JSON object,
-            or something in it is neither file nor folder.
+        ValueError: the folder is not there, has no ``config.json``, one that is no JSON object or
+            one of an architecture that is not supported, or something in it is neither file nor
+            folder.
     """
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist: check --model")
@@ -36,7 +38,9 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} has no {CONFIG_NAME}: it is not a model folder"
             + (" (an unfinished run: finish it with --resume)" if (folder / "run").is_dir() else "")
         )
-    parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
+    config = parse_json(read_plain(path), dict, name=str(path), remedy="download the model again")
+    if "model_type" in config:
+        family_of(config["model_type"])
 
 
 def check_contents(folder: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparse_expansion.model.families import Family, Mixture, block_list
+from sparse_expansion.model.block_linears import block_list
+from sparse_expansion.model.families import Family, Mixture
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

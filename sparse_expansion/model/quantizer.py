@@ -22,6 +22,7 @@ from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.config.checks import has_form
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.values import known_settings
+from sparse_expansion.model.block_linears import numbered_groups
 from sparse_expansion.model.expansion import (
     FLOAT32_MODULES,
     GUARD_HINT,
@@ -32,7 +33,7 @@ from sparse_expansion.model.expansion import (
     guard_tensors,
 )
 from sparse_expansion.model.expert_cache import DEFAULT_CACHE_BYTES, ExpertCache
-from sparse_expansion.model.families import LinearGroup, family_of, numbered_groups
+from sparse_expansion.model.families import LinearGroup, family_of
 from sparse_expansion.model.plain_blocks import MixtureExperts, plain_blocks
 from sparse_expansion.model.verification import verify_loaded
 

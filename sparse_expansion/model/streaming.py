@@ -20,6 +20,7 @@ from sparse_expansion.model.block_calls import (
     BlockStandIn,
     record_calls,
 )
+from sparse_expansion.model.block_linears import block_groups, block_list, numbered_groups
 from sparse_expansion.model.checkpoint import (
     CheckpointFiles,
     load_config,
@@ -27,14 +28,7 @@ from sparse_expansion.model.checkpoint import (
 )
 from sparse_expansion.model.expansion import FLOAT32_MODULES
 from sparse_expansion.model.expert_cache import ExpertCache
-from sparse_expansion.model.families import (
-    Family,
-    LinearGroup,
-    block_groups,
-    block_list,
-    family_of,
-    numbered_groups,
-)
+from sparse_expansion.model.families import Family, LinearGroup, family_of
 from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
 from sparse_expansion.model.model_folder import CONFIG_NAME
 from sparse_expansion.model.plain_blocks import plain_blocks, separate_experts

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sparse_expansion.model.families import Family, LinearGroup, block_groups, linear_shape
+from sparse_expansion.model.block_linears import block_groups, linear_shape
+from sparse_expansion.model.families import Family, LinearGroup
 from sparse_expansion.model.plain_blocks import tokens_share
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 
 from sparse_expansion.config import CLUSTERINGS, RunConfig
 from sparse_expansion.execution.base import Executor, Observer
-from sparse_expansion.model.families import linear_shape
+from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.planning.studies import cluster_units

@@ -12,7 +12,8 @@ from torch import nn
 from sparse_expansion.config import CompressionConfig, RunConfig
 from sparse_expansion.data.activations import ActivationBuffers
 from sparse_expansion.data.transfers import to_device
-from sparse_expansion.model.families import LinearGroup, dense_linear
+from sparse_expansion.model.block_linears import dense_linear
+from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.sources import fetch_model
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.run_files import hidden_file

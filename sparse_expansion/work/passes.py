@@ -20,7 +20,8 @@ from sparse_expansion.data.activations import (
 )
 from sparse_expansion.data.sensitivities import OutputSensitivities
 from sparse_expansion.data.transfers import settle, to_device
-from sparse_expansion.model.families import LinearGroup, linear_shape
+from sparse_expansion.model.block_linears import linear_shape
+from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.run_files import ExpertRange
 from sparse_expansion.types import HessianSum, NllSum
 from sparse_expansion.work.blocks import expanded_before

@@ -8,16 +8,13 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_expansion.data.activations import AttentionOutputs
-from sparse_expansion.model.families import (
-    FAMILIES,
+from sparse_expansion.model.block_linears import (
     block_groups,
     block_list,
-    default_seqlen,
     dense_linear,
-    family_of,
     linear_shape,
-    projection_weights,
 )
+from sparse_expansion.model.families import FAMILIES, default_seqlen, family_of, projection_weights
 from sparse_expansion.model.plain_blocks import plain_blocks
 from tests import tiny
 
