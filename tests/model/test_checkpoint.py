@@ -39,9 +39,14 @@ def test_nobody_is_asked_whether_to_run_a_models_code(tmp_path, llama_folder, mo
     config |= {"model_type": "their_own", "auto_map": {"AutoConfig": "theirs.TheirConfig"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "theirs.py").write_text("raise SystemExit('code was run')")
+    with pytest.raises(ValueError, match="'their_own' is not supported"):
+        load_config(copy)
+    del config["model_type"]
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="cannot be read: .*(custom code|trust_remote_code)"):
         load_config(copy)
-    config |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "theirs.TheirModel"}}
+    config["auto_map"]["AutoModelForCausalLM"] = "theirs.TheirModel"
+    config["model_type"] = "llama"
     (copy / "config.json").write_text(json.dumps(config))
     assert ModelShell(copy).num_blocks == 3
 
