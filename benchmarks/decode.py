@@ -22,6 +22,7 @@ from benchmarks.packing import mask_of
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
+from sparse_expansion.config.compression import AUTO_GROUP_SIZE
 from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.model.expert_cache import ExpertCache
 
@@ -74,21 +75,27 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     print(
-        f"{'sparsity':<9} {'bits':<5} {'dtype':<9} {'dense ms':>9} {'plain sparse ms':>16} "
+        f"{'sparsity':<9} {'bits':<5} {'group':<6} {'dtype':<9} "
+        f"{'dense ms':>9} {'plain sparse ms':>16} "
         f"{'expanded ms':>12} {'in turns ms':>12} {'speedup':>8}"
     )
     for dtype in (torch.float32, torch.bfloat16):
         dense = (torch.randn(ROWS, COLUMNS) / 64).to(dtype)
-        for sparsity, bits in (
-            ("0.5", None),
-            ("0.7", None),
-            ("0.9", None),
-            ("2:4", None),
-            ("0", 4),
-            ("0.5", 4),
-            ("2:4", 4),
+        for sparsity, bits, group_size in (
+            ("0.5", None, None),
+            ("0.7", None, None),
+            ("0.9", None, None),
+            ("2:4", None, None),
+            ("0", 4, None),
+            ("0.5", 4, None),
+            ("2:4", 4, None),
+            ("0", 4, AUTO_GROUP_SIZE),
+            ("0.5", 4, AUTO_GROUP_SIZE),
+            ("2:4", 4, AUTO_GROUP_SIZE),
         ):
-            config = CompressionConfig(sparsity=SparsityPattern.parse(sparsity), bits=bits)
+            config = CompressionConfig(
+                sparsity=SparsityPattern.parse(sparsity), bits=bits, group_size=group_size
+            )
             linear = expanded_linear(config, dtype)
             works: dict[str, Callable[[torch.Tensor], object]] = {
                 "dense": lambda x, dense=dense: torch.nn.functional.linear(x, dense),
@@ -97,7 +104,12 @@ def main() -> None:
             if sparsity != "0":
                 csr = linear.unpack(0, torch.float32).to_sparse_csr()
                 works["plain sparse"] = lambda x, csr=csr: csr @ x[0].float()
-            row = {"sparsity": sparsity, "bits": bits, "dtype": str(dtype).removeprefix("torch.")}
+            row = {
+                "sparsity": sparsity,
+                "bits": bits,
+                "group_size": group_size,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
             with torch.no_grad():
                 turns = medians({name: works[name] for name in ("dense", "expanded")}, dtype)
                 times = {}
@@ -106,7 +118,8 @@ def main() -> None:
                 times["in turns"] = turns["expanded"]
             plain = times.get("plain sparse", float("nan"))
             print(
-                f"{sparsity:<9} {bits or '-':<5} {row['dtype']:<9} {times['dense']:>9.2f} "
+                f"{sparsity:<9} {bits or '-':<5} {group_size or '-':<6} {row['dtype']:<9} "
+                f"{times['dense']:>9.2f} "
                 f"{plain:>16.2f} {times['expanded']:>12.2f} {times['in turns']:>12.2f} "
                 f"{times['dense'] / times['expanded']:>8.2f}"
             )
