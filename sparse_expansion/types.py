@@ -30,6 +30,9 @@ class Router:
     mean_D: torch.Tensor
     components_PD: torch.Tensor | None
     centroids_KP: torch.Tensor
+    columns_D: torch.Tensor | None = None
+    """The input feature that is the experts' column 0, 1, ... (int32), None where that is its own
+    place. Routers themselves take features in their places."""
 
     @property
     def num_clusters(self) -> int:
@@ -55,6 +58,14 @@ class Router:
                 centroids = centroids @ self.components_PD.double()
             offset_K += 2 * (centroids @ mean)
         return centroids.float(), offset_K.float()
+
+
+def in_columns(X: torch.Tensor, columns_D: torch.Tensor | None) -> torch.Tensor:
+    """``X [..., D]`` with its features in the order of ``Router.columns_D``, whatever they are.
+
+    Inputs, rows of a weight, rows of a Hessian: itself where the order is None.
+    """
+    return X if columns_D is None else X.index_select(-1, columns_D)
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,19 @@ def upper_cholesky_factor(
     return HessianFactor(columns_KDD.mT, dead_KD, tuple(fractions), damping_K, tuple(attempts))
 
 
+def permuted(part: HessianSum, columns_D: torch.Tensor | None) -> HessianSum:
+    """The same sums with their features in an order, see ``types.Router``; None changes nothing."""
+    if columns_D is None:
+        return part
+
+    def ordered(found: torch.Tensor) -> torch.Tensor:
+        for dimension in range(found.ndim):
+            found = found.index_select(dimension, columns_D)
+        return found
+
+    return map_tensors(part, ordered)
+
+
 def _reversed(A_DD: torch.Tensor) -> torch.Tensor:
     """Rows and columns in reverse: of what is stored in one piece, simply its numbers in reverse.
 

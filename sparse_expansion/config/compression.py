@@ -153,6 +153,12 @@ class CompressionConfig:
         "and make its weights for how inputs differ from theirs; one expert alone has none.",
         group="experts",
     )
+    permute_channels: bool = setting(
+        False,
+        "Where sparsity is N:M, take the inputs of every group of linears in an order by which the "
+        "weights that matter do not share the same M columns.",
+        group="pruning",
+    )
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -263,6 +269,13 @@ class CompressionConfig:
         is_free = self.sparsity.group is None and 0 < self.sparsity.fraction < 1
         compares = PRUNERS[self.pruner].takes_grid
         return self.weigh_outputs and compares and is_free and level == 0 and not is_routed
+
+    @property
+    def permutes(self) -> bool:
+        """Whether inputs are taken in an order of their own: where it makes a difference."""
+        pruned, group = self.sparsity.pruned, self.sparsity.group
+        is_between = pruned is not None and group is not None and 0 < pruned < group
+        return self.permute_channels and is_between
 
     def min_tokens(self, width: int) -> int:
         """Tokens below which an expert of ``width`` input features is starved."""

@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer_sparsity": MEASURED,
         "calibration_inputs": "sequential",
         "group_size": AUTO,
+        "permute_channels": True,
     },
 }
 """By name of the preset: values of fields that differ from the fields' defaults."""

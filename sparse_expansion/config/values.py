@@ -73,8 +73,8 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         compression["layer_sparsity"] = UNIFORM
     routing = routing_config(values)
     if routing.most_clusters == 1:
-        # A plain sparse model stays one that has no biases of its own, and that is exported.
-        compression["expert_biases"] = False
+        # A plain sparse model stays one: without biases of its own, N:M to whom it is exported to.
+        compression |= {"expert_biases": False, "permute_channels": False}
     calibration = field_values(CalibrationConfig, values)
     calibration |= {"seqlen": seqlen, "whole_text": calibration["dataset_size"] == ALL_WINDOWS}
     if calibration["whole_text"]:

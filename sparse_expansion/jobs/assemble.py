@@ -151,7 +151,7 @@ def information_bytes(prepared: Prepared) -> float:
                 total += routing.num_clusters * layout.information_bits(item_bytes) / 8
                 total += grid_bytes(rows, width, config.compression)
                 if position == 0:
-                    total += router_bytes(width, routing)
+                    total += router_bytes(width, routing, compression)
     return total
 
 

@@ -117,7 +117,7 @@ class ExpandedLinear(nn.Module):
             None if compression.bits is None else Grid(out_features, in_features, compression)
         )
         if first is None:
-            self.router = GroupRouter(in_features, routing)
+            self.router = GroupRouter(in_features, routing, has_columns=compression.permutes)
         self.group: ExpertGroup = ExpertGroup() if first is None else first.group
         self.group.add(self)
         # It is in a list so that a shared router is not registered, and saved, more than once.
@@ -151,7 +151,16 @@ class ExpandedLinear(nn.Module):
         return packed.tensors()
 
     def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """One expert's dense weight, ``[O, D]``."""
+        """One expert's dense weight, ``[O, D]``, its columns in the order of the inputs' features.
+
+        ``stored_weight`` has them as they are stored.
+        """
+        stored_OD = self.stored_weight(expert, dtype)
+        columns_D = self.group_router.router().columns_D
+        return stored_OD if columns_D is None else stored_OD[:, torch.argsort(columns_D)]
+
+    def stored_weight(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's dense weight, ``[O, D]``, for a routing's ``inputs_of_experts``."""
         grid = None if self.grid is None else self.grid.grid()
         streams = self.tensors(expert)
         if have_kernels(next(iter(streams.values())).device):
@@ -221,7 +230,7 @@ class ExpandedLinear(nn.Module):
 
     def multiply(self, X_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
         """Output ``[T, O]`` of tokens whose experts are known, in the tokens' dtype."""
-        routing = Routing(experts_T, len(self.experts))
+        routing = self.group_router.routing_of(experts_T)
         with torch.no_grad(), torch.autocast(X_TD.device.type, enabled=False):
             if self.group.has_kernels(self, X_TD):
                 return self.group.multiply(self, X_TD, routing, X_TD.dtype)
@@ -233,6 +242,7 @@ class ExpandedLinear(nn.Module):
         On a CPU a few tokens are multiplied with the stored streams: they are fewer bytes than the
         dense weight, and unpacking takes as long as some eight products with them.
         """
+        X_TD = routing.inputs_of_experts(X_TD)
         # The stored streams' product has no gradient, and no other dtype than its input's.
         is_plain = not (torch.is_grad_enabled() and X_TD.requires_grad)
         is_plain = is_plain and not torch.is_autocast_enabled(X_TD.device.type)

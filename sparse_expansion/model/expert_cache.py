@@ -29,8 +29,8 @@ class PackedExperts(Protocol):
     def state(self, expert: int) -> tuple[Any, ...]:
         """What changes when an expert's tensors are moved, loaded again, or written to."""
 
-    def unpack(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """One expert's dense weight, ``[O, D]``."""
+    def stored_weight(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's dense weight, ``[O, D]``, as it is multiplied with."""
 
     def own_bias(self, expert: int) -> torch.Tensor:
         """One expert's bias as it is stored, ``[O]``."""
@@ -58,7 +58,9 @@ class ExpertCache:
     def dense(self, linear: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's dense weight ``[O, D]``, unpacked if it is not cached."""
         key = (id(linear), expert, torch.Tensor)
-        return self._weights(key, linear.state(expert), dtype, lambda: linear.unpack(expert, dtype))
+        return self._weights(
+            key, linear.state(expert), dtype, lambda: linear.stored_weight(expert, dtype)
+        )
 
     def bias(self, linear: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's bias ``[O]``: experts that are held back are not loaded for it alone."""

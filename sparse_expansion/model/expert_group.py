@@ -78,7 +78,7 @@ class ExpertGroup:
         self, linear: Linear, X: torch.Tensor, routing: Routing, dtype: torch.dtype
     ) -> torch.Tensor:
         """One linear's output ``[T, O]`` for ``X [..., D]``, in ``dtype``."""
-        X_TD = X.reshape(-1, X.shape[-1]).to(dtype)
+        X_TD = routing.inputs_of_experts(X.reshape(-1, X.shape[-1]).to(dtype))
         if len(X_TD) <= MAX_TOKENS:
             return self._multiply_stored(linear, X, X_TD, routing)
         return self._multiply_unpacked(linear, X_TD, routing)

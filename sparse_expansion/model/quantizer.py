@@ -39,9 +39,9 @@ from sparse_expansion.model.verification import verify_loaded
 
 Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
 QUANT_METHOD = "sparse_expansion"
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
-"""Experts of version 2 have no biases of their own."""
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
+"""Experts of version 2 have no biases of their own, and up to 3 no columns in another order."""
 
 
 @register_quantization_config(QUANT_METHOD)

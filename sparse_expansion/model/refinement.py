@@ -48,7 +48,7 @@ class TrainableLinear(nn.Module):
         kept = [unpack_kept(linear.tensors(k), linear.layout) for k in experts]
         self.kept_KOD = torch.stack(kept).to(linear.device)
         self.weight_KOD = nn.Parameter(
-            torch.stack([linear.unpack(k, torch.float32) for k in experts])
+            torch.stack([linear.stored_weight(k, torch.float32) for k in experts])
         )
         # The linear is in a tuple so that it is not a submodule: its experts are not trained.
         self._linear = (linear,)
@@ -80,7 +80,7 @@ class TrainableLinear(nn.Module):
         linear = self._linear[0]
         with torch.no_grad():
             routing = linear.group_router(X)
-        X_TD = X.reshape(-1, X.shape[-1])
+        X_TD = routing.inputs_of_experts(X.reshape(-1, X.shape[-1]))
         parts = X_TD[routing.order_T].split(routing.counts)
         products = [
             nn.functional.linear(

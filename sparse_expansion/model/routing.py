@@ -13,7 +13,7 @@ from torch import nn
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.model.operators import handle_of
-from sparse_expansion.types import Router
+from sparse_expansion.types import Router, in_columns
 
 
 class Routing:
@@ -22,10 +22,23 @@ class Routing:
     All but ``counts`` is worked out where the tokens are, without a stop at the host.
     """
 
-    def __init__(self, experts_T: torch.Tensor, num_clusters: int) -> None:
-        """Take ``experts_T``, the index of every token's expert (int64)."""
+    def __init__(
+        self, experts_T: torch.Tensor, num_clusters: int, columns_D: torch.Tensor | None = None
+    ) -> None:
+        """Take what is known.
+
+        Args:
+            experts_T: the index of every token's expert (int64).
+            num_clusters: of the router.
+            columns_D: the order in which experts take features, see ``types.Router``.
+        """
         self.experts_T = experts_T
         self.num_clusters = num_clusters
+        self.columns_D = columns_D
+
+    def inputs_of_experts(self, X_TD: torch.Tensor) -> torch.Tensor:
+        """Tokens with their features in the order of the experts' columns."""
+        return in_columns(X_TD, self.columns_D)
 
     @cached_property
     def order_T(self) -> torch.Tensor:
@@ -70,8 +83,14 @@ class Float32Module(nn.Module):
 class GroupRouter(Float32Module):
     """The router of a linear group."""
 
-    def __init__(self, width: int, config: RoutingConfig) -> None:
-        """Make empty parameters for inputs of ``width`` features."""
+    def __init__(self, width: int, config: RoutingConfig, *, has_columns: bool = False) -> None:
+        """Make empty parameters.
+
+        Args:
+            width: features of the inputs.
+            config: settings of the router.
+            has_columns: whether experts take features in an order of their own.
+        """
         super().__init__()
         components = config.num_components(width)
         self.mean = frozen(torch.empty(width, dtype=torch.float32))
@@ -82,6 +101,9 @@ class GroupRouter(Float32Module):
             else frozen(torch.empty(components, width, dtype=torch.float32)),
         )
         self.centroids = frozen(torch.empty(config.num_clusters, components, dtype=torch.float32))
+        self.register_parameter(
+            "columns", frozen(torch.arange(width, dtype=torch.int32)) if has_columns else None
+        )
         self.handle = handle_of(self)
         # The last input, its version, and its routing.
         self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
@@ -90,11 +112,10 @@ class GroupRouter(Float32Module):
 
     def router(self) -> Router:
         """The router as plain tensors, made again when the model was moved or loaded again."""
-        components = self._parameters["components"]
-        parts = [part for part in (self.mean, components, self.centroids) if part is not None]
-        state = tensor_state(parts)
+        state = tensor_state(part for part in self._parameters.values() if part is not None)
         if self._plain is None or self._plain[0] != state:
-            self._plain = state, Router(self.mean, components, self.centroids)
+            components, columns = self._parameters["components"], self._parameters["columns"]
+            self._plain = state, Router(self.mean, components, self.centroids, columns)
         return self._plain[1]
 
     def forward(self, X: torch.Tensor) -> Routing:
@@ -105,9 +126,13 @@ class GroupRouter(Float32Module):
             seen, seen_version, routing = self._last_routing
             if seen() is X and seen_version == version:
                 return routing
-        routing = Routing(self.experts(X.reshape(-1, X.shape[-1])), self.centroids.shape[0])
+        routing = self.routing_of(self.experts(X.reshape(-1, X.shape[-1])))
         self._last_routing = None if version is None else (weakref.ref(X), version, routing)
         return routing
+
+    def routing_of(self, experts_T: torch.Tensor) -> Routing:
+        """The routing of tokens whose experts are known."""
+        return Routing(experts_T, self.centroids.shape[0], self._parameters["columns"])
 
     def experts(self, X_TD: torch.Tensor) -> torch.Tensor:
         """Index of every token's expert (int64)."""

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from sparse_expansion.algorithms.channels import permutation_flops
 from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.pruners.registry import pruner_of
@@ -100,8 +101,11 @@ def gathered_inputs(
 # Routers
 
 
-def router_flops(config: RunConfig, width: int, tokens: float) -> float:
-    """Operations to fit a router on so many tokens: Gram matrix (half of it), PCA, KMeans."""
+def router_flops(config: RunConfig, width: int, tokens: float, rows: int) -> float:
+    """Operations to fit a router on so many tokens: Gram matrix (half of it), PCA, KMeans.
+
+    Where the inputs of linears with so many rows in all are permuted, it is done with it.
+    """
     routing = config.routing
     features = routing.num_components(width)
     pca = 0.0
@@ -112,7 +116,10 @@ def router_flops(config: RunConfig, width: int, tokens: float) -> float:
             # Tridiagonal form (4/3 D^3) and the wanted vectors back (2 D^2 P).
             pca = 4 / 3 * width**3 + 2.0 * width**2 * features
     kmeans = 2.0 * tokens * features * routing.num_clusters * routing.restarts * LLOYD_ITERATIONS
-    return tokens * width * (width + 2.0 * features) + pca + kmeans
+    permuting = 0.0
+    if config.compression.permutes:
+        permuting = permutation_flops(rows, width, config.compression.sparsity)
+    return tokens * width * (width + 2.0 * features) + pca + kmeans + permuting
 
 
 def routing_flops(config: RunConfig, width: int) -> float:

@@ -104,7 +104,7 @@ class GroupUnits:
             rank=1,
             output_bytes=gram_bytes,
             traffic_bytes=int(fit_tokens * width * block.shape.item_bytes) + gram_bytes,
-            cost=router_flops(block.config, width, fit_tokens),
+            cost=router_flops(block.config, width, fit_tokens, self.group.rows),
         )
 
     def _gather(self, span: list[ExpertRange], shard: int) -> Unit:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from sparse_expansion.algorithms.channels import permutation_bytes
 from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.config import MEASURED, RunConfig
@@ -319,7 +320,10 @@ class _StageMemory:
             # solver's work space.
             is_full = not takes_subspace_iteration(width, features)
             found += (4 if is_full else 1) * width**2 * FLOAT64_BYTES
-        return found + 4 * _fit_tokens(self.config, group) * features * FLOAT32_BYTES
+        found += 4 * _fit_tokens(self.config, group) * features * FLOAT32_BYTES
+        if self.config.compression.permutes:
+            found = max(found, permutation_bytes(group.rows, width, self.item))
+        return found
 
     def gather(self, group: GroupShape, *, paired: bool) -> int:
         """Bytes of one shard's gathered inputs, of several ranges of experts, and their copy."""

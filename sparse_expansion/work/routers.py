@@ -25,6 +25,8 @@ def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
     }
     if router.components_PD is not None:
         tensors[f"{owner}.components"] = router.components_PD
+    if router.columns_D is not None:
+        tensors[f"{owner}.columns"] = router.columns_D
     return tensors
 
 
@@ -39,7 +41,10 @@ def read_router(context: WorkContext, layer: int, group: str) -> Router:
     owner = router_owner(context, layer, group)
     here = {key: to_device(tensor, context.device) for key, tensor in stored.items()}
     return Router(
-        here[f"{owner}.mean"], here.get(f"{owner}.components"), here[f"{owner}.centroids"]
+        here[f"{owner}.mean"],
+        here.get(f"{owner}.components"),
+        here[f"{owner}.centroids"],
+        here.get(f"{owner}.columns"),
     )
 
 

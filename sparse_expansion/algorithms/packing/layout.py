@@ -121,11 +121,12 @@ def grid_bytes(rows: int, columns: int, config: CompressionConfig) -> int:
     return 2 * 4 * rows * -(-columns // size)
 
 
-def router_bytes(width: int, config: RoutingConfig) -> int:
-    """Stored bytes of a linear group's router (float32)."""
+def router_bytes(width: int, config: RoutingConfig, compression: CompressionConfig) -> int:
+    """Stored bytes of a linear group's router (float32), and of its experts' order of columns."""
     features = config.num_components(width)
     components = 0 if config.pca_reduction_factor is None else features * width
-    return 4 * (width + components + config.num_clusters * features)
+    columns = width if compression.permutes else 0
+    return 4 * (width + components + config.num_clusters * features + columns)
 
 
 def packed_bytes(count: int, bits: int) -> int:

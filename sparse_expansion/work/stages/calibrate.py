@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.hessian import check_finite, map_tensors, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
 from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
-from sparse_expansion.types import HessianSum
+from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.blocks import expanded_before
 from sparse_expansion.work.captures import DENSE_INPUTS
 from sparse_expansion.work.context import WorkContext
@@ -69,7 +72,10 @@ def recapture(
 
 @stage(is_final=True)
 def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
-    """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids."""
+    """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids.
+
+    The order of the experts' columns is chosen here too, where they have one of their own.
+    """
     linears, compression = context.group(layer, group), context.config.compression
     found, gram, fit_tokens = fit_router(
         samples,
@@ -80,11 +86,16 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
         about_means=compression.expert_biases,
     )
     prefix = context.shell().block_prefix(layer)
+    if compression.permutes:
+        weights = [context.dense_weight(layer, linear) for linear in linears.linears]
+        energy_D = gram.sum_DD.diagonal()
+        columns_D = channel_permutation(weights, energy_D, compression.sparsity)
+        found = replace(found, columns_D=columns_D)
     tensors = router_tensors(found, router_owner(context, layer, group))
     if compression.bits is not None:
         for linear in linears.linears:
             grid = fit_grid(
-                context.dense_weight(layer, linear).float(),
+                in_columns(context.dense_weight(layer, linear), found.columns_D).float(),
                 bits=compression.bits,
                 symmetric=compression.symmetric,
                 group_size=compression.group_size,

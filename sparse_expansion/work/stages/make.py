@@ -15,21 +15,20 @@ from sparse_expansion.algorithms.compress import (
     compress_linears,
     sensitivity_weights,
 )
-from sparse_expansion.algorithms.hessian import merge_hessians
+from sparse_expansion.algorithms.hessian import merge_hessians, permuted
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.shrinkage import Regulariser
-from sparse_expansion.config import CompressionConfig
 from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import guard_tensors
 from sparse_expansion.model.refinement import STEP_TOKENS, Batch, refine, trainable_block
 from sparse_expansion.run_files import ExpertRange, experts_file, trunk_file
-from sparse_expansion.types import HessianSum
+from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.blocks import expanded_block
 from sparse_expansion.work.context import WorkContext
 from sparse_expansion.work.passes import rows_of
 from sparse_expansion.work.registry import Done, stage
-from sparse_expansion.work.routers import read_grids
+from sparse_expansion.work.routers import read_grids, read_router
 from sparse_expansion.work.sums import joined, sum_hessians, sum_to_device
 
 TRUNK_SHARD_BYTES = 4 << 30
@@ -54,10 +53,12 @@ def experts(
     squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
-    H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, compression)
+    columns_D = read_router(context, layer, group).columns_D if compression.permutes else None
+    H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, columns_D)
     prefix = context.shell().block_prefix(layer)
     weights = {
-        name: context.dense_weight(layer, name) for name in context.group(layer, group).linears
+        name: in_columns(context.dense_weight(layer, name), columns_D)
+        for name in context.group(layer, group).linears
     }
     grids = read_grids(context, layer, group, width)
     made = compress_linears(
@@ -107,9 +108,13 @@ def _expert_hessians(
     context: WorkContext,
     gram: HessianSum,
     shards: tuple[list[torch.Tensor | HessianSum], ...],
-    compression: CompressionConfig,
+    columns_D: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, InputMeans | None, dict[str, Any]]:
-    """Of a range of experts: Hessians ``[K, D, D]``, cross sums, means, facts for the marker."""
+    """Of a range of experts: Hessians ``[K, D, D]``, cross sums, means, facts for the marker.
+
+    Features are in the order of ``columns_D``.
+    """
+    compression = context.config.compression
     width = gram.sum_DD.shape[0]
     floor = compression.min_tokens(width)
     H_KDD = torch.empty(len(shards[0]), width, width, device=context.device)
@@ -130,6 +135,7 @@ def _expert_hessians(
         stats["starved"].append(merged.num_tokens < floor or not gram.num_tokens)
         merged, weight = regulariser.regularise(merged)
         stats["group_share"].append(weight)
+        merged = permuted(merged, columns_D)
         H_KDD[k] = merged.sum_DD
         means.append(InputMeans.of(merged))
         if merged.cross_DD is not None:

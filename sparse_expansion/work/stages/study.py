@@ -8,13 +8,15 @@ import torch
 
 from sparse_expansion.algorithms import neurons as measures
 from sparse_expansion.algorithms.centring import InputMeans
+from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.compress import compress_linears
+from sparse_expansion.algorithms.hessian import permuted
 from sparse_expansion.algorithms.shrinkage import Regulariser
 from sparse_expansion.config import CLUSTERINGS
 from sparse_expansion.data.transfers import to_device
 from sparse_expansion.model.expansion import ExpandedLinear
 from sparse_expansion.run_files import clusters_file, neurons_file, pruned_file, pruned_name
-from sparse_expansion.types import HessianSum
+from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.context import WorkContext
 from sparse_expansion.work.passes import captured_inputs, rows_of
 from sparse_expansion.work.registry import Done, stage
@@ -99,6 +101,11 @@ def clusters(
     )
     module = context.shell().load_block(layer).get_submodule(linear)
     W_OD = context.dense_weight(layer, linear)
+    columns_D = None
+    if config.compression.permutes:
+        mates = [context.dense_weight(layer, name) for name in context.group(layer, group).linears]
+        energy_D = gram.sum_DD.diagonal()
+        columns_D = channel_permutation(mates, energy_D, config.compression.sparsity)
     with torch.no_grad():
         dense_TO = module(X_held).float()
     tensors = {f"dense.{o}": dense_TO[:, o].cpu().clone() for o in neurons_kept}
@@ -110,7 +117,7 @@ def clusters(
             labels_T = shuffled(labels_T, f"{seed}/calibration")
             held_T = shuffled(held_T, f"{seed}/held-out")
         change_TO = _change_of_outputs(
-            context, W_OD, gram, (X_cal, labels_T), (X_held, held_T), num_clusters
+            context, W_OD, gram, (X_cal, labels_T), (X_held, held_T), num_clusters, columns_D
         )
         other_TO = dense_TO + change_TO
         found = measures.compare(dense_TO, other_TO, held_T)
@@ -128,6 +135,7 @@ def _change_of_outputs(
     calibration: tuple[torch.Tensor, torch.Tensor],
     held_out: tuple[torch.Tensor, torch.Tensor],
     num_clusters: int,
+    columns_D: torch.Tensor | None,
 ) -> torch.Tensor:
     """What experts change of a linear's outputs ``[T, O]`` on held-out tokens.
 
@@ -138,14 +146,16 @@ def _change_of_outputs(
         calibration: inputs and their clusters, to make experts on.
         held_out: inputs and their clusters, to apply them to.
         num_clusters: number of experts.
+        columns_D: the order of their columns, see ``types.Router``.
     """
     compression, device = context.config.compression, context.device
     regulariser = Regulariser(gram, compression)
     (X_cal, labels_T), (X_held, held_T) = calibration, held_out
+    W_OD = in_columns(W_OD, columns_D)
     change_TO = torch.empty(X_held.shape[0], W_OD.shape[0], device=device)
     for k in range(num_clusters):
         H = sum_hessians(rows_of(X_cal, torch.nonzero(labels_T == k).flatten()), device)
-        H, _ = regulariser.regularise(H)
+        H = permuted(regulariser.regularise(H)[0], columns_D)
         made = compress_linears(
             {"": W_OD},
             H.sum_DD[None],
@@ -156,7 +166,7 @@ def _change_of_outputs(
         )[""]
         chosen = torch.nonzero(held_T == k).flatten()
         delta_OD = made.weight_KOD[0] - W_OD.float()
-        change_TO[chosen] = X_held[chosen].float() @ delta_OD.T
+        change_TO[chosen] = in_columns(X_held[chosen], columns_D).float() @ delta_OD.T
         if made.bias_KO is not None:
             change_TO[chosen] += made.bias_KO[0]
     return change_TO
