@@ -57,6 +57,12 @@ class InputMeans:
             sum((part.num_tokens_K for part in parts), ()),
         )
 
+    def of_expert(self, expert: int) -> InputMeans:
+        """Those of one of the experts."""
+        one = slice(expert, expert + 1)
+        residual_KD = None if self.residual_KD is None else self.residual_KD[one]
+        return InputMeans(self.input_KD[one], residual_KD, self.num_tokens_K[one])
+
     def energies(self, W_OD: torch.Tensor, chosen: slice) -> list[float]:
         """``n |W m|^2`` of some experts: what sums about means leave out of outputs' energies."""
         means_KO = self.input_KD[chosen] @ W_OD.float().T

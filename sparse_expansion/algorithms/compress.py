@@ -58,6 +58,25 @@ class ExpertWeights:
     bias_KO: torch.Tensor | None = None
     """float32, what is to be added to the linear's own bias; None where means are not given."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[ExpertWeights]) -> ExpertWeights:
+        """Experts of one linear that were made one after another."""
+
+        def tensors(found: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            given = [tensor for tensor in found if tensor is not None]
+            return torch.cat(given) if given else None
+
+        return cls(
+            weight_KOD=torch.cat([part.weight_KOD for part in parts]),
+            kept_KOD=torch.cat([part.kept_KOD for part in parts]),
+            codes_KOD=tensors([part.codes_KOD for part in parts]),
+            damping_fraction_K=sum((part.damping_fraction_K for part in parts), ()),
+            damping_attempts_K=sum((part.damping_attempts_K for part in parts), ()),
+            num_dead_K=sum((part.num_dead_K for part in parts), ()),
+            relative_error_K=sum((part.relative_error_K for part in parts), ()),
+            bias_KO=tensors([part.bias_KO for part in parts]),
+        )
+
     def with_biases(self, means: InputMeans, W_OD: torch.Tensor) -> ExpertWeights:
         """The same with the best biases for copies of ``W_OD``."""
         return replace(self, bias_KO=means.biases(W_OD, self.weight_KOD))
@@ -177,16 +196,7 @@ def _weighed(
         scaled = None if grid is None else grid.scaled(scale_O)
         made = solved(W_OD.float() * scale_O[:, None], scaled, slice(k, k + 1))
         found.append(replace(made, weight_KOD=made.weight_KOD / scale_O[:, None]))
-    codes = [made.codes_KOD for made in found if made.codes_KOD is not None]
-    return ExpertWeights(
-        weight_KOD=torch.cat([made.weight_KOD for made in found]),
-        kept_KOD=torch.cat([made.kept_KOD for made in found]),
-        codes_KOD=torch.cat(codes) if codes else None,
-        damping_fraction_K=sum((made.damping_fraction_K for made in found), ()),
-        damping_attempts_K=sum((made.damping_attempts_K for made in found), ()),
-        num_dead_K=sum((made.num_dead_K for made in found), ()),
-        relative_error_K=sum((made.relative_error_K for made in found), ()),
-    )
+    return ExpertWeights.joined(found)
 
 
 def sensitivity_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:

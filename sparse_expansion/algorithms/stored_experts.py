@@ -37,6 +37,8 @@ class StoredLinear:
 
     experts: Sequence[dict[str, torch.Tensor]]
     """Streams by name, as ``packing.pack_expert`` made them."""
+    layouts: Sequence[PackedLayout]
+    """Of every expert; they differ in the number of kept weights at most."""
     grid: AffineGrid | None
     bias_KO: torch.Tensor | None = None
     """Of every expert; rows may be one and the same memory."""
@@ -60,22 +62,22 @@ class StoredExperts:
     themselves are not held: they have to stay where they are as long as it is used.
     """
 
-    def __init__(self, layout: PackedLayout, linears: Sequence[StoredLinear]) -> None:
+    def __init__(self, linears: Sequence[StoredLinear]) -> None:
         """Check the streams, and look where rows begin in them: the host waits for that.
 
         Args:
-            layout: of every expert.
-            linears: whose experts they are, all on one device, with grids and biases of one form.
+            linears: whose experts they are, all on one device, with layouts, grids and biases of
+                one form.
 
         Raises:
             ValueError: a stream does not fit the layout.
         """
-        if layout.num_kept > MAX_KEPT:
-            raise ValueError(f"an expert keeps {layout.num_kept} weights, over {MAX_KEPT}")
         for linear in linears:
-            for streams in linear.experts:
+            for streams, layout in zip(linear.experts, linear.layouts, strict=True):
+                if layout.num_kept > MAX_KEPT:
+                    raise ValueError(f"an expert keeps {layout.num_kept} weights, over {MAX_KEPT}")
                 check_streams(streams, layout, linear.grid)
-        self.layout = layout
+        self.layout = layout = linears[0].layouts[0]
         self.num_linears, self.num_experts = len(linears), len(linears[0].experts)
         self._kind = BITMASK if layout.group is None else PATTERNS
         if not layout.is_sparse:
@@ -134,12 +136,13 @@ class StoredExperts:
         return full, short
 
     def _row_starts(self, linears: Sequence[StoredLinear]) -> torch.Tensor:
-        """Where rows begin among kept weights, of masks that keep as many as the layout does."""
+        """Where rows begin among kept weights, of masks that keep as many as their layouts do."""
         layout, shape = self.layout, (self.num_linears, self.num_experts, self.layout.rows)
         counts = torch.full(shape, self._row_kept, dtype=torch.int32, device=self.device)
         if self._kind != DENSE:
             self._count_kept(counts)
-        is_right = (counts.sum(dim=2, dtype=torch.int64) == layout.num_kept).all()
+        kept = self._table([[one.num_kept for one in linear.layouts] for linear in linears])
+        is_right = (counts.sum(dim=2, dtype=torch.int64) == kept).all()
         if self._kind == PATTERNS:
             is_right &= (counts == self._row_kept).all()
         used = layout.rows * layout.columns % 8
@@ -148,7 +151,7 @@ class StoredExperts:
             is_right &= (torch.cat(last) >> used == 0).all()
         if not bool(is_right):
             raise ValueError(
-                f"masks of experts keep other weights than the layout's {layout.num_kept}: the "
+                f"masks of experts keep other weights than the layouts' {kept.tolist()}: the "
                 "checkpoint is damaged"
             )
         return counts.cumsum(dim=2, dtype=torch.int32) - counts

@@ -77,6 +77,14 @@ class CompressionConfig:
         parse=read_layer_sparsity,
         group="pruning",
     )
+    expert_sparsity: str | tuple[dict[str, tuple[float, ...]], ...] = setting(
+        UNIFORM,
+        "How zeros are shared out over a linear's experts, with the block's share as the mean over "
+        "tokens: uniform is the same for all, measured by what tokens lose (N:M stays uniform).",
+        metavar="HOW",
+        choices=(UNIFORM, MEASURED),
+        group="pruning",
+    )
     pruner: str = setting(
         "sparsegpt",
         "How weights are pruned: "
@@ -189,6 +197,10 @@ class CompressionConfig:
             1 <= self.solver_iterations <= 1000,
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 10",
         )
+        require(
+            not isinstance(self.expert_sparsity, str) or self.expert_sparsity in ALLOCATIONS,
+            f"expert_sparsity {self.expert_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
+        )
         group = self.sparsity.group
         if self.layer_sparsity != UNIFORM:
             self._check_layer_sparsity()
@@ -239,6 +251,19 @@ class CompressionConfig:
         pattern = SparsityPattern(fraction=self.shares[layer])
         return dataclasses.replace(self, sparsity=pattern, layer_sparsity=UNIFORM)
 
+    def shares_of_experts(self, layer: int) -> dict[str, tuple[float, ...]]:
+        """Share of zeros of every expert by a group's first linear, where they are not alike."""
+        return {} if isinstance(self.expert_sparsity, str) else self.expert_sparsity[layer]
+
+    def shares_out(self, *, is_routed: bool) -> bool:
+        """Whether a group's experts get shares of zeros by what they lose, see ``weighs``."""
+        return self.expert_sparsity == MEASURED and self._is_free and not is_routed
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether zeros may lie anywhere."""
+        return self.sparsity.group is None and 0 < self.sparsity.fraction < 1
+
     @property
     def shares(self) -> tuple[float, ...]:
         """Share of zeros of every block; empty where all are alike, or still to be measured."""
@@ -253,6 +278,7 @@ class CompressionConfig:
         way = given.pop("allocation", UNIFORM)
         shares = given.get("layer_sparsity", UNIFORM)
         given["layer_sparsity"] = shares if isinstance(shares, str) else tuple(shares) or way
+        given["expert_sparsity"] = _with_tuples(given.get("expert_sparsity", UNIFORM))
         return cls(**given)
 
     def weighs(self, level: int, *, is_routed: bool) -> bool:
@@ -266,19 +292,24 @@ class CompressionConfig:
             level: of the group.
             is_routed: whether its linears are those of a mixture's experts.
         """
-        is_free = self.sparsity.group is None and 0 < self.sparsity.fraction < 1
         compares = PRUNERS[self.pruner].takes_grid
-        return self.weigh_outputs and compares and is_free and level == 0 and not is_routed
+        return self.weigh_outputs and compares and self._is_free and level == 0 and not is_routed
 
     @property
     def permutes(self) -> bool:
         """Whether inputs are taken in an order of their own: where it makes a difference."""
-        pruned, group = self.sparsity.pruned, self.sparsity.group
-        is_between = pruned is not None and group is not None and 0 < pruned < group
-        return self.permute_channels and is_between
+        is_n_m = self.sparsity.group is not None
+        return self.permute_channels and is_n_m and 0 < self.sparsity.fraction < 1
 
     def min_tokens(self, width: int) -> int:
         """Tokens below which an expert of ``width`` input features is starved."""
         if self.min_tokens_per_expert is not None:
             return self.min_tokens_per_expert
         return 1 if self.shrink_hessians else max(1, width // 8)
+
+
+def _with_tuples(given: str | list[dict[str, list[float]]]) -> Any:
+    """Shares of experts in the form that they have beside JSON."""
+    if isinstance(given, str):
+        return given
+    return tuple({name: tuple(shares) for name, shares in groups.items()} for groups in given)

@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert_biases": True,
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
+        "expert_sparsity": MEASURED,
         "calibration_inputs": "sequential",
         "group_size": AUTO,
         "permute_channels": True,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparse_expansion.algorithms.packing.layout import PackedLayout, grid_bytes, router_bytes
+from sparse_expansion.config import UNIFORM
 from sparse_expansion.jobs.prepare import Prepared
 from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.checkpoint import companions
@@ -18,7 +19,13 @@ from sparse_expansion.model.quantizer import FORMAT_VERSION, QUANT_METHOD
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.plain_files import read_plain
 from sparse_expansion.planning.resume import final_stages
-from sparse_expansion.run_files import ALLOCATION_FILE, DRAFTS, HIDDEN, parse_experts_key
+from sparse_expansion.run_files import (
+    ALLOCATION_FILE,
+    DRAFTS,
+    HIDDEN,
+    parse_experts_key,
+    router_key,
+)
 from sparse_expansion.store import Store, json_bytes
 from sparse_expansion.work.stages.make import trunk
 
@@ -26,7 +33,8 @@ from sparse_expansion.work.stages.make import trunk
 def assemble(prepared: Prepared, store: Store) -> None:
     """Turn the finished shards into a model folder: index, tokenizer, and config.json last."""
     weights = _final_weights(prepared, store.record)
-    config = json_bytes(_model_config(prepared))
+    shares = _shares_of_experts(prepared, store)
+    config = json_bytes(_model_config(prepared, shares))
     index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": weights.files()}
     files = {INDEX_NAME: json_bytes(index)}
     files |= {path.name: read_plain(path) for path in companions(prepared.shell.folder)}
@@ -37,7 +45,7 @@ def assemble(prepared: Prepared, store: Store) -> None:
         {
             "format_version": FORMAT_VERSION,
             "bytes": weights.num_bytes,
-            "information_bytes": weights.trunk_bytes + information_bytes(prepared),
+            "information_bytes": weights.trunk_bytes + information_bytes(prepared, shares),
             "tensors": weights.tensors,
             "files": {
                 name: hashlib.sha256(data).hexdigest()
@@ -56,29 +64,19 @@ def check_shares(prepared: Prepared, store: Store) -> None:
     A config.json that has them would describe a model that the files do not hold.
 
     Raises:
-        ValueError: a finished expert keeps another number of weights than its block's share asks.
+        ValueError: a finished expert was made with another share than its block's.
     """
-    shell = prepared.shell
     for key, record in store.records().items():
         unit = parse_experts_key(key)
-        if unit is None or unit.layer >= shell.num_blocks:
+        if unit is None or unit.layer >= prepared.shell.num_blocks:
             continue
-        compression = prepared.config.compression.at(unit.layer)
-        for tensors in (file["tensors"] for file in record["files"].values()):
-            for name, described in tensors.items():
-                linear, _, stream = name.removeprefix(shell.block_prefix(unit.layer)).rpartition(
-                    ".experts."
-                )
-                rows, width = linear_shape(shell.meta_block(unit.layer), linear)
-                wanted = PackedLayout.of(rows, width, compression).streams()
-                kind = stream.rpartition(".")[2]
-                if kind not in wanted or described["shape"] != [wanted[kind][1]]:
-                    raise ValueError(
-                        f"{store.path(ALLOCATION_FILE)} asks {compression.sparsity.fraction:g} "
-                        f"zeros of block {unit.layer}, and its finished experts have another "
-                        "share: put back the file that they were made with, or choose another "
-                        "--output"
-                    )
+        asked = prepared.config.compression.at(unit.layer).sparsity.fraction
+        if record["stats"].get("sparsity", asked) != asked:
+            raise ValueError(
+                f"{store.path(ALLOCATION_FILE)} asks {asked:g} zeros of block {unit.layer}, and "
+                "its finished experts have another share: put back the file that they were made "
+                "with, or choose another --output"
+            )
 
 
 @dataclass
@@ -116,8 +114,28 @@ def _final_weights(
     return found
 
 
-def _model_config(prepared: Prepared) -> dict[str, Any]:
+_Shares = tuple[dict[str, tuple[float, ...]], ...]
+"""Of zeros, by block, a group's first linear, and expert, where these have shares of their own."""
+
+
+def _shares_of_experts(prepared: Prepared, store: Store) -> _Shares:
+    """Shares that routers were fitted with."""
+    shell = prepared.shell
+    shares: list[dict[str, tuple[float, ...]]] = [{} for _ in range(shell.num_blocks)]
+    for layer, found in enumerate(shares):
+        for group in shell.groups(layer):
+            record = store.record(router_key(layer, group.name))
+            if record is not None and "sparsity" in record["stats"]:
+                found[group.linears[0]] = tuple(record["stats"]["sparsity"])
+    return tuple(shares)
+
+
+def _model_config(prepared: Prepared, shares: _Shares) -> dict[str, Any]:
     """The content of ``config.json``: the dense model's, and how its MLPs were expanded."""
+    # None may have been shared out, though it was asked for.
+    compression = replace(
+        prepared.config.compression, expert_sparsity=shares if any(shares) else UNIFORM
+    )
     shell = prepared.shell
     config: dict[str, Any] = shell.config.to_dict()
     config["dtype"] = str(shell.dtype).removeprefix("torch.")
@@ -126,17 +144,21 @@ def _model_config(prepared: Prepared) -> dict[str, Any]:
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "groups": shell.group_names(),
-        "compression": asdict(prepared.config.compression),
+        "compression": asdict(compression),
         "routing": asdict(prepared.config.routing),
     }
     return config
 
 
-def information_bytes(prepared: Prepared) -> float:
+def information_bytes(prepared: Prepared, shares: _Shares) -> float:
     """The information in the expanded weights: a count to hold the files' size against.
 
     Bits of a mask (one per weight, or ``log2`` of the number of patterns per N:M group), of kept
     values or codes, of scales and zero points, and of routers.
+
+    Args:
+        prepared: the run.
+        shares: of zeros, by block, group and expert.
     """
     config = prepared.config
     shell = prepared.shell
@@ -145,13 +167,15 @@ def information_bytes(prepared: Prepared) -> float:
     for layer in range(shell.num_blocks):
         compression, routing = config.compression.at(layer), config.routing.at(layer)
         for group in shell.groups(layer):
+            own = shares[layer].get(group.linears[0])
             for position, linear in enumerate(group.linears):
                 rows, width = linear_shape(shell.meta_block(layer), linear)
-                layout = PackedLayout.of(rows, width, compression)
-                total += routing.num_clusters * layout.information_bits(item_bytes) / 8
+                for share in own or [None] * routing.num_clusters:
+                    layout = PackedLayout.of(rows, width, compression, share)
+                    total += layout.information_bits(item_bytes) / 8
                 total += grid_bytes(rows, width, config.compression)
                 if position == 0:
-                    total += router_bytes(width, routing, compression)
+                    total += router_bytes(width, routing, compression, is_routed=group.is_routed)
     return total
 
 

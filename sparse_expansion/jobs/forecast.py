@@ -164,7 +164,9 @@ def _describe(config: RunConfig, model_config: Any) -> _Model:
                 layout = PackedLayout.of(rows, width, here.compression)
                 expert_bytes += here.routing.num_clusters * layout.num_bytes(item)
                 routing_bytes += grid_bytes(rows, width, config.compression)
-            routing_bytes += router_bytes(width, here.routing, here.compression)
+            routing_bytes += router_bytes(
+                width, here.routing, here.compression, is_routed=group.is_routed
+            )
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     return _Model(
         shape=shape,

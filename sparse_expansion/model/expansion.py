@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ class ExpandedLinear(nn.Module):
         bias: bool,
         compression: CompressionConfig,
         routing: RoutingConfig,
+        shares: Sequence[float],
         first: ExpandedLinear | None,
         cache: ExpertCache,
         dtype: torch.dtype,
@@ -102,6 +103,7 @@ class ExpandedLinear(nn.Module):
                 settings give experts of their own come on top.
             compression: the settings of pruning and quantization.
             routing: the settings of the router.
+            shares: of zeros, of every expert; none where all have the configuration's.
             first: the group's first linear, which owns its router; ``None`` for that one itself.
             cache: holds unpacked experts.
             dtype: the dtype of kept values and of biases.
@@ -110,14 +112,21 @@ class ExpandedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.layout = PackedLayout.of(out_features, in_features, compression)
-        self.experts = nn.ModuleList(
-            PackedExpert(self.layout, dtype) for _ in range(routing.num_clusters)
-        )
+        """What experts have in common: all but the number of weights where that is an expert's."""
+        self.layouts = [
+            PackedLayout.of(out_features, in_features, compression, share) for share in shares
+        ] or [self.layout] * routing.num_clusters
+        self.experts = nn.ModuleList(PackedExpert(layout, dtype) for layout in self.layouts)
         self.grid = (
             None if compression.bits is None else Grid(out_features, in_features, compression)
         )
         if first is None:
-            self.router = GroupRouter(in_features, routing, has_columns=compression.permutes)
+            self.router = GroupRouter(
+                in_features,
+                routing,
+                has_columns=compression.permutes,
+                has_sparsity=bool(shares),
+            )
         self.group: ExpertGroup = ExpertGroup() if first is None else first.group
         self.group.add(self)
         # It is in a list so that a shared router is not registered, and saved, more than once.
@@ -164,14 +173,14 @@ class ExpandedLinear(nn.Module):
         grid = None if self.grid is None else self.grid.grid()
         streams = self.tensors(expert)
         if have_kernels(next(iter(streams.values())).device):
-            stored = StoredExperts(self.layout, [StoredLinear([streams], grid)])
+            stored = StoredExperts([StoredLinear([streams], [self.layouts[expert]], grid)])
             return stored.unpack(0, 1, dtype)[0]
-        return unpack_expert(streams, layout=self.layout, grid=grid, dtype=dtype)
+        return unpack_expert(streams, layout=self.layouts[expert], grid=grid, dtype=dtype)
 
     def stored(self, expert: int) -> StoredMatrix:
         """One expert's streams, made ready for products with single tokens."""
         grid = None if self.grid is None else self.grid.grid()
-        return StoredMatrix.of(self.tensors(expert), self.layout, grid)
+        return StoredMatrix.of(self.tensors(expert), self.layouts[expert], grid)
 
     def _takes_stored_form(self) -> bool:
         grid = None if self.grid is None else self.grid.grid()
@@ -183,6 +192,7 @@ class ExpandedLinear(nn.Module):
         grid = None if self.grid is None else self.grid.grid()
         return StoredLinear(
             [self.tensors(expert) for expert in range(len(self.experts))],
+            self.layouts,
             grid,
             self._biases(),
         )
@@ -337,6 +347,7 @@ def expand_block(
     *,
     cache: ExpertCache,
     dtype: torch.dtype,
+    shares: Mapping[str, Sequence[float]],
 ) -> None:
     """Replace the MLP linears of a block by empty expanded ones, in place.
 
@@ -347,6 +358,7 @@ def expand_block(
         routing: the block's settings of the routers.
         cache: holds unpacked experts.
         dtype: the dtype of kept values and biases.
+        shares: of zeros, by a group's first linear and expert; none where all have the settings'.
     """
     for linears in groups:
         first: ExpandedLinear | None = None
@@ -359,6 +371,7 @@ def expand_block(
                 bias=getattr(old, "bias", None) is not None,
                 compression=compression,
                 routing=routing,
+                shares=shares.get(linears[0], ()),
                 first=first,
                 cache=cache,
                 dtype=dtype,

@@ -147,7 +147,7 @@ class ExpertGroup:
         if found is None or found[0] != state:
             # What a compiled model or one in training is run with may be used in any mode later.
             with torch.inference_mode(False), torch.no_grad():
-                stored = StoredExperts(mates[0].layout, [one.streams() for one in mates])
+                stored = StoredExperts([one.streams() for one in mates])
             found = self._tables[key] = state, stored
         return found[1]
 

@@ -41,7 +41,8 @@ Settings = TypeVar("Settings", CompressionConfig, RoutingConfig)
 QUANT_METHOD = "sparse_expansion"
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)
-"""Experts of version 2 have no biases of their own, and up to 3 no columns in another order."""
+"""Experts of version 2 have no biases of their own, and up to 3 no columns in another order
+and no shares of zeros."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -164,6 +165,7 @@ def expand_model(
             routing.at(layer),
             cache=cache,
             dtype=dtype,
+            shares=compression.shares_of_experts(layer),
         )
     return cache
 

@@ -45,7 +45,7 @@ class TrainableLinear(nn.Module):
         """Unpack all experts of ``linear``, which is not changed."""
         super().__init__()
         experts = range(len(linear.experts))
-        kept = [unpack_kept(linear.tensors(k), linear.layout) for k in experts]
+        kept = [unpack_kept(linear.tensors(k), linear.layouts[k]) for k in experts]
         self.kept_KOD = torch.stack(kept).to(linear.device)
         self.weight_KOD = nn.Parameter(
             torch.stack([linear.stored_weight(k, torch.float32) for k in experts])
@@ -96,7 +96,8 @@ class TrainableLinear(nn.Module):
         """One expert's streams: mask and bias, which are unchanged, and trained values or codes."""
         weight_OD = self.weight_KOD[expert].detach()
         linear = self._linear[0]
-        layout, bias_O = linear.layout, linear.own_bias(expert) if linear.layout.has_bias else None
+        layout = linear.layouts[expert]
+        bias_O = linear.own_bias(expert) if layout.has_bias else None
         codes = None if self._grid is None else quantize(weight_OD, *self._grid).to(torch.uint8)
         kept_OD = self.kept_KOD[expert]
         return pack_expert(weight_OD, kept_OD, codes, bias_O, layout=layout, dtype=dtype)

@@ -83,13 +83,21 @@ class Float32Module(nn.Module):
 class GroupRouter(Float32Module):
     """The router of a linear group."""
 
-    def __init__(self, width: int, config: RoutingConfig, *, has_columns: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        config: RoutingConfig,
+        *,
+        has_columns: bool = False,
+        has_sparsity: bool = False,
+    ) -> None:
         """Make empty parameters.
 
         Args:
             width: features of the inputs.
             config: settings of the router.
             has_columns: whether experts take features in an order of their own.
+            has_sparsity: whether experts have shares of zeros of their own.
         """
         super().__init__()
         components = config.num_components(width)
@@ -104,6 +112,9 @@ class GroupRouter(Float32Module):
         self.register_parameter(
             "columns", frozen(torch.arange(width, dtype=torch.int32)) if has_columns else None
         )
+        self.register_parameter(
+            "sparsity", frozen(torch.empty(config.num_clusters)) if has_sparsity else None
+        )
         self.handle = handle_of(self)
         # The last input, its version, and its routing.
         self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
@@ -114,8 +125,9 @@ class GroupRouter(Float32Module):
         """The router as plain tensors, made again when the model was moved or loaded again."""
         state = tensor_state(part for part in self._parameters.values() if part is not None)
         if self._plain is None or self._plain[0] != state:
-            components, columns = self._parameters["components"], self._parameters["columns"]
-            self._plain = state, Router(self.mean, components, self.centroids, columns)
+            found = (self._parameters[name] for name in ("columns", "sparsity"))
+            components = self._parameters["components"]
+            self._plain = state, Router(self.mean, components, self.centroids, *found)
         return self._plain[1]
 
     def forward(self, X: torch.Tensor) -> Routing:

@@ -13,6 +13,7 @@ from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.run_files import ExpertRange, experts_file, router_file
 from sparse_expansion.work.context import WorkContext
+from sparse_expansion.work.routers import read_router
 
 
 def expanded_block(
@@ -43,6 +44,9 @@ def expanded_block(
         context.config.routing.at(layer),
         cache=ExpertCache(None),
         dtype=shell.dtype,
+        shares={
+            group.linears[0]: read_router(context, layer, group.name).shares for group in groups
+        },
     )
     prefix = shell.block_prefix(layer)
     drafts = is_draft and context.config.refines

@@ -27,6 +27,8 @@ def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
         tensors[f"{owner}.components"] = router.components_PD
     if router.columns_D is not None:
         tensors[f"{owner}.columns"] = router.columns_D
+    if router.sparsity_K is not None:
+        tensors[f"{owner}.sparsity"] = router.sparsity_K
     return tensors
 
 
@@ -45,6 +47,7 @@ def read_router(context: WorkContext, layer: int, group: str) -> Router:
         here.get(f"{owner}.components"),
         here[f"{owner}.centroids"],
         here.get(f"{owner}.columns"),
+        here.get(f"{owner}.sparsity"),
     )
 
 

@@ -94,16 +94,34 @@ def _about_cluster_means(
     moments: HessianSum, samples: Sequence[torch.Tensor], router: Router, device: str
 ) -> HessianSum:
     """The samples' sums, over tokens less their cluster's mean."""
+    counts_K, sums_KD, _ = _cluster_moments(samples, router, device)
+    return about_cluster_means(moments, sums_KD, counts_K)
+
+
+def cluster_variances(
+    samples: Sequence[torch.Tensor], router: Router, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of every cluster ``[K]``, and variances of its inputs ``[K, D]``, on samples."""
+    counts_K, sums_KD, squares_KD = _cluster_moments(samples, router, device)
+    divisor_K1 = counts_K.clamp(min=1)[:, None]
+    return counts_K, (squares_KD / divisor_K1 - (sums_KD / divisor_K1).square()).clamp_(min=0)
+
+
+def _cluster_moments(
+    samples: Sequence[torch.Tensor], router: Router, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """By cluster the number of tokens, and the sums of inputs and of their squares; float64."""
     shape = router.num_clusters, len(router.mean_D)
-    sums_KD = torch.zeros(shape, dtype=torch.float64, device=device)
+    sums_KD, squares_KD = torch.zeros(2, *shape, dtype=torch.float64, device=device)
     counts_K = torch.zeros(shape[0], dtype=torch.float64, device=device)
     for X_TD in samples:
         for part in X_TD.split(CHUNK_TOKENS // 8):
             there_TD = to_device(part, device)
             labels_T = route(there_TD, router)
             sums_KD += cluster_sums(there_TD.double(), labels_T, router.num_clusters)
+            squares_KD += cluster_sums(there_TD.double().square(), labels_T, router.num_clusters)
             counts_K += torch.bincount(labels_T, minlength=router.num_clusters)
-    return about_cluster_means(moments, sums_KD, counts_K)
+    return counts_K, sums_KD, squares_KD
 
 
 def _fitted(

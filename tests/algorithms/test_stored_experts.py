@@ -1,5 +1,7 @@
 """Kernels on stored streams against the unpacked product in float64; see conftest.py for where."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,7 +53,10 @@ def _few_programs(monkeypatch):
 
 
 def linear(wanted, group_size, dtype, *, bias=True, is_shared=False):
-    """Random experts of a layout on the kernels' device, with biases of their own or of all."""
+    """Random experts of a layout on the kernels' device, with biases of their own or of all.
+
+    Where masks are free, every expert keeps another number of weights.
+    """
     rows, columns = wanted.shape
     grid = None
     if wanted.bits is not None:
@@ -60,20 +65,24 @@ def linear(wanted, group_size, dtype, *, bias=True, is_shared=False):
         zero = torch.randint(0, 2**wanted.bits, (rows, groups), device=KERNEL_DEVICE).float()
         scale = torch.rand(rows, groups, device=KERNEL_DEVICE) + 0.1
         grid = AffineGrid(scale, zero, wanted.bits, size)
-    experts = []
-    for _ in range(EXPERTS):
-        kept = random_mask(wanted)
+    experts, layouts = [], []
+    for number in range(EXPERTS):
+        each = wanted
+        if wanted.is_sparse and wanted.group is None and wanted.num_kept:
+            each = replace(wanted, num_kept=wanted.num_kept - number)
+        layouts.append(each)
+        kept = random_mask(each)
         codes = torch.randint(0, 2 ** (wanted.bits or 1), wanted.shape).to(torch.uint8)
         weight = (torch.randn(wanted.shape) * kept).to(dtype)
-        packed = pack_expert(weight, kept, codes, layout=wanted, dtype=dtype)
+        packed = pack_expert(weight, kept, codes, layout=each, dtype=dtype)
         experts.append({name: part.to(KERNEL_DEVICE) for name, part in packed.items()})
     bias_KO = torch.randn(EXPERTS, rows, device=KERNEL_DEVICE).to(dtype)
     if is_shared:
         bias_KO = bias_KO[0].expand(EXPERTS, -1)
-    return StoredLinear(experts, grid, bias_KO if bias else None)
+    return StoredLinear(experts, layouts, grid, bias_KO if bias else None)
 
 
-def unpacked(one, wanted, dtype):
+def unpacked(one, dtype):
     """Every expert's weight by the compiled loops of a CPU, ``[K, O, D]``."""
     grid = one.grid
     if grid is not None:
@@ -83,18 +92,18 @@ def unpacked(one, wanted, dtype):
         [
             unpack_expert(
                 {name: part.cpu() for name, part in streams.items()},
-                layout=wanted,
+                layout=each,
                 grid=grid,
                 dtype=dtype,
             )
-            for streams in one.experts
+            for streams, each in zip(one.experts, one.layouts, strict=True)
         ]
     )
 
 
-def check_products(found, one, wanted, X, experts):
+def check_products(found, one, X, experts):
     """``found [T, O]`` is within rounding of the product in float64, token by token."""
-    weights = unpacked(one, wanted, torch.float32).double()
+    weights = unpacked(one, torch.float32).double()
     biases = torch.zeros(EXPERTS, 1) if one.bias_KO is None else one.bias_KO.cpu()
     # The interpreter cuts float32 off where a GPU rounds it to bfloat16.
     unit = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[found.dtype]
@@ -109,13 +118,13 @@ def check_products(found, one, wanted, X, experts):
 def test_every_mode_is_multiplied_and_unpacked(shape, sparsity, bits, group_size, dtype):
     wanted = layout(shape, sparsity, bits, block_size=32 if sparsity == "16:32" else 16)
     one = linear(wanted, group_size, dtype)
-    stored = StoredExperts(wanted, [one])
+    stored = StoredExperts([one])
     exact = torch.float32 if bits else dtype
-    assert torch.equal(stored.unpack(0, EXPERTS, exact).cpu(), unpacked(one, wanted, exact))
+    assert torch.equal(stored.unpack(0, EXPERTS, exact).cpu(), unpacked(one, exact))
     for tokens in (1, 5):
         X = torch.randn(tokens, shape[1], device=KERNEL_DEVICE).to(dtype)
         experts = torch.randint(0, EXPERTS, (tokens,), device=KERNEL_DEVICE)
-        check_products(stored.multiply(X, experts)[0], one, wanted, X, experts)
+        check_products(stored.multiply(X, experts)[0], one, X, experts)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +136,8 @@ def test_tokens_of_one_expert_are_multiplied_together(experts):
     one = linear(wanted, None, torch.float32)
     X = torch.randn(len(experts), 40, device=KERNEL_DEVICE)
     chosen = torch.tensor(experts, device=KERNEL_DEVICE)
-    found = StoredExperts(wanted, [one]).multiply(X, chosen)[0]
-    check_products(found, one, wanted, X, chosen)
+    found = StoredExperts([one]).multiply(X, chosen)[0]
+    check_products(found, one, X, chosen)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -136,22 +145,22 @@ def test_tokens_of_one_expert_are_multiplied_together(experts):
 def test_linears_of_one_shape_are_multiplied_in_one_launch(bits, bias):
     wanted = layout((18, 40), "2:4", bits)
     both = [linear(wanted, 8, torch.float32, bias=bias) for _ in range(2)]
-    stored = StoredExperts(wanted, both)
+    stored = StoredExperts(both)
     X = torch.randn(6, 40, device=KERNEL_DEVICE)
     experts = torch.randint(0, EXPERTS, (6,), device=KERNEL_DEVICE)
     out = stored.multiply(X, experts)
     assert out.shape == (2, 6, 18)
     for found, one in zip(out, both, strict=True):
-        check_products(found, one, wanted, X, experts)
+        check_products(found, one, X, experts)
     second = stored.unpack(1, 2, torch.float32, linear=1).cpu()
-    assert torch.equal(second, unpacked(both[1], wanted, torch.float32)[1:])
+    assert torch.equal(second, unpacked(both[1], torch.float32)[1:])
     assert stored.multiply(X[:0], experts[:0]).shape == (2, 0, 18)
 
 
 def test_experts_without_a_token_are_not_unpacked():
     wanted = layout((4, 16), "0.5")
     one = linear(wanted, None, torch.float32)
-    stored, sizes = StoredExperts(wanted, [one]), torch.tensor([2, 0, 1], device=KERNEL_DEVICE)
+    stored, sizes = StoredExperts([one]), torch.tensor([2, 0, 1], device=KERNEL_DEVICE)
     empty = torch.empty
 
     def marked(*shape, **settings):
@@ -160,7 +169,7 @@ def test_experts_without_a_token_are_not_unpacked():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_experts.torch, "empty", marked)
         found = stored.unpack(0, EXPERTS, torch.float32, sizes)
-    wanted_weights = unpacked(one, wanted, torch.float32)
+    wanted_weights = unpacked(one, torch.float32)
     assert torch.equal(found[[0, 2]].cpu(), wanted_weights[[0, 2]])
     assert bool((found[1] == 7).all())
 
@@ -184,7 +193,7 @@ def test_unpacked_experts_are_multiplied_in_one_product(
     monkeypatch.setattr(stored_experts, "takes_grouped_product", lambda weights: grouped)
     wanted = layout((24, 72), "0.5")
     one = linear(wanted, None, dtype, is_shared=is_shared)
-    stored = StoredExperts(wanted, [one])
+    stored = StoredExperts([one])
     for sizes in ([70, 0, 3], [0, 5, 0], [0, 0, 67]):
         experts = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
         experts = experts[torch.randperm(len(experts))].to(KERNEL_DEVICE)
@@ -195,7 +204,7 @@ def test_unpacked_experts_are_multiplied_in_one_product(
             weights = stored.unpack(first, min(step, EXPERTS - first), dtype)
             order = torch.argsort(experts, stable=True)
             multiply_dense(X, weights, one.bias_KO, order, ends, out, first=first)
-        check_products(out, one, wanted, X, experts)
+        check_products(out, one, X, experts)
 
 
 def damage_bitmask(streams):
@@ -226,14 +235,14 @@ def shorten(streams):
 def test_damaged_streams_are_refused_before_a_kernel_trusts_them(sparsity, damage, message):
     wanted = layout((5, 20), sparsity)
     one = linear(wanted, None, torch.float32)
-    StoredExperts(wanted, [one])
+    StoredExperts([one])
     damage(one.experts[1])
     with pytest.raises(ValueError, match=message):
-        StoredExperts(wanted, [one])
+        StoredExperts([one])
 
 
 def test_what_kernels_take_beside_the_streams_is_as_small_as_said():
     wanted = layout((40, 80), "0.5")
-    stored = StoredExperts(wanted, [linear(wanted, None, torch.float32)])
+    stored = StoredExperts([linear(wanted, None, torch.float32)])
     assert stored.starts.numel() * stored.starts.element_size() == 4 * 40 * EXPERTS
     assert (stored.masks.numel() + stored.values.numel()) * 8 == 16 * EXPERTS

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sparse_expansion.config import CompressionConfig, RoutingConfig
+from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
 
 MAX_PATTERN_GROUP = 16
 """Largest M of N:M that is stored as patterns; larger groups have bitmasks."""
@@ -33,8 +33,21 @@ class PackedLayout:
     """Whether the expert has a bias of its own."""
 
     @classmethod
-    def of(cls, rows: int, columns: int, config: CompressionConfig) -> PackedLayout:
-        """The layout that a configuration gives."""
+    def of(
+        cls, rows: int, columns: int, config: CompressionConfig, share: float | None = None
+    ) -> PackedLayout:
+        """The layout that a configuration gives.
+
+        Args:
+            rows: outputs of the linear.
+            columns: its inputs.
+            config: of the block.
+            share: of zeros, of an expert that has its own.
+        """
+        if share is not None:
+            pattern = SparsityPattern(fraction=share)
+            kept = pattern.num_kept(rows, columns, config.block_size)
+            return replace(cls.of(rows, columns, config), num_kept=kept)
         pattern = config.sparsity
         kept = pattern.num_kept(rows, columns, config.block_size)
         is_sparse = pattern.fraction > 0
@@ -121,12 +134,22 @@ def grid_bytes(rows: int, columns: int, config: CompressionConfig) -> int:
     return 2 * 4 * rows * -(-columns // size)
 
 
-def router_bytes(width: int, config: RoutingConfig, compression: CompressionConfig) -> int:
-    """Stored bytes of a linear group's router (float32), and of its experts' order of columns."""
+def router_bytes(
+    width: int, config: RoutingConfig, compression: CompressionConfig, *, is_routed: bool = False
+) -> int:
+    """Stored bytes of a linear group's router (float32), order of columns, and shares of zeros.
+
+    Args:
+        width: input features.
+        config: of the router.
+        compression: of the block; with shares of zeros that are measured, or were.
+        is_routed: whether the linears are those of a mixture's experts.
+    """
     features = config.num_components(width)
     components = 0 if config.pca_reduction_factor is None else features * width
     columns = width if compression.permutes else 0
-    return 4 * (width + components + config.num_clusters * features + columns)
+    shares = config.num_clusters if compression.shares_out(is_routed=is_routed) else 0
+    return 4 * (width + components + config.num_clusters * features + columns + shares)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from sparse_expansion.algorithms.channels import channel_permutation
+from sparse_expansion.algorithms.expert_shares import expert_shares
 from sparse_expansion.algorithms.hessian import check_finite, map_tensors, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
 from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
@@ -28,7 +30,12 @@ from sparse_expansion.work.passes import (
 )
 from sparse_expansion.work.registry import Done, stage
 from sparse_expansion.work.routers import grid_tensors, router_owner, router_tensors
-from sparse_expansion.work.sums import fit_router, sum_hessians, sum_to_device
+from sparse_expansion.work.sums import (
+    cluster_variances,
+    fit_router,
+    sum_hessians,
+    sum_to_device,
+)
 
 
 @stage()
@@ -74,7 +81,8 @@ def recapture(
 def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
     """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids.
 
-    The order of the experts' columns is chosen here too, where they have one of their own.
+    The order of the experts' columns and their shares of zeros are chosen here too, where they have
+    some of their own.
     """
     linears, compression = context.group(layer, group), context.config.compression
     found, gram, fit_tokens = fit_router(
@@ -86,11 +94,19 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
         about_means=compression.expert_biases,
     )
     prefix = context.shell().block_prefix(layer)
+    stats: dict[str, Any] = {"fit_tokens": fit_tokens}
     if compression.permutes:
         weights = [context.dense_weight(layer, linear) for linear in linears.linears]
         energy_D = gram.sum_DD.diagonal()
         columns_D = channel_permutation(weights, energy_D, compression.sparsity)
         found = replace(found, columns_D=columns_D)
+    if compression.shares_out(is_routed=linears.is_routed):
+        weights = [context.dense_weight(layer, linear) for linear in linears.linears]
+        tokens_K, variance_KD = cluster_variances(samples, found, context.device)
+        fraction = context.compression(layer).sparsity.fraction
+        shares = expert_shares(weights, variance_KD, tokens_K, fraction)
+        found = replace(found, sparsity_K=torch.tensor(shares))
+        stats["sparsity"] = shares
     tensors = router_tensors(found, router_owner(context, layer, group))
     if compression.bits is not None:
         for linear in linears.linears:
@@ -102,7 +118,7 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
             )
             tensors |= grid_tensors(grid, prefix + linear)
     return Done(
-        stats={"fit_tokens": fit_tokens},
+        stats=stats,
         outputs={"gram": map_tensors(gram, context.buffers.hold)},
         files=context.write(router_file(layer, group), tensors, read_in=layer),
     )

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 
 from sparse_expansion.algorithms.centring import InputMeans
-from sparse_expansion.algorithms.compress import (
-    ExpertWeights,
-    compress_linears,
-    sensitivity_weights,
-)
+from sparse_expansion.algorithms.compress import ExpertWeights, sensitivity_weights
+from sparse_expansion.algorithms.expert_shares import compress_by_share
 from sparse_expansion.algorithms.hessian import merge_hessians, permuted
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
@@ -53,7 +50,8 @@ def experts(
     squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
-    columns_D = read_router(context, layer, group).columns_D if compression.permutes else None
+    router = read_router(context, layer, group)
+    columns_D, shares = router.columns_D, router.shares[experts[0] : experts[1] + 1]
     H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, columns_D)
     prefix = context.shell().block_prefix(layer)
     weights = {
@@ -61,7 +59,8 @@ def experts(
         for name in context.group(layer, group).linears
     }
     grids = read_grids(context, layer, group, width)
-    made = compress_linears(
+    made = compress_by_share(
+        shares,
         weights,
         H_KDD,
         compression,
@@ -73,14 +72,16 @@ def experts(
     )
     tensors: dict[str, torch.Tensor] = {}
     stats["relative_error"] = {}
+    stats["sparsity"] = compression.sparsity.fraction
     for name, result in made.items():
         stats["damping_fraction"] = list(result.damping_fraction_K)
         stats["damping_attempts"] = list(result.damping_attempts_K)
         stats["dead_features"] = list(result.num_dead_K)
         stats["relative_error"][name] = list(result.relative_error_K)
         rows, columns = weights[name].shape
-        layout = PackedLayout.of(rows, columns, compression)
         for offset in range(len(H_KDD)):
+            share = shares[offset] if shares else None
+            layout = PackedLayout.of(rows, columns, compression, share)
             packed = _packed(result, offset, layout, context.shell().dtype)
             where = f"{prefix}{name}.experts.{experts[0] + offset}"
             tensors.update({f"{where}.{part}": value for part, value in packed.items()})
