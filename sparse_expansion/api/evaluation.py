@@ -143,11 +143,14 @@ def _routed(shell: ModelShell, tokens_by_expert: Mapping[str, Sequence[int]]) ->
     from sparse_expansion.report.routed import routed_facts
     from sparse_expansion.store import Store
 
-    widths = {
-        f"{layer}.{name}": module.in_features
+    linears = {
+        f"{layer}.{name}": module
         for layer in range(shell.num_blocks)
         for name, module in shell.meta_block(layer).named_modules()
-        if isinstance(module, ExpandedLinear)
+        if isinstance(module, ExpandedLinear) and hasattr(module, "router")
     }
+    widths = {name: linear.in_features for name, linear in linears.items()}
+    kept = {name: linear.group.kept_shares() for name, linear in linears.items()}
     # A folder that was copied or saved again has no records of the run that made it.
-    return routed_facts(tokens_by_expert, expert_rows(Store(str(shell.folder)).records()), widths)
+    records = Store(str(shell.folder)).records()
+    return routed_facts(tokens_by_expert, expert_rows(records), widths, kept)

@@ -113,7 +113,7 @@ class ExpandedLinear(nn.Module):
         self.out_features = out_features
         self.layout = PackedLayout.of(out_features, in_features, compression)
         """What experts have in common: all but the number of weights where that is an expert's."""
-        self.layouts = [
+        self.layouts: Sequence[PackedLayout] = [
             PackedLayout.of(out_features, in_features, compression, share) for share in shares
         ] or [self.layout] * routing.num_clusters
         self.experts = nn.ModuleList(PackedExpert(layout, dtype) for layout in self.layouts)

@@ -24,6 +24,8 @@ class Linear(Protocol):
     """An expanded linear, as its group sees it."""
 
     layout: PackedLayout
+    layouts: Sequence[PackedLayout]
+    """Of every expert."""
     cache: ExpertCache
     bias: torch.nn.Parameter | None
     """That all experts share."""
@@ -64,6 +66,13 @@ class ExpertGroup:
     def add(self, linear: Linear) -> None:
         """Make a linear the group's next one."""
         self._linears.append(weakref.ref(linear))
+
+    def kept_shares(self) -> list[float]:
+        """Of the dense weights of all linears, the share that every expert keeps."""
+        found = self.linears
+        dense = sum(one.layout.rows * one.layout.columns for one in found)
+        each = zip(*(one.layouts for one in found), strict=True)
+        return [sum(layout.num_kept for layout in layouts) / dense for layouts in each]
 
     @property
     def num_tables(self) -> int:

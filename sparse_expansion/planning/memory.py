@@ -391,9 +391,10 @@ class _StageMemory:
         # All linears of the group: weights (float32), masks and codes. One of them: the same
         # transposed, and its changes.
         each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)
-        swept = count * weights * each
-        swept += count * largest * (each + FLOAT32_BYTES)
-        swept += 2 * FLOAT32_BYTES * weights
-        swept += count * pruner.extra_bytes(group.width, largest)
+        made = count * weights * each
+        # Experts with shares of their own are made one after another, and then put together.
+        at_once = 1 if compression.shares_out(is_routed=group.is_routed) else count
+        swept = made + 2 * FLOAT32_BYTES * weights + at_once * largest * (each + FLOAT32_BYTES)
+        swept = max(2 * made, swept + at_once * pruner.extra_bytes(group.width, largest))
         packed = count * packed_bytes(self.config, group, self.item)
         return hessians + weights * self.item + max(factoring, swept + 2 * packed)

@@ -152,6 +152,8 @@ def evaluation_table(result: dict[str, Any]) -> str:
     ]
     if "used_experts" in routed:
         rows.append(("experts in use", f"as if {routed['used_experts']:.1f} took equal shares"))
+    if "kept_share" in routed:
+        rows.append(("weights per token", f"{routed['kept_share']:.1%} of the dense MLPs'"))
     if "thin_share" in routed:
         rows.append(
             (

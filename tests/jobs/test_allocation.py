@@ -72,7 +72,7 @@ def test_a_run_with_shares_by_block(made, neox_folder, long_text_folder, tmp_pat
     shares = json.loads(made.read_text())["layer_sparsity"]
     assert len(set(shares)) == 3
     where = ["--model", str(neox_folder), "--dataset", str(long_text_folder), "--sparsity", "0.7"]
-    flags = [*where, "--layer-sparsity", str(made), *SMALL_RUN]
+    flags = [*where, "--layer-sparsity", str(made), "--expert-sparsity", "uniform", *SMALL_RUN]
     output = str(tmp_path / "o")
     run = ["run", *flags, "--eval-windows", "3", "--output", output]
     assert main(run) == 0
@@ -192,7 +192,7 @@ def test_a_run_with_experts_by_block(neox_folder, long_text_folder, tmp_path, ca
     # Whatever was found, blocks that differ: saved, loaded, scored, planned.
     file.write_text(json.dumps({"layer_clusters": [1, 8, 3]}))
     run = [*where, *SMALL_RUN, "--layer-clusters", str(file)]
-    run += ["--num-clusters", "4", "--layer-sparsity", "uniform"]
+    run += ["--num-clusters", "4", "--layer-sparsity", "uniform", "--expert-sparsity", "uniform"]
     more = ["--eval-windows", "3", "--finetune", "--json", "--output", str(output)]
     assert main(["run", *run, *more]) == 0
     metrics = json.loads(capsys.readouterr().out)

@@ -23,13 +23,16 @@ def row(expert, tokens):
 
 def test_by_hand():
     experts = [row(0, 100), row(1, 3)]
-    facts = routed_facts({"0.mlp.up": [30, 10]}, experts, {"0.mlp.up": 16})
+    kept = {"0.mlp.up": [0.5, 0.3], "0.mlp.down": [0.5, 0.5]}
+    facts = routed_facts({"0.mlp.up": [30, 10]}, experts, {"0.mlp.up": 16}, kept)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert facts == pytest.approx({"used_experts": math.exp(entropy), "thin_share": 0.25})
+    used = math.exp(entropy)
+    assert facts == pytest.approx({"used_experts": used, "kept_share": 0.45, "thin_share": 0.25})
     # A group without tokens says nothing; without records it is not known who is thin.
     counts = {"0.mlp.up": [5, 5], "0.mlp.down": [0, 0]}
-    assert routed_facts(counts, [], {"0.mlp.up": 16}) == pytest.approx({"used_experts": 2.0})
-    assert routed_facts({}, experts, {}) == {}
+    facts = routed_facts(counts, [], {"0.mlp.up": 16}, kept)
+    assert facts == pytest.approx({"used_experts": 2.0, "kept_share": 0.4})
+    assert routed_facts({}, experts, {}, {}) == {}
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,12 @@ def test_the_table_says_it(measured_run, text_folder, tmp_path, result):
     table = evaluation_table(result)
     assert f"as if {result['routed']['used_experts']:.1f} took equal shares" in table
     assert "tokens of thin experts" in table
+    assert f"{result['routed']['kept_share']:.1%} of the dense MLPs'" in table
     copied = tmp_path / "copy"
     shutil.copytree(measured_run, copied, ignore=shutil.ignore_patterns("units", ".sparse*"))
     assert not Store(str(copied)).records()
     found = evaluate(copied, text_folder, seqlen=48, eval_windows=4).metrics
-    assert found["routed"] == {"used_experts": pytest.approx(result["routed"]["used_experts"])}
+    assert found["routed"] == pytest.approx(
+        {name: result["routed"][name] for name in ("used_experts", "kept_share")}
+    )
     assert "tokens of thin experts" not in evaluation_table(found)

@@ -145,7 +145,7 @@ def test_a_unit_without_room_on_the_device_is_tried_again_with_less_kept(
 ):
     """Residents make way for a unit's arrays; only what does not fit alone is an error."""
     whole = digests(Path(run_on(card, llama_folder, text_folder, tmp_path / "a").root))
-    compress, seen = make_stages.compress_linears, []
+    compress, seen = make_stages.compress_by_share, []
 
     def narrow(*args, **given):
         seen.append(1)
@@ -153,9 +153,9 @@ def test_a_unit_without_room_on_the_device_is_tried_again_with_less_kept(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return compress(*args, **given)
 
-    monkeypatch.setattr(make_stages, "compress_linears", narrow)
+    monkeypatch.setattr(make_stages, "compress_by_share", narrow)
     assert digests(Path(run_on(card, llama_folder, text_folder, tmp_path / "b").root)) == whole
-    monkeypatch.setattr(make_stages, "compress_linears", lambda *args, **given: narrow_always())
+    monkeypatch.setattr(make_stages, "compress_by_share", lambda *args, **given: narrow_always())
     with pytest.raises(ValueError, match="layer-000/.*experts.*out of device memory"):
         run_on(card, llama_folder, text_folder, tmp_path / "c")
 
