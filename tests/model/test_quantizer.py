@@ -125,15 +125,24 @@ def test_truncated_checkpoint_is_not_loaded(tmp_path, llama_folder, text_folder,
     assert file.name in capsys.readouterr().err
 
 
-def test_folders_of_version_2_are_read_as_before(neox_folder, text_folder, tmp_path):
-    """They have no biases of experts, and settings that say nothing of them."""
-    made = expand(neox_folder, text_folder, tmp_path / "m", "--no-expert-biases")
+@pytest.mark.parametrize("version", [2, 3])
+def test_folders_of_earlier_versions_are_read_as_before(
+    version, neox_folder, text_folder, tmp_path
+):
+    """They have none of what came later, and settings that say nothing of it."""
+    flags = ["--expert-sparsity", "uniform", "--no-permute-channels"]
+    later = {"expert_sparsity": "uniform", "permute_channels": False}
+    if version == 2:
+        flags.append("--no-expert-biases")
+        later["expert_biases"] = False
+    made = expand(neox_folder, text_folder, tmp_path / "m", *flags)
     tokens = torch.randint(1, 500, (3, 30))
     before = logits(AutoModelForCausalLM.from_pretrained(made), tokens)
     config = json.loads((made / "config.json").read_text())
     assert config["quantization_config"]["format_version"] == 4
-    config["quantization_config"]["format_version"] = 2
-    assert config["quantization_config"]["compression"].pop("expert_biases") is False
+    config["quantization_config"]["format_version"] = version
+    for name, value in later.items():
+        assert config["quantization_config"]["compression"].pop(name) == value
     (made / "config.json").write_text(json.dumps(config))
     manifest = json.loads((made / "manifest.json").read_text())
     del manifest["sha256_of_the_rest"], manifest["files"]["config.json"]
