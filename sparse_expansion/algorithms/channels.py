@@ -82,11 +82,12 @@ def _assign(worth_OD: torch.Tensor, groups_GM: torch.Tensor, place: int, kept: i
     num_groups = len(groups_GM)
     gain_GG = torch.zeros(num_groups, num_groups, device=worth_OD.device)
     room = GAIN_BYTES["cuda" if worth_OD.is_cuda else "cpu"]
-    for rows_OD in worth_OD.split(max(1, room // (gain_GG.nbytes or 1))):
-        others_OGM = rows_OD[:, groups_GM[:, others].flatten()].view(len(rows_OD), num_groups, -1)
-        next_OG = others_OGM.topk(kept, dim=2).values[:, :, -1]
-        offered_OG = rows_OD[:, groups_GM[:, place]]
-        gain_GG += torch.maximum(next_OG[:, :, None], offered_OG[:, None, :]).sum(dim=0)
+    at_once = max(1, room // (gain_GG.nbytes or 1))
+    others_OGM = worth_OD[:, groups_GM[:, others].flatten()].view(len(worth_OD), num_groups, -1)
+    next_OG = others_OGM.topk(kept, dim=2).values[:, :, -1].contiguous()
+    offered_OG = worth_OD[:, groups_GM[:, place]]
+    for known_OG, new_OG in zip(next_OG.split(at_once), offered_OG.split(at_once), strict=True):
+        gain_GG += torch.maximum(known_OG[:, :, None], new_OG[:, None, :]).sum(dim=0)
     _, chosen = linear_sum_assignment(gain_GG.double().cpu().numpy(), maximize=True)
     groups_GM[:, place] = groups_GM[torch.from_numpy(chosen).to(groups_GM.device), place]
 
@@ -100,11 +101,11 @@ def permutation_flops(num_rows: int, width: int, pattern: SparsityPattern) -> fl
 
 
 def permutation_bytes(num_rows: int, width: int, item_bytes: int) -> int:
-    """Bytes of ``channel_permutation``: rows and their copy, and the weights and sums they are of.
+    """Bytes of ``channel_permutation``: rows and two copies, and the weights and sums they are of.
 
     Args:
         num_rows: of all linears that share the inputs.
         width: input features.
         item_bytes: of one weight.
     """
-    return 2 * 4 * min(num_rows, MAX_ROWS) * width + 4 * width**2 + item_bytes * num_rows * width
+    return 3 * 4 * min(num_rows, MAX_ROWS) * width + 4 * width**2 + item_bytes * num_rows * width
