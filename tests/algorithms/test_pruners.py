@@ -152,6 +152,9 @@ def test_an_added_pruner_runs_from_the_command_line(
         sparsity,
         "--layer-sparsity",
         "uniform",
+        "--expert-sparsity",
+        "uniform",
+        "--no-permute-channels",
         "--eval-windows",
         "4",
     ]
@@ -249,7 +252,7 @@ def test_saved_experts_are_the_dense_weights_where_kept(neox_folder, text_folder
     import sparse_expansion
 
     where = ["--model", str(neox_folder), "--dataset", str(text_folder), "--pruner", "wanda"]
-    where += ["--layer-sparsity", "uniform"]
+    where += ["--layer-sparsity", "uniform", "--expert-sparsity", "uniform"]
     assert main(["expand", *where, "--output", str(tmp_path / "o"), *SMALL_RUN]) == 0
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
     dense = AutoModelForCausalLM.from_pretrained(neox_folder)
