@@ -37,6 +37,7 @@ def expanded_linear(config: CompressionConfig, dtype: torch.dtype) -> ExpandedLi
         bias=False,
         compression=config,
         routing=RoutingConfig(num_clusters=EXPERTS),
+        shares=(),
         first=None,
         cache=ExpertCache(),
         dtype=dtype,
