@@ -15,6 +15,9 @@ import torch
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that models are read, made and run in."""
 
+SHARE_DIGITS = 4
+"""Places of an expert's share of zeros: no more than float32 holds for certain."""
+
 
 class CompressionError(ValueError):
     """A unit of work cannot be done for a reason of its own; the message names the place."""
@@ -40,8 +43,7 @@ class Router:
     def shares(self) -> tuple[float, ...]:
         """Every expert's share of zeros, as it is counted by; empty where all have the same."""
         given = () if self.sparsity_K is None else self.sparsity_K.tolist()
-        # Float32 has no more places.
-        return tuple(round(share, 4) for share in given)
+        return tuple(round(share, SHARE_DIGITS) for share in given)
 
     @property
     def num_clusters(self) -> int:

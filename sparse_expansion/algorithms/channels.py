@@ -47,9 +47,8 @@ def channel_permutation(
     """
     assert pattern.group is not None and pattern.pruned is not None
     size, kept = pattern.group, pattern.group - pattern.pruned
-    num_rows, width = sum(len(W_OD) for W_OD in weights), len(energy_D)
-    rows_OD = torch.cat([W_OD[:: -(-num_rows // MAX_ROWS)].float() for W_OD in weights])
-    worth_OD = rows_OD.square_().mul_(energy_D.float())
+    width = len(energy_D)
+    worth_OD = squares_of_rows(weights, MAX_ROWS).mul_(energy_D.float())
     worth_OD /= worth_OD.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     num_groups = width // size
     falling_D = worth_OD[:, : num_groups * size].sum(dim=0).argsort(descending=True, stable=True)
@@ -67,6 +66,12 @@ def channel_permutation(
         groups_GM[first::parts] = part_GM
     rest = torch.arange(num_groups * size, width, device=groups_GM.device)
     return torch.cat([groups_GM.flatten(), rest]).int()
+
+
+def squares_of_rows(weights: Sequence[torch.Tensor], most: int) -> torch.Tensor:
+    """``w^2`` in float32 of at most about so many rows of all linears together, evenly spaced."""
+    num_rows = sum(len(W_OD) for W_OD in weights)
+    return torch.cat([W_OD[:: -(-num_rows // most)].float() for W_OD in weights]).square_()
 
 
 def _assign(worth_OD: torch.Tensor, groups_GM: torch.Tensor, place: int, kept: int) -> None:

@@ -16,9 +16,11 @@ import torch
 
 from sparse_expansion.algorithms.allocation import shares_by_gap
 from sparse_expansion.algorithms.centring import InputMeans
+from sparse_expansion.algorithms.channels import squares_of_rows
 from sparse_expansion.algorithms.compress import ExpertWeights, compress_linears
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.config import CompressionConfig, SparsityPattern
+from sparse_expansion.types import SHARE_DIGITS
 
 MAX_ROWS = 512
 """Rows that an expert's loss is estimated by where there are more, evenly spaced."""
@@ -51,10 +53,9 @@ def expert_shares(
     mean_D = counts_K @ variance_KD / counts_K.sum().clamp_min(1)
     mixed_KD = counts_K[:, None] * variance_KD + PRIOR_TOKENS * mean_D
     mixed_KD /= counts_K[:, None] + PRIOR_TOKENS
-    num_rows = sum(len(W_OD) for W_OD in weights)
-    rows_OD = torch.cat([W_OD[:: -(-num_rows // MAX_ROWS)].float() for W_OD in weights]).square()
-    lost_K = [lost_energy(rows_OD, each_D.float(), sparsity) for each_D in mixed_KD]
-    return shares_by_gap(lost_K, sparsity, weights=counts_K.tolist(), digits=4)
+    squares_OD = squares_of_rows(weights, MAX_ROWS)
+    lost_K = [lost_energy(squares_OD, each_D.float(), sparsity) for each_D in mixed_KD]
+    return shares_by_gap(lost_K, sparsity, weights=counts_K.tolist(), digits=SHARE_DIGITS)
 
 
 def lost_energy(squares_OD: torch.Tensor, variance_D: torch.Tensor, sparsity: float) -> float:

@@ -20,7 +20,7 @@ from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.fields import Setting, settings_of
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS, not_given
-from sparse_expansion.config.routing import CLUSTERINGS, RoutingConfig
+from sparse_expansion.config.routing import RoutingConfig
 from sparse_expansion.config.run import RefinementConfig, RunConfig
 from sparse_expansion.config.text import TextOptions
 
@@ -72,7 +72,7 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         # N:M leaves no choice, so that nothing is measured.
         compression["layer_sparsity"] = UNIFORM
     routing = routing_config(values)
-    if compression["sparsity"].group is not None or routing.clustering != CLUSTERINGS[0]:
+    if compression["sparsity"].group is not None or routing.clustering == "random":
         # Random clusters are alike.
         compression["expert_sparsity"] = UNIFORM
     if routing.most_clusters == 1:

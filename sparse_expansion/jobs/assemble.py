@@ -167,12 +167,13 @@ def information_bytes(prepared: Prepared, shares: _Shares) -> float:
     for layer in range(shell.num_blocks):
         compression, routing = config.compression.at(layer), config.routing.at(layer)
         for group in shell.groups(layer):
-            own = shares[layer].get(group.linears[0])
+            own = shares[layer].get(group.linears[0], ())
             for position, linear in enumerate(group.linears):
                 rows, width = linear_shape(shell.meta_block(layer), linear)
-                for share in own or [None] * routing.num_clusters:
-                    layout = PackedLayout.of(rows, width, compression, share)
-                    total += layout.information_bits(item_bytes) / 8
+                layouts = PackedLayout.of_experts(
+                    rows, width, compression, own, routing.num_clusters
+                )
+                total += sum(layout.information_bits(item_bytes) for layout in layouts) / 8
                 total += grid_bytes(rows, width, config.compression)
                 if position == 0:
                     total += router_bytes(width, routing, compression, is_routed=group.is_routed)

@@ -113,9 +113,9 @@ class ExpandedLinear(nn.Module):
         self.out_features = out_features
         self.layout = PackedLayout.of(out_features, in_features, compression)
         """What experts have in common: all but the number of weights where that is an expert's."""
-        self.layouts: Sequence[PackedLayout] = [
-            PackedLayout.of(out_features, in_features, compression, share) for share in shares
-        ] or [self.layout] * routing.num_clusters
+        self.layouts: Sequence[PackedLayout] = PackedLayout.of_experts(
+            out_features, in_features, compression, shares, routing.num_clusters
+        )
         self.experts = nn.ModuleList(PackedExpert(layout, dtype) for layout in self.layouts)
         self.grid = (
             None if compression.bits is None else Grid(out_features, in_features, compression)

@@ -376,8 +376,7 @@ class _StageMemory:
         largest = weights // group.num_linears
         # The sums, and the sample's. Their factors: to sweep, or for the compensated target.
         pruner = pruner_of(compression.pruner)
-        has_factors = pruner.needs_factor(compression) or paired
-        hessians = (count + 1 + (count if has_factors else 0)) * square
+        hessians = (count + 1 + count * (pruner.needs_factor(compression) or paired)) * square
         # For one expert at a time its reversed Hessian, its Cholesky factor and that reversed; all
         # of them are gone before a weight is swept.
         factoring = 3 * square
@@ -393,8 +392,9 @@ class _StageMemory:
         each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)
         made = count * weights * each
         # Experts with shares of their own are made one after another, and then put together.
-        at_once = 1 if compression.shares_out(is_routed=group.is_routed) else count
+        is_apart = compression.shares_out(is_routed=group.is_routed)
+        at_once, copies = (1, 2) if is_apart else (count, 1)
         swept = made + 2 * FLOAT32_BYTES * weights + at_once * largest * (each + FLOAT32_BYTES)
-        swept = max(2 * made, swept + at_once * pruner.extra_bytes(group.width, largest))
+        swept = max(copies * made, swept + at_once * pruner.extra_bytes(group.width, largest))
         packed = count * packed_bytes(self.config, group, self.item)
         return hessians + weights * self.item + max(factoring, swept + 2 * packed)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.data.transfers import to_device
 from sparse_expansion.run_files import router_file
-from sparse_expansion.types import Router
+from sparse_expansion.types import HessianSum, Router
 from sparse_expansion.work.context import WorkContext
 
 
@@ -15,6 +16,25 @@ def router_owner(context: WorkContext, layer: int, group: str) -> str:
     """Prefix of the router's tensors: the group's first linear owns it."""
     prefix = context.shell().block_prefix(layer)
     return f"{prefix}{context.group(layer, group).linears[0]}.router"
+
+
+def columns_of(
+    context: WorkContext, layer: int, group: str, gram: HessianSum
+) -> torch.Tensor | None:
+    """The order in which a group's experts take features, see ``types.Router``; None without one.
+
+    Args:
+        context: of the worker.
+        layer: number of the block.
+        group: name of the group.
+        gram: Hessian sum of its inputs.
+    """
+    compression = context.config.compression
+    if not compression.permutes:
+        return None
+    linears = context.group(layer, group).linears
+    weights = [context.dense_weight(layer, linear) for linear in linears]
+    return channel_permutation(weights, gram.sum_DD.diagonal(), compression.sparsity)
 
 
 def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:

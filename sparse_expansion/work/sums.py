@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -68,7 +69,6 @@ def fit_router(
     device: str,
     seed: int,
     is_routed: bool = False,
-    about_means: bool = False,
 ) -> tuple[Router, HessianSum, int]:
     """PCA and KMeans on samples of a group's inputs.
 
@@ -79,38 +79,39 @@ def fit_router(
         seed: of KMeans.
         is_routed: whether the inputs are those of an expert of a mixture, which may get fewer
             tokens than there are clusters, or none.
-        about_means: whether the Hessian sum is wanted about the clusters' means.
 
     Returns:
         The router, the samples' Hessian sum, and how many tokens they have.
     """
     router, moments = _fitted(samples, routing, device, seed, is_routed=is_routed)
-    if about_means:
-        moments = _about_cluster_means(moments, samples, router, device)
     return router, moments, moments.num_tokens
 
 
-def _about_cluster_means(
-    moments: HessianSum, samples: Sequence[torch.Tensor], router: Router, device: str
-) -> HessianSum:
-    """The samples' sums, over tokens less their cluster's mean."""
-    counts_K, sums_KD, _ = _cluster_moments(samples, router, device)
-    return about_cluster_means(moments, sums_KD, counts_K)
+@dataclass(frozen=True)
+class ClusterMoments:
+    """What is known of every cluster's tokens, float64."""
+
+    counts_K: torch.Tensor
+    """How many there are."""
+    sums_KD: torch.Tensor
+    """``sum x``."""
+    squares_KD: torch.Tensor
+    """``sum x^2``, feature by feature."""
+
+    @property
+    def variance_KD(self) -> torch.Tensor:
+        """Variances about the cluster's mean."""
+        divisor_K1 = self.counts_K.clamp(min=1)[:, None]
+        mean_KD = self.sums_KD / divisor_K1
+        return (self.squares_KD / divisor_K1 - mean_KD.square()).clamp_(min=0)
+
+    def about_means(self, group: HessianSum) -> HessianSum:
+        """The same tokens' sums over all clusters, over tokens less their cluster's mean."""
+        return about_cluster_means(group, self.sums_KD, self.counts_K)
 
 
-def cluster_variances(
-    samples: Sequence[torch.Tensor], router: Router, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of every cluster ``[K]``, and variances of its inputs ``[K, D]``, on samples."""
-    counts_K, sums_KD, squares_KD = _cluster_moments(samples, router, device)
-    divisor_K1 = counts_K.clamp(min=1)[:, None]
-    return counts_K, (squares_KD / divisor_K1 - (sums_KD / divisor_K1).square()).clamp_(min=0)
-
-
-def _cluster_moments(
-    samples: Sequence[torch.Tensor], router: Router, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """By cluster the number of tokens, and the sums of inputs and of their squares; float64."""
+def cluster_moments(samples: Sequence[torch.Tensor], router: Router, device: str) -> ClusterMoments:
+    """Moments of samples ``[T, D]`` by the router's clusters."""
     shape = router.num_clusters, len(router.mean_D)
     sums_KD, squares_KD = torch.zeros(2, *shape, dtype=torch.float64, device=device)
     counts_K = torch.zeros(shape[0], dtype=torch.float64, device=device)
@@ -118,10 +119,11 @@ def _cluster_moments(
         for part in X_TD.split(CHUNK_TOKENS // 8):
             there_TD = to_device(part, device)
             labels_T = route(there_TD, router)
-            sums_KD += cluster_sums(there_TD.double(), labels_T, router.num_clusters)
-            squares_KD += cluster_sums(there_TD.double().square(), labels_T, router.num_clusters)
+            there_TD = there_TD.double()
+            sums_KD += cluster_sums(there_TD, labels_T, router.num_clusters)
+            squares_KD += cluster_sums(there_TD.square(), labels_T, router.num_clusters)
             counts_K += torch.bincount(labels_T, minlength=router.num_clusters)
-    return counts_K, sums_KD, squares_KD
+    return ClusterMoments(counts_K, sums_KD, squares_KD)
 
 
 def _fitted(

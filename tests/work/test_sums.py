@@ -7,7 +7,7 @@ from sparse_expansion.algorithms.centring import VARIANCE_FLOOR
 from sparse_expansion.algorithms.clustering import route
 from sparse_expansion.config import RoutingConfig
 from sparse_expansion.types import CompressionError
-from sparse_expansion.work.sums import fit_router, route_all
+from sparse_expansion.work.sums import cluster_moments, fit_router, route_all
 
 
 @pytest.mark.parametrize("reduction", [None, 2])
@@ -39,9 +39,10 @@ def test_a_groups_sums_about_its_clusters_means(factor):
     X = torch.randn(1500, 16) + 5 * torch.randint(0, 3, (1500, 1))
     routing = RoutingConfig(num_clusters=3, pca_reduction_factor=factor, restarts=1)
     samples = [X[:100], X[100:]]
-    plain_router, plain, _ = fit_router(samples, routing, device="cpu", seed=0)
-    router, found, tokens = fit_router(samples, routing, device="cpu", seed=0, about_means=True)
-    assert torch.equal(router.centroids_KP, plain_router.centroids_KP) and tokens == 1500
+    router, plain, tokens = fit_router(samples, routing, device="cpu", seed=0)
+    clusters = cluster_moments(samples, router, "cpu")
+    found = clusters.about_means(plain)
+    assert tokens == 1500 and found.num_tokens == 1500
     labels = route_all(X, router, "cpu")
     parts = [X[labels == k].double() for k in range(3)]
     wanted = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in parts)
@@ -49,3 +50,6 @@ def test_a_groups_sums_about_its_clusters_means(factor):
     torch.testing.assert_close(found.sum_DD.double(), wanted, rtol=1e-4, atol=0.05)
     assert float(found.sum_DD.trace()) < 0.2 * float(plain.sum_DD.trace())
     assert torch.equal(found.sum_D, plain.sum_D)
+    variances = torch.stack([part.var(dim=0, correction=0) for part in parts])
+    torch.testing.assert_close(clusters.variance_KD, variances)
+    assert clusters.counts_K.tolist() == [len(part) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparse_expansion.config import CompressionConfig, RoutingConfig, SparsityPattern
@@ -33,21 +34,28 @@ class PackedLayout:
     """Whether the expert has a bias of its own."""
 
     @classmethod
-    def of(
-        cls, rows: int, columns: int, config: CompressionConfig, share: float | None = None
-    ) -> PackedLayout:
-        """The layout that a configuration gives.
+    def of_experts(
+        cls, rows: int, columns: int, config: CompressionConfig, shares: Sequence[float], count: int
+    ) -> list[PackedLayout]:
+        """The layouts of several experts, which differ in the number of kept weights at most.
 
         Args:
             rows: outputs of the linear.
             columns: its inputs.
             config: of the block.
-            share: of zeros, of an expert that has its own.
+            shares: of zeros, of every expert; none where all have the configuration's.
+            count: of experts.
         """
-        if share is not None:
-            pattern = SparsityPattern(fraction=share)
-            kept = pattern.num_kept(rows, columns, config.block_size)
-            return replace(cls.of(rows, columns, config), num_kept=kept)
+        common = cls.of(rows, columns, config)
+        if not shares:
+            return [common] * count
+        patterns = [SparsityPattern(fraction=share) for share in shares]
+        kept = [pattern.num_kept(rows, columns, config.block_size) for pattern in patterns]
+        return [replace(common, num_kept=own) for own in kept]
+
+    @classmethod
+    def of(cls, rows: int, columns: int, config: CompressionConfig) -> PackedLayout:
+        """The layout that a configuration gives."""
         pattern = config.sparsity
         kept = pattern.num_kept(rows, columns, config.block_size)
         is_sparse = pattern.fraction > 0

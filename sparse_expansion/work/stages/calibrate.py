@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.expert_shares import expert_shares
 from sparse_expansion.algorithms.hessian import check_finite, map_tensors, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
@@ -29,13 +28,8 @@ from sparse_expansion.work.passes import (
     shard_sensitivities,
 )
 from sparse_expansion.work.registry import Done, stage
-from sparse_expansion.work.routers import grid_tensors, router_owner, router_tensors
-from sparse_expansion.work.sums import (
-    cluster_variances,
-    fit_router,
-    sum_hessians,
-    sum_to_device,
-)
+from sparse_expansion.work.routers import columns_of, grid_tensors, router_owner, router_tensors
+from sparse_expansion.work.sums import cluster_moments, fit_router, sum_hessians, sum_to_device
 
 
 @stage()
@@ -91,20 +85,19 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
         device=context.device,
         seed=seed,
         is_routed=linears.is_routed,
-        about_means=compression.expert_biases,
     )
+    shares_out = compression.shares_out(is_routed=linears.is_routed)
+    if compression.expert_biases or shares_out:
+        clusters = cluster_moments(samples, found, context.device)
+    if compression.expert_biases:
+        gram = clusters.about_means(gram)
     prefix = context.shell().block_prefix(layer)
     stats: dict[str, Any] = {"fit_tokens": fit_tokens}
-    if compression.permutes:
+    found = replace(found, columns_D=columns_of(context, layer, group, gram))
+    if shares_out:
         weights = [context.dense_weight(layer, linear) for linear in linears.linears]
-        energy_D = gram.sum_DD.diagonal()
-        columns_D = channel_permutation(weights, energy_D, compression.sparsity)
-        found = replace(found, columns_D=columns_D)
-    if compression.shares_out(is_routed=linears.is_routed):
-        weights = [context.dense_weight(layer, linear) for linear in linears.linears]
-        tokens_K, variance_KD = cluster_variances(samples, found, context.device)
         fraction = context.compression(layer).sparsity.fraction
-        shares = expert_shares(weights, variance_KD, tokens_K, fraction)
+        shares = expert_shares(weights, clusters.variance_KD, clusters.counts_K, fraction)
         found = replace(found, sparsity_K=torch.tensor(shares))
         stats["sparsity"] = shares
     tensors = router_tensors(found, router_owner(context, layer, group))

@@ -79,9 +79,8 @@ def experts(
         stats["dead_features"] = list(result.num_dead_K)
         stats["relative_error"][name] = list(result.relative_error_K)
         rows, columns = weights[name].shape
-        for offset in range(len(H_KDD)):
-            share = shares[offset] if shares else None
-            layout = PackedLayout.of(rows, columns, compression, share)
+        layouts = PackedLayout.of_experts(rows, columns, compression, shares, len(H_KDD))
+        for offset, layout in enumerate(layouts):
             packed = _packed(result, offset, layout, context.shell().dtype)
             where = f"{prefix}{name}.experts.{experts[0] + offset}"
             tensors.update({f"{where}.{part}": value for part, value in packed.items()})

@@ -8,7 +8,6 @@ import torch
 
 from sparse_expansion.algorithms import neurons as measures
 from sparse_expansion.algorithms.centring import InputMeans
-from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.hessian import permuted
 from sparse_expansion.algorithms.shrinkage import Regulariser
@@ -20,8 +19,10 @@ from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.context import WorkContext
 from sparse_expansion.work.passes import captured_inputs, rows_of
 from sparse_expansion.work.registry import Done, stage
+from sparse_expansion.work.routers import columns_of
 from sparse_expansion.work.sums import (
     CHUNK_TOKENS,
+    cluster_moments,
     evenly_spaced,
     fit_router,
     route_all,
@@ -97,15 +98,12 @@ def clusters(
         routing,
         device=device,
         seed=seed,
-        about_means=config.compression.expert_biases,
     )
+    if config.compression.expert_biases:
+        gram = cluster_moments([sample], router, device).about_means(gram)
     module = context.shell().load_block(layer).get_submodule(linear)
     W_OD = context.dense_weight(layer, linear)
-    columns_D = None
-    if config.compression.permutes:
-        mates = [context.dense_weight(layer, name) for name in context.group(layer, group).linears]
-        energy_D = gram.sum_DD.diagonal()
-        columns_D = channel_permutation(mates, energy_D, config.compression.sparsity)
+    columns_D = columns_of(context, layer, group, gram)
     with torch.no_grad():
         dense_TO = module(X_held).float()
     tensors = {f"dense.{o}": dense_TO[:, o].cpu().clone() for o in neurons_kept}
