@@ -78,9 +78,14 @@ def capture_key(layer: int, shard: int) -> str:
     return f"{block_key(layer)}/capture/{shard_name(shard)}"
 
 
-def sensitivity_name(experts: ExpertRange) -> str:
-    """Under which name is handed on how much the block depends on experts' outputs."""
-    return f"{range_name(experts)} outputs"
+def weigh_key(layer: int, group: str, shard: int) -> str:
+    """Key of the unit that measures on a shard how much the block depends on a group's outputs."""
+    return f"{group_key(layer, group)}/weigh/{shard_name(shard)}"
+
+
+def shares_key(layer: int, group: str) -> str:
+    """Key of the unit that shares out zeros over a group's experts."""
+    return f"{group_key(layer, group)}/shares"
 
 
 def recapture_key(layer: int, group: str, shard: int) -> str:
@@ -164,6 +169,11 @@ def windows_file(shard: int) -> str:
 def router_file(layer: int, group: str) -> str:
     """File of a group's router (and grids)."""
     return f"router-{layer:03d}-{group}.safetensors"
+
+
+def shares_file(layer: int, group: str) -> str:
+    """File of the shares of zeros of a group's experts: a part of its router."""
+    return f"router-{layer:03d}-{group}-shares.safetensors"
 
 
 def range_name(experts: ExpertRange) -> str:

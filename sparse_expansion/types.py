@@ -36,14 +36,6 @@ class Router:
     columns_D: torch.Tensor | None = None
     """The input feature that is the experts' column 0, 1, ... (int32), None where that is its own
     place. Routers themselves take features in their places."""
-    sparsity_K: torch.Tensor | None = None
-    """Every expert's share of zeros, None where all have the same."""
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Every expert's share of zeros, as it is counted by; empty where all have the same."""
-        given = () if self.sparsity_K is None else self.sparsity_K.tolist()
-        return tuple(round(share, SHARE_DIGITS) for share in given)
 
     @property
     def num_clusters(self) -> int:

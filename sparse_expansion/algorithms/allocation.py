@@ -21,13 +21,7 @@ GAP_RANGE = 1000
 """Largest ratio of two blocks' gaps: smaller gaps are noise, and count as the least in range."""
 
 
-def shares_by_gap(
-    gaps: Sequence[float],
-    sparsity: float,
-    *,
-    weights: Sequence[float] | None = None,
-    digits: int = 6,
-) -> list[float]:
+def shares_by_gap(gaps: Sequence[float], sparsity: float) -> list[float]:
     """Sparsities of all blocks, of a given mean, for which the sum of the gaps is least.
 
     A block's gap is taken to grow as ``g_l exp(STEEPNESS (s_l - s))``: the sum is least where all
@@ -37,14 +31,10 @@ def shares_by_gap(
     Args:
         gaps: ``g_l`` of L blocks, each pruned to the mean sparsity.
         sparsity: the mean ``s``, 0 to 1.
-        weights: what each counts for in mean and sum, all the same by default: with tokens of
-            experts, and their loss on a token in the gaps' place, experts' sparsities.
-        digits: places that sparsities are rounded to.
 
     Returns:
-        ``s_l`` of L blocks.
+        ``s_l`` of L blocks, to six places.
     """
-    counts_L = np.ones(len(gaps)) if weights is None or not any(weights) else np.array(weights)
     floor = _smallest_gap(gaps)
     wanted_L = np.array([-math.log(max(gap, floor)) / STEEPNESS for gap in gaps])
     low = max(0.0, sparsity - LARGEST_CHANGE)
@@ -53,11 +43,11 @@ def shares_by_gap(
     below, above = low - wanted_L.max(), high - wanted_L.min()
     for _ in range(60):
         constant = (below + above) / 2
-        if np.average(np.clip(wanted_L + constant, low, high), weights=counts_L) < sparsity:
+        if np.clip(wanted_L + constant, low, high).mean() < sparsity:
             below = constant
         else:
             above = constant
-    return [round(float(share), digits) for share in np.clip(wanted_L + above, low, high)]
+    return [round(float(share), 6) for share in np.clip(wanted_L + above, low, high)]
 
 
 def clusters_by_error(

@@ -70,8 +70,13 @@ def channel_permutation(
 
 def squares_of_rows(weights: Sequence[torch.Tensor], most: int) -> torch.Tensor:
     """``w^2`` in float32 of at most about so many rows of all linears together, evenly spaced."""
-    num_rows = sum(len(W_OD) for W_OD in weights)
-    return torch.cat([W_OD[:: -(-num_rows // most)].float() for W_OD in weights]).square_()
+    return torch.cat([rows.float() for rows in evenly_spaced_rows(weights, most)]).square_()
+
+
+def evenly_spaced_rows(matrices: Sequence[torch.Tensor], most: int) -> list[torch.Tensor]:
+    """At most about so many rows of all matrices together, evenly spaced."""
+    num_rows = sum(len(rows) for rows in matrices)
+    return [rows[:: -(-num_rows // most)] for rows in matrices]
 
 
 def _assign(worth_OD: torch.Tensor, groups_GM: torch.Tensor, place: int, kept: int) -> None:

@@ -24,7 +24,7 @@ from sparse_expansion.run_files import (
     DRAFTS,
     HIDDEN,
     parse_experts_key,
-    router_key,
+    shares_key,
 )
 from sparse_expansion.store import Store, json_bytes
 from sparse_expansion.work.stages.make import trunk
@@ -119,12 +119,12 @@ _Shares = tuple[dict[str, tuple[float, ...]], ...]
 
 
 def _shares_of_experts(prepared: Prepared, store: Store) -> _Shares:
-    """Shares that routers were fitted with."""
+    """Shares that experts were made with."""
     shell = prepared.shell
     shares: list[dict[str, tuple[float, ...]]] = [{} for _ in range(shell.num_blocks)]
     for layer, found in enumerate(shares):
         for group in shell.groups(layer):
-            record = store.record(router_key(layer, group.name))
+            record = store.record(shares_key(layer, group.name))
             if record is not None and "sparsity" in record["stats"]:
                 found[group.linears[0]] = tuple(record["stats"]["sparsity"])
     return tuple(shares)

@@ -25,8 +25,9 @@ from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.model.plain_blocks import plain_blocks
 from sparse_expansion.planning.allocation import gap_units_of
 from sparse_expansion.planning.expansion import expansion_units
-from sparse_expansion.planning.memory import ParameterCounts, WorkerRoom, worker_memory
+from sparse_expansion.planning.memory import WorkerRoom, worker_memory
 from sparse_expansion.planning.shapes import ModelShape, shape_of_blocks
+from sparse_expansion.planning.stage_memory import ParameterCounts
 from sparse_expansion.units import Unit
 from sparse_expansion.work.registry import stage_of
 from sparse_expansion.work.spec import captured_bytes

@@ -125,11 +125,8 @@ class GroupRouter(Float32Module):
         """The router as plain tensors, made again when the model was moved or loaded again."""
         state = tensor_state(part for part in self._parameters.values() if part is not None)
         if self._plain is None or self._plain[0] != state:
-            components, columns, sparsity = (
-                self._parameters[name] for name in ("components", "columns", "sparsity")
-            )
-            router = Router(self.mean, components, self.centroids, columns, sparsity)
-            self._plain = state, router
+            components, columns = (self._parameters[name] for name in ("components", "columns"))
+            self._plain = state, Router(self.mean, components, self.centroids, columns)
         return self._plain[1]
 
     def forward(self, X: torch.Tensor) -> Routing:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from sparse_expansion.algorithms.channels import permutation_flops
 from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
+from sparse_expansion.algorithms.expert_shares import MAX_ROWS
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.config import CalibrationConfig, CompressionConfig, RunConfig
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 
-FLOAT32_BYTES = 4
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 REDUCE_FAN_IN = 8
 """Hessian sums that one ``reduce`` unit adds up at most."""
 SUBSPACE_ITERATIONS = 15.0
@@ -130,6 +131,12 @@ def routing_flops(config: RunConfig, width: int) -> float:
     if config.routing.pca_reduction_factor is None or clusters <= features:
         return 2.0 * width * clusters
     return 2.0 * features * (width + clusters)
+
+
+def shares_flops(group: GroupShape) -> float:
+    """Operations to find what one expert of a group loses: products of some weights, and a sort."""
+    count = float(min(group.rows, MAX_ROWS) * group.width)
+    return count * (2 + math.log2(count))
 
 
 # Experts

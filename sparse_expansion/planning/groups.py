@@ -7,6 +7,7 @@ from functools import cached_property
 from sparse_expansion.planning.block import BlockPlan
 from sparse_expansion.planning.costs import (
     FLOAT32_BYTES,
+    FLOAT64_BYTES,
     REDUCE_FAN_IN,
     GatheredInputs,
     expert_bytes,
@@ -15,6 +16,7 @@ from sparse_expansion.planning.costs import (
     hessian_flops,
     router_flops,
     routing_flops,
+    shares_flops,
 )
 from sparse_expansion.planning.partition import gathered_ranges, range_size
 from sparse_expansion.run_files import (
@@ -25,8 +27,9 @@ from sparse_expansion.run_files import (
     range_name,
     reduce_key,
     router_key,
-    sensitivity_name,
     shard_affinity,
+    shares_key,
+    weigh_key,
 )
 from sparse_expansion.units import Unit
 from sparse_expansion.work.stages import calibrate, make
@@ -44,6 +47,7 @@ class GroupUnits:
         self.weighs = block.config.compression.weighs(
             self.group.level, is_routed=self.group.is_routed
         )
+        self.shares_out = block.config.compression.shares_out(is_routed=self.group.is_routed)
         tokens = block.shard_tokens * self.group.tokens_share
         self.expert_tokens = tokens / block.config.routing.num_clusters
         """Tokens of one shard that are routed to one expert, on average."""
@@ -55,7 +59,19 @@ class GroupUnits:
         """Keys of the units after which the group is compressed."""
         layer, name = self.block.layer, self.group.name
         experts = [experts_key(layer, name, experts) for experts in self.block.ranges]
-        return [router_key(layer, name), *experts]
+        return [router_key(layer, name), *self._shares_keys, *experts]
+
+    @property
+    def _shares_keys(self) -> list[str]:
+        """Key of the unit that shares out zeros, where there is one."""
+        return [shares_key(self.block.layer, self.group.name)] if self.shares_out else []
+
+    @property
+    def _weights(self) -> list[tuple[str, str]]:
+        """(unit key, output name) of what outputs count for on every shard, where they differ."""
+        layer, name = self.block.layer, self.group.name
+        shards = self.block.shards if self.weighs else ()
+        return [(weigh_key(layer, name, shard), "outputs") for shard in shards]
 
     @cached_property
     def gathered(self) -> GatheredInputs:
@@ -74,6 +90,10 @@ class GroupUnits:
         """All units of the group, in order."""
         block = self.block
         units = [self._router()]
+        if self.weighs:
+            units += [self._weigh(shard) for shard in block.shards]
+        if self.shares_out:
+            units.append(self._shares())
         spans = gathered_ranges(block.ranges, self.gathered.num_bytes, len(block.shards))
         for span in spans:
             units += [self._gather(span, shard) for shard in block.shards]
@@ -93,18 +113,58 @@ class GroupUnits:
         block, name, width = self.block, self.group.name, self.group.width
         seed = block.calibration.seed + block.shape.groups_before(block.layer) + self.position
         fit_tokens = block.fit_tokens_of(self.group)
-        gram_bytes = FLOAT32_BYTES * width**2
+        handed_bytes = FLOAT32_BYTES * width**2
+        if self.shares_out:
+            handed_bytes += FLOAT64_BYTES * block.config.routing.num_clusters * (width + 1)
         return calibrate.router.unit(
             key=router_key(block.layer, name),
             params={"layer": block.layer, "group": name, "seed": seed},
             inputs=tuple((self._source(shard), name) for shard in block.shards),
-            outputs=("gram",),
+            outputs=("gram", "clusters") if self.shares_out else ("gram",),
             is_persistent=True,
             layer=block.layer,
             rank=1,
-            output_bytes=gram_bytes,
-            traffic_bytes=int(fit_tokens * width * block.shape.item_bytes) + gram_bytes,
+            output_bytes=handed_bytes,
+            traffic_bytes=int(fit_tokens * width * block.shape.item_bytes) + handed_bytes,
             cost=router_flops(block.config, width, fit_tokens, self.group.rows),
+        )
+
+    def _weigh(self, shard: int) -> Unit:
+        """The unit that measures on one shard how much the block depends on the outputs."""
+        block, name = self.block, self.group.name
+        return calibrate.weigh.unit(
+            key=weigh_key(block.layer, name, shard),
+            params={"layer": block.layer, "shard": shard, "group": name},
+            after=(router_key(block.layer, name), self._source(shard)),
+            outputs=("outputs",),
+            affinity=shard_affinity(block.layer, shard),
+            layer=block.layer,
+            # What it hands on is small, and all experts may wait for it.
+            rank=1,
+            cost=block.shard_tokens * 2.0 * self.group.used_weights,
+            move_cost=block.shard_flops,
+            output_bytes=self._outputs_bytes,
+            traffic_bytes=self.captured_bytes + self._outputs_bytes,
+        )
+
+    @property
+    def _outputs_bytes(self) -> int:
+        """Bytes of what the outputs of all clusters' experts count for, on one shard."""
+        return FLOAT64_BYTES * self.block.config.routing.num_clusters * self.group.rows
+
+    def _shares(self) -> Unit:
+        """The unit that shares out zeros over the experts."""
+        block, group = self.block, self.group
+        clusters = block.config.routing.num_clusters
+        return calibrate.shares.unit(
+            key=shares_key(block.layer, group.name),
+            params={"layer": block.layer, "group": group.name},
+            inputs=((router_key(block.layer, group.name), "clusters"), *self._weights),
+            is_persistent=True,
+            layer=block.layer,
+            rank=1,
+            cost=clusters * shares_flops(group),
+            traffic_bytes=len(block.shards) * self._outputs_bytes + group.rows * group.width,
         )
 
     def _gather(self, span: list[ExpertRange], shard: int) -> Unit:
@@ -115,11 +175,6 @@ class GroupUnits:
         summing = 0.0
         if self.gathered.is_summed:
             summing = hessian_flops(width, self.expert_tokens, paired=self.paired)
-        outputs = [range_name(part) for part in span]
-        weighing = 0.0
-        if self.weighs:
-            outputs += [sensitivity_name(part) for part in span]
-            weighing = block.shard_tokens * 2.0 * self.group.used_weights
         return calibrate.gather.unit(
             key=gather_key(block.layer, name, experts, shard),
             params={
@@ -129,15 +184,13 @@ class GroupUnits:
                 "ranges": span,
                 "summed": self.gathered.is_summed,
                 **({"recaptured": block.ranges} if self.paired else {}),
-                **({"weighs": True} if self.weighs else {}),
             },
             after=(router_key(block.layer, name), self._source(shard)),
-            outputs=tuple(outputs),
+            outputs=tuple(range_name(part) for part in span),
             affinity=shard_affinity(block.layer, shard),
             layer=block.layer,
             rank=4,
-            cost=count * (self.expert_tokens * routing_flops(block.config, width) + summing)
-            + weighing,
+            cost=count * (self.expert_tokens * routing_flops(block.config, width) + summing),
             move_cost=block.shard_flops,
             output_bytes=count * self.gathered.num_bytes,
             traffic_bytes=self.captured_bytes + count * self.gathered.num_bytes,
@@ -151,7 +204,7 @@ class GroupUnits:
             (gather_key(block.layer, name, spanned, shard), range_name(experts))
             for shard in block.shards
         ]
-        weights = [(key, sensitivity_name(experts)) for key, _ in parts if self.weighs]
+        weights = self._weights
         reductions, parts = self._reductions(experts, parts)
         count = range_size(experts)
         # Where sums are handed on, the shards have done the products.
@@ -167,6 +220,7 @@ class GroupUnits:
                 **({"weighed": len(weights)} if weights else {}),
             },
             inputs=((router_key(block.layer, name), "gram"), *weights, *parts),
+            after=tuple(self._shares_keys),
             is_persistent=True,
             layer=block.layer,
             # Before further gathering: experts consume what fills memory.

@@ -11,9 +11,9 @@ from torch import nn
 from sparse_expansion.model.expansion import expand_block
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import LinearGroup
-from sparse_expansion.run_files import ExpertRange, experts_file, router_file
+from sparse_expansion.run_files import ExpertRange, experts_file, router_file, shares_file
 from sparse_expansion.work.context import WorkContext
-from sparse_expansion.work.routers import read_router
+from sparse_expansion.work.routers import read_shares
 
 
 def expanded_block(
@@ -37,6 +37,7 @@ def expanded_block(
     """
     shell = context.shell()
     block = copy.deepcopy(shell.meta_block(layer))
+    shares = {group.linears[0]: read_shares(context, layer, group.name) for group in groups}
     expand_block(
         block,
         tuple(group.linears for group in groups),
@@ -44,15 +45,15 @@ def expanded_block(
         context.config.routing.at(layer),
         cache=ExpertCache(None),
         dtype=shell.dtype,
-        shares={
-            group.linears[0]: read_router(context, layer, group.name).shares for group in groups
-        },
+        shares=shares,
     )
     prefix = shell.block_prefix(layer)
     drafts = is_draft and context.config.refines
     state: dict[str, torch.Tensor] = {}
     for group in groups:
         names = [router_file(layer, group.name)]
+        if shares[group.linears[0]]:
+            names.append(shares_file(layer, group.name))
         names += [experts_file(layer, group.name, part, is_draft=drafts) for part in experts]
         for name in names:
             for key, tensor in context.read(name).items():

@@ -28,8 +28,6 @@ class Captures:
         self.max_bytes = max_bytes
         self.labels: dict[tuple[int, int, str], torch.Tensor] = {}
         """Cluster of every token (int16), by block, shard and group."""
-        self.sensitivities: dict[tuple[int, int, str], list[torch.Tensor]] = {}
-        """See ``passes.shard_sensitivities``, by block, shard and group."""
         self._kept: OrderedDict[tuple[int, int], dict[str, torch.Tensor]] = OrderedDict()
 
     def get(self, layer: int, shard: int) -> dict[str, torch.Tensor] | None:
@@ -58,9 +56,8 @@ class Captures:
         """Give back what a block's activations on a shard take."""
         for tensor in self._kept.pop((layer, shard), {}).values():
             self.buffers.release(tensor)
-        for by_group in (self.labels, self.sensitivities):
-            for key in [key for key in by_group if key[:2] == (layer, shard)]:
-                del by_group[key]
+        for key in [key for key in self.labels if key[:2] == (layer, shard)]:
+            del self.labels[key]
 
     def drop_all(self) -> None:
         """Give back all of them; who needs some captures them again."""

@@ -230,25 +230,21 @@ def shard_sensitivities(
     """How much the dense block depends on the outputs of a group's linears, on a shard.
 
     Returns:
-        Of every linear the sums over every cluster's tokens ``[K, O]``, kept beside the labels.
+        Of every linear the sums over every cluster's tokens ``[K, O]``.
     """
-    key = (layer, shard, group)
-    kept = context.captures.sensitivities
-    if key not in kept:
-        labels_T = shard_labels(context, layer, shard, group)
-        behind = {}
-        for other in context.shell().groups(layer):
-            if other.level and not other.is_routed:
-                weights = [context.dense_weight(layer, name).float() for name in other.linears]
-                squares_D = torch.cat(weights).square().sum(dim=0)
-                behind[other.linears[0]] = squares_D.sqrt().to(context.device)
-        block = context.dense_block(layer)
-        linears = context.group(layer, group).linears
-        clusters = context.config.routing.at(layer).num_clusters
-        found = OutputSensitivities(block, linears, behind, labels_T, clusters)
-        run_block(context, layer, shard, block, sensitivities=found)
-        kept[key] = [found.squares_KO[name] for name in linears]
-    return kept[key]
+    labels_T = shard_labels(context, layer, shard, group)
+    behind = {}
+    for other in context.shell().groups(layer):
+        if other.level and not other.is_routed:
+            weights = [context.dense_weight(layer, name).float() for name in other.linears]
+            squares_D = torch.cat(weights).square().sum(dim=0)
+            behind[other.linears[0]] = squares_D.sqrt().to(context.device)
+    block = context.dense_block(layer)
+    linears = context.group(layer, group).linears
+    clusters = context.config.routing.at(layer).num_clusters
+    found = OutputSensitivities(block, linears, behind, labels_T, clusters)
+    run_block(context, layer, shard, block, sensitivities=found)
+    return [found.squares_KO[name] for name in linears]
 
 
 def rows_of(X_TD: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sparse_expansion.algorithms.channels import channel_permutation
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.data.transfers import to_device
-from sparse_expansion.run_files import router_file
-from sparse_expansion.types import HessianSum, Router
+from sparse_expansion.run_files import router_file, shares_file
+from sparse_expansion.types import SHARE_DIGITS, HessianSum, Router
 from sparse_expansion.work.context import WorkContext
 
 
@@ -47,8 +49,6 @@ def router_tensors(router: Router, owner: str) -> dict[str, torch.Tensor]:
         tensors[f"{owner}.components"] = router.components_PD
     if router.columns_D is not None:
         tensors[f"{owner}.columns"] = router.columns_D
-    if router.sparsity_K is not None:
-        tensors[f"{owner}.sparsity"] = router.sparsity_K
     return tensors
 
 
@@ -67,8 +67,22 @@ def read_router(context: WorkContext, layer: int, group: str) -> Router:
         here.get(f"{owner}.components"),
         here[f"{owner}.centroids"],
         here.get(f"{owner}.columns"),
-        here.get(f"{owner}.sparsity"),
     )
+
+
+def shares_tensors(shares: Sequence[float], owner: str) -> dict[str, torch.Tensor]:
+    """Experts' shares of zeros by the name that they are stored under."""
+    return {f"{owner}.sparsity": torch.tensor(shares)}
+
+
+def read_shares(context: WorkContext, layer: int, group: str) -> tuple[float, ...]:
+    """Every expert's share of zeros, as it is counted by; empty where all have the same."""
+    is_routed = context.group(layer, group).is_routed
+    if not context.config.compression.shares_out(is_routed=is_routed):
+        return ()
+    stored = context.read(shares_file(layer, group))
+    shares_K = stored[f"{router_owner(context, layer, group)}.sparsity"]
+    return tuple(round(share, SHARE_DIGITS) for share in shares_K.tolist())
 
 
 def read_grids(

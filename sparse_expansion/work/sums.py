@@ -62,6 +62,14 @@ def joined(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
     return torch.cat(list(parts))
 
 
+def added_up(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
+    """Sum of the shards' tensors of one shape, in shard order."""
+    total = to_device(parts[0], device).clone()
+    for part in parts[1:]:
+        total += to_device(part, device)
+    return total
+
+
 def fit_router(
     samples: Sequence[torch.Tensor],
     routing: RoutingConfig,

@@ -2,7 +2,13 @@
 
 import pytest
 
-from sparse_expansion.config import CalibrationConfig, RefinementConfig, RoutingConfig, RunConfig
+from sparse_expansion.config import (
+    CalibrationConfig,
+    CompressionConfig,
+    RefinementConfig,
+    RoutingConfig,
+    RunConfig,
+)
 from sparse_expansion.planning.costs import REDUCE_FAN_IN, gathered_inputs
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.partition import even_parts, expert_ranges, gathered_ranges
@@ -11,8 +17,9 @@ from sparse_expansion.planning.shapes import GroupShape, ModelShape
 SHAPE = ModelShape(2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8, level=1)))
 
 
-def run(inputs, *, finetune=0, windows=4, seqlen=16, shards=2):
+def run(inputs, *, finetune=0, windows=4, seqlen=16, shards=2, **compression):
     return RunConfig(
+        compression=CompressionConfig(**compression),
         routing=RoutingConfig(num_clusters=3),
         calibration=CalibrationConfig(
             calibration_inputs=inputs, dataset_size=windows, seqlen=seqlen, data_shards=shards
@@ -80,6 +87,36 @@ def test_a_block_by_hand():
     recapture = by_key[keys[8]]
     assert recapture.cost == 32 * 2 * 128
     assert recapture.move_cost == 32 * 2 * (2 * 128 + 4 * 64 + 8 * 16)
+
+
+def test_zeros_are_shared_out_once_outputs_are_weighed():
+    """On all shards: nothing waits for what one range of experts is gathered for."""
+    config = run("sequential", weigh_outputs=True, pruner="admm", expert_sparsity="measured")
+    units = expansion_units(config, SHAPE)
+    seen = {}
+    for unit in units:
+        assert needs(unit) <= set(seen)
+        for key, output in unit.inputs:
+            assert output in seen[key].outputs
+        seen[unit.key] = unit
+    weighed = [f"layer-000/up/weigh/shard-00{shard}" for shard in range(2)]
+    assert needs(seen[weighed[1]]) == {"layer-000/up/router", "layer-000/capture/shard-001"}
+    assert seen["layer-000/up/shares"].inputs == (
+        ("layer-000/up/router", "clusters"),
+        *((key, "outputs") for key in weighed),
+    )
+    experts = seen["layer-000/up/experts-002-002"]
+    assert experts.inputs[1:3] == tuple((key, "outputs") for key in weighed)
+    assert experts.params["weighed"] == 2
+    assert "layer-000/up/shares" in experts.after
+    # The last linears' outputs are the block's.
+    assert "layer-000/down/weigh/shard-000" not in seen
+    assert seen["layer-000/down/shares"].inputs == (("layer-000/down/router", "clusters"),)
+    assert "weighed" not in seen["layer-000/down/experts-000-001"].params
+    assert needs(seen["layer-000/down/recapture/shard-000"]) >= {"layer-000/up/shares"}
+    # Float64 sums of three experts' 16 outputs; moments of three clusters' eight inputs.
+    assert seen[weighed[0]].output_bytes == 8 * 3 * 16
+    assert seen["layer-000/up/router"].output_bytes == 4 * 8 * 8 + 8 * 3 * 9
 
 
 def test_groups_of_one_level_do_not_wait_for_each_other():

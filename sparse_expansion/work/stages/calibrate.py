@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from sparse_expansion.algorithms.expert_shares import expert_shares
+from sparse_expansion.algorithms.expert_shares import cluster_means, expert_shares
 from sparse_expansion.algorithms.hessian import check_finite, map_tensors, merge_hessians
 from sparse_expansion.algorithms.quantization import fit_grid
-from sparse_expansion.run_files import ExpertRange, range_name, router_file, sensitivity_name
+from sparse_expansion.data.transfers import to_device
+from sparse_expansion.run_files import ExpertRange, range_name, router_file, shares_file
 from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.blocks import expanded_before
 from sparse_expansion.work.captures import DENSE_INPUTS
@@ -28,8 +29,20 @@ from sparse_expansion.work.passes import (
     shard_sensitivities,
 )
 from sparse_expansion.work.registry import Done, stage
-from sparse_expansion.work.routers import columns_of, grid_tensors, router_owner, router_tensors
-from sparse_expansion.work.sums import cluster_moments, fit_router, sum_hessians, sum_to_device
+from sparse_expansion.work.routers import (
+    columns_of,
+    grid_tensors,
+    router_owner,
+    router_tensors,
+    shares_tensors,
+)
+from sparse_expansion.work.sums import (
+    added_up,
+    cluster_moments,
+    fit_router,
+    sum_hessians,
+    sum_to_device,
+)
 
 
 @stage()
@@ -75,8 +88,8 @@ def recapture(
 def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
     """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids.
 
-    The order of the experts' columns and their shares of zeros are chosen here too, where they have
-    some of their own.
+    The order of the experts' columns is chosen here too, where they have one of their own. What
+    their shares of zeros are found by is handed on.
     """
     linears, compression = context.group(layer, group), context.config.compression
     found, gram, fit_tokens = fit_router(
@@ -94,12 +107,6 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
     prefix = context.shell().block_prefix(layer)
     stats: dict[str, Any] = {"fit_tokens": fit_tokens}
     found = replace(found, columns_D=columns_of(context, layer, group, gram))
-    if shares_out:
-        weights = [context.dense_weight(layer, linear) for linear in linears.linears]
-        fraction = context.compression(layer).sparsity.fraction
-        shares = expert_shares(weights, clusters.variance_KD, clusters.counts_K, fraction)
-        found = replace(found, sparsity_K=torch.tensor(shares))
-        stats["sparsity"] = shares
     tensors = router_tensors(found, router_owner(context, layer, group))
     if compression.bits is not None:
         for linear in linears.linears:
@@ -110,10 +117,58 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
                 group_size=compression.group_size,
             )
             tensors |= grid_tensors(grid, prefix + linear)
+    outputs: dict[str, Any] = {"gram": map_tensors(gram, context.buffers.hold)}
+    if shares_out:
+        outputs["clusters"] = [
+            held(context, clusters.variance_KD),
+            held(context, clusters.counts_K),
+        ]
     return Done(
         stats=stats,
-        outputs={"gram": map_tensors(gram, context.buffers.hold)},
+        outputs=outputs,
         files=context.write(router_file(layer, group), tensors, read_in=layer),
+    )
+
+
+@stage(loads_block=True)
+def weigh(context: WorkContext, *, layer: int, shard: int, group: str) -> Done:
+    """Hand on how much the dense block depends on a group's outputs, cluster by cluster.
+
+    It is a list of every linear's sums over tokens ``[K, O]``, and behind them the tokens ``[K]``.
+    """
+    sums = shard_sensitivities(context, layer, shard, group)
+    labels_T = shard_labels(context, layer, shard, group)
+    sums.append(torch.bincount(labels_T, minlength=len(sums[0])).double())
+    return Done(outputs={"outputs": [held(context, total) for total in sums]})
+
+
+@stage(is_final=True)
+def shares(
+    context: WorkContext,
+    clusters: list[torch.Tensor],
+    *shards: list[torch.Tensor],
+    layer: int,
+    group: str,
+) -> Done:
+    """Share out zeros over a group's experts; write every expert's share.
+
+    The clusters are the variances of their inputs and their numbers of tokens, on the router's
+    sample. With shards errors count by what the block makes of them, see ``weigh``.
+    """
+    variance_KD, tokens_K = (to_device(part, context.device) for part in clusters)
+    linears = context.group(layer, group).linears
+    sums = [added_up(parts, context.device) for parts in zip(*shards, strict=True)]
+    found = expert_shares(
+        [context.dense_weight(layer, linear) for linear in linears],
+        variance_KD,
+        tokens_K,
+        context.compression(layer).sparsity.fraction,
+        sensitivities=[cluster_means(total_KO, sums[-1]) for total_KO in sums[:-1]],
+    )
+    tensors = shares_tensors(found, router_owner(context, layer, group))
+    return Done(
+        stats={"sparsity": found},
+        files=context.write(shares_file(layer, group), tensors, read_in=layer),
     )
 
 
@@ -127,26 +182,17 @@ def gather(
     ranges: list[ExpertRange],
     summed: bool,
     recaptured: list[ExpertRange] | None = None,
-    weighs: bool = False,
 ) -> Done:
     """Hand on one shard's inputs of ranges of experts: their rows, or the rows' Hessian sums.
 
     Where the inputs were captured again (behind the ranges of experts given), every row is followed
-    by its residual to the dense block's. Where outputs are weighed, hand on too how much the block
-    depends on the experts', linear by linear: over each expert's tokens, and over all of them.
+    by its residual to the dense block's.
     """
     level = context.group(layer, group).level
     inputs = captured_inputs(context, layer, shard, level, recaptured)
     X_TD, dense_TD = inputs[group], inputs.get(group + DENSE_INPUTS)
     labels_T = shard_labels(context, layer, shard, group)
     done = Done()
-    # Before rows take memory, too.
-    for squares_KO in shard_sensitivities(context, layer, shard, group) if weighs else ():
-        total_1O = squares_KO.sum(dim=0, keepdim=True)
-        for experts in ranges:
-            own_KO = squares_KO[experts[0] : experts[1] + 1]
-            both = held(context, torch.cat([own_KO, total_1O]))
-            done.outputs.setdefault(sensitivity_name(experts), []).append(both)
 
     def inputs_of(expert: int) -> torch.Tensor | HessianSum:
         chosen = torch.nonzero(labels_T == expert).flatten()

@@ -25,8 +25,8 @@ from sparse_expansion.work.blocks import expanded_block
 from sparse_expansion.work.context import WorkContext
 from sparse_expansion.work.passes import rows_of
 from sparse_expansion.work.registry import Done, stage
-from sparse_expansion.work.routers import read_grids, read_router
-from sparse_expansion.work.sums import joined, sum_hessians, sum_to_device
+from sparse_expansion.work.routers import read_grids, read_router, read_shares
+from sparse_expansion.work.sums import added_up, joined, sum_hessians, sum_to_device
 
 TRUNK_SHARD_BYTES = 4 << 30
 """Bytes after which a file of the model's other tensors is full."""
@@ -45,13 +45,14 @@ def experts(
     """Sum the Hessians in shard order, compress, and write the experts' file.
 
     The first of the shards' inputs, as many as ``weighed``, are how much the block depends on the
-    experts' outputs, linear by linear, see ``gather``.
+    outputs of all clusters' experts, linear by linear, see ``weigh``.
     """
     squares, shards = shards[:weighed], shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
-    router = read_router(context, layer, group)
-    columns_D, shares = router.columns_D, router.shares[experts[0] : experts[1] + 1]
+    columns_D = read_router(context, layer, group).columns_D
+    here = slice(experts[0], experts[1] + 1)
+    shares = read_shares(context, layer, group)[here]
     H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, columns_D)
     prefix = context.shell().block_prefix(layer)
     weights = {
@@ -67,7 +68,7 @@ def experts(
         grids,
         cross_KDD=cross_KDD,
         means=means,
-        output_weights=_output_weights(context, list(weights), squares),
+        output_weights=_output_weights(context, list(weights), squares, here),
         products=context.config.products,
     )
     tensors: dict[str, torch.Tensor] = {}
@@ -92,15 +93,19 @@ def experts(
 
 
 def _output_weights(
-    context: WorkContext, names: list[str], shards: tuple[list[torch.Tensor | HessianSum], ...]
+    context: WorkContext,
+    names: list[str],
+    shards: tuple[list[torch.Tensor | HessianSum], ...],
+    experts: slice,
 ) -> dict[str, torch.Tensor]:
-    """What errors of experts' outputs ``[K, O]`` are multiplied with; empty without shards."""
+    """What errors of some experts' outputs ``[K, O]`` are multiplied with; empty without shards."""
     found = {}
-    for name, *parts in zip(names, *shards, strict=True) if shards else ():
-        # The last row is of all tokens.
-        both = torch.stack([to_device(p, context.device) for p in parts if torch.is_tensor(p)])
-        squares_KO = both.sum(dim=0)
-        found[name] = sensitivity_weights(squares_KO[:-1], squares_KO[-1])
+    # Behind the linears' sums are the clusters' tokens.
+    for name, *parts in zip([*names, None], *shards, strict=True) if shards else ():
+        if name is None:
+            continue
+        squares_KO = added_up([part for part in parts if torch.is_tensor(part)], context.device)
+        found[name] = sensitivity_weights(squares_KO[experts], squares_KO.sum(dim=0))
     return found
 
 
