@@ -33,6 +33,8 @@ class ExpertRow:
     """Factorizations that were tried."""
     dead_features: int
     """Input features that no token of the cluster used."""
+    sparsity: float | None = None
+    """The expert's share of zeros; None where it was made before that was noted."""
 
     @property
     def is_damping_raised(self) -> bool:
@@ -70,6 +72,9 @@ def expert_rows(records: Mapping[str, dict[str, Any]]) -> tuple[ExpertRow, ...]:
                         damping_fraction=stats["damping_fraction"][offset],
                         damping_attempts=stats["damping_attempts"][offset],
                         dead_features=stats["dead_features"][offset],
+                        sparsity=stats["shares"][offset]
+                        if "shares" in stats
+                        else stats.get("sparsity"),
                     )
                 )
     return tuple(sorted(rows, key=lambda row: (row.layer, row.group, row.linear, row.expert)))

@@ -125,6 +125,8 @@ def test_analyze_and_report(finished, tmp_path, capsys):
     )
     assert tokens == 4 * 32
     assert all(0 < row["relative_error"] < 1 for row in rows)
+    asked = json.loads((finished / "metrics.json").read_text())["config"]["compression"]
+    assert {row["sparsity"] for row in rows} == {asked["sparsity"]["fraction"]}
     assert main(["analyze", str(finished)]) == 0
     assert "mlp.dense_4h_to_h" in capsys.readouterr().out
     assert main(["report", str(finished)]) == 0

@@ -45,11 +45,14 @@ def test_every_expert_has_the_zeros_of_its_share(shared):
 
 def test_a_token_costs_what_was_asked_for(shared):
     """On the tokens that the router was fitted on: all of them here."""
-    tokens = {(r.layer, r.linear, r.expert): r.tokens for r in finished_experts(Store(str(shared)))}
+    rows = finished_experts(Store(str(shared)))
+    tokens = {(row.layer, row.linear, row.expert): row.tokens for row in rows}
+    zeros = {(row.layer, row.linear, row.expert): row.sparsity for row in rows}
     asked = json.loads((shared / "run" / "allocation.json").read_text())["layer_sparsity"]
     for layer, groups in enumerate(shares_of(shared)):
         for first, shares in groups.items():
             counts = [tokens[layer, first, expert] for expert in range(len(shares))]
+            assert [zeros[layer, first, expert] for expert in range(len(shares))] == shares
             mean = sum(n * s for n, s in zip(counts, shares, strict=True)) / sum(counts)
             assert mean == pytest.approx(asked[layer], abs=1e-3)
 

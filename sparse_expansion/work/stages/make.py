@@ -74,6 +74,8 @@ def experts(
     tensors: dict[str, torch.Tensor] = {}
     stats["relative_error"] = {}
     stats["sparsity"] = compression.sparsity.fraction
+    if shares:
+        stats["shares"] = list(shares)
     for name, result in made.items():
         stats["damping_fraction"] = list(result.damping_fraction_K)
         stats["damping_attempts"] = list(result.damping_attempts_K)
