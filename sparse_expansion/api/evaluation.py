@@ -140,7 +140,7 @@ def _measure(
 def _routed(shell: ModelShell, tokens_by_expert: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     from sparse_expansion.model.expansion import ExpandedLinear
     from sparse_expansion.report.experts import expert_rows
-    from sparse_expansion.report.routed import routed_facts
+    from sparse_expansion.report.routed import RoutedGroup, routed_facts
     from sparse_expansion.store import Store
 
     linears = {
@@ -149,8 +149,12 @@ def _routed(shell: ModelShell, tokens_by_expert: Mapping[str, Sequence[int]]) ->
         for name, module in shell.meta_block(layer).named_modules()
         if isinstance(module, ExpandedLinear) and hasattr(module, "router")
     }
-    widths = {name: linear.in_features for name, linear in linears.items()}
-    kept = {name: linear.group.kept_shares() for name, linear in linears.items()}
+    groups = {
+        name: RoutedGroup(
+            linear.in_features, linear.group.dense_weights, linear.group.kept_weights()
+        )
+        for name, linear in linears.items()
+    }
     # A folder that was copied or saved again has no records of the run that made it.
     records = Store(str(shell.folder)).records()
-    return routed_facts(tokens_by_expert, expert_rows(records), widths, kept)
+    return routed_facts(tokens_by_expert, expert_rows(records), groups)

@@ -67,12 +67,15 @@ class ExpertGroup:
         """Make a linear the group's next one."""
         self._linears.append(weakref.ref(linear))
 
-    def kept_shares(self) -> list[float]:
-        """Of the dense weights of all linears, the share that every expert keeps."""
-        found = self.linears
-        dense = sum(one.layout.rows * one.layout.columns for one in found)
-        each = zip(*(one.layouts for one in found), strict=True)
-        return [sum(layout.num_kept for layout in layouts) / dense for layouts in each]
+    @property
+    def dense_weights(self) -> int:
+        """Weights of all linears before they were expanded."""
+        return sum(one.layout.rows * one.layout.columns for one in self.linears)
+
+    def kept_weights(self) -> list[int]:
+        """How many of them every expert keeps."""
+        each = zip(*(one.layouts for one in self.linears), strict=True)
+        return [sum(layout.num_kept for layout in layouts) for layouts in each]
 
     @property
     def num_tables(self) -> int:

@@ -5,42 +5,56 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sparse_expansion.report.experts import ExpertRow
 
 
+@dataclass(frozen=True)
+class RoutedGroup:
+    """A group of linears that share a router."""
+
+    width: int
+    """Their input features."""
+    dense: int
+    """Dense weights of all of them."""
+    kept: Sequence[int]
+    """How many of those every expert keeps."""
+
+
 def routed_facts(
     tokens_by_expert: Mapping[str, Sequence[int]],
     experts: Sequence[ExpertRow],
-    widths: Mapping[str, int],
-    kept: Mapping[str, Sequence[float]],
+    groups: Mapping[str, RoutedGroup],
 ) -> dict[str, Any]:
-    """What became of a text's tokens, on average over the groups of linears.
+    """What became of a text's tokens.
 
     Args:
         tokens_by_expert: tokens that every expert of a group was given, by block and first linear
             of the group, such as ``3.mlp.down_proj``.
         experts: the finished experts of the run; empty where its records are not at hand.
-        widths: input features of the same linears.
-        kept: of the dense weights of such a group's linears, the share that every expert keeps.
+        groups: by the same names.
 
     Returns:
-        ``used_experts``: ``exp`` of the entropy of the experts' shares, which is K where all get
-        as much, and 1 where one gets everything. ``kept_share``: of the dense weights, the share
-        that a token is multiplied with. With records ``thin_share``: the share of tokens whose
-        expert was made on fewer calibration tokens than its input has features.
+        On average over the groups ``used_experts``, ``exp`` of the entropy of the experts' shares,
+        which is K where all get as much, and 1 where one gets everything; with records also
+        ``thin_share``, the share of tokens whose expert was made on fewer calibration tokens than
+        its input has features. Of all groups together ``kept_share``: of the dense weights that a
+        token would be multiplied with, the share that it is.
     """
     calibrated = {(f"{row.layer}.{row.linear}", row.expert): row.tokens for row in experts}
-    used, thin, multiplied = [], [], []
+    used, thin = [], []
+    dense = multiplied = 0
     for name, tokens in tokens_by_expert.items():
         total = sum(tokens)
         if not total:
             continue
         shares = [count / total for count in tokens]
         used.append(math.exp(-sum(share * math.log(share) for share in shares if share)))
-        multiplied.append(sum(a * b for a, b in zip(shares, kept[name], strict=True)))
-        width = widths[name]
+        dense += total * groups[name].dense
+        multiplied += sum(a * b for a, b in zip(tokens, groups[name].kept, strict=True))
+        width = groups[name].width
         thin.append(
             sum(
                 share
@@ -50,7 +64,7 @@ def routed_facts(
         )
     if not used:
         return {}
-    facts = {"used_experts": statistics.mean(used), "kept_share": statistics.mean(multiplied)}
+    facts = {"used_experts": statistics.mean(used), "kept_share": multiplied / dense}
     if experts:
         facts["thin_share"] = statistics.mean(thin)
     return facts

@@ -11,7 +11,7 @@ from sparse_expansion import evaluate
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.windows import evaluation_windows
 from sparse_expansion.report.experts import ExpertRow, finished_experts
-from sparse_expansion.report.routed import routed_facts
+from sparse_expansion.report.routed import RoutedGroup, routed_facts
 from sparse_expansion.report.tables import evaluation_table
 from sparse_expansion.store import Store
 from tests.model.running import expanded_linears
@@ -23,16 +23,23 @@ def row(expert, tokens):
 
 def test_by_hand():
     experts = [row(0, 100), row(1, 3)]
-    kept = {"0.mlp.up": [0.5, 0.3], "0.mlp.down": [0.5, 0.5]}
-    facts = routed_facts({"0.mlp.up": [30, 10]}, experts, {"0.mlp.up": 16}, kept)
+    groups = {
+        "0.mlp.up": RoutedGroup(16, 200, [100, 60]),
+        "0.mlp.down": RoutedGroup(16, 100, [50, 90]),
+    }
+    facts = routed_facts({"0.mlp.up": [30, 10]}, experts, groups)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     used = math.exp(entropy)
     assert facts == pytest.approx({"used_experts": used, "kept_share": 0.45, "thin_share": 0.25})
     # A group without tokens says nothing; without records it is not known who is thin.
     counts = {"0.mlp.up": [5, 5], "0.mlp.down": [0, 0]}
-    facts = routed_facts(counts, [], {"0.mlp.up": 16}, kept)
+    facts = routed_facts(counts, [], groups)
     assert facts == pytest.approx({"used_experts": 2.0, "kept_share": 0.4})
-    assert routed_facts({}, experts, {}, {}) == {}
+    # Large groups count for more, and those that more tokens pass.
+    counts = {"0.mlp.up": [10, 10], "0.mlp.down": [5, 0]}
+    facts = routed_facts(counts, [], groups)
+    assert facts["kept_share"] == pytest.approx((10 * 160 + 5 * 50) / (20 * 200 + 5 * 100))
+    assert routed_facts({}, experts, {}) == {}
 
 
 @pytest.fixture(scope="module")
