@@ -167,6 +167,8 @@ class LinearFacts:
     """Share of the output energy that is lost, weighted by tokens."""
     damping_fraction: float
     """Largest damping of any of the experts."""
+    zeros: tuple[float, float] | None = None
+    """Smallest and largest share of zeros of any of them; None where that was not noted."""
 
 
 def linear_facts(rows: Iterable[ExpertRow]) -> tuple[LinearFacts, ...]:
@@ -178,6 +180,7 @@ def linear_facts(rows: Iterable[ExpertRow]) -> tuple[LinearFacts, ...]:
     for (layer, linear), experts in linears.items():
         tokens = [row.tokens for row in experts]
         total = max(1, sum(tokens))
+        zeros = [row.sparsity for row in experts if row.sparsity is not None]
         facts.append(
             LinearFacts(
                 layer=layer,
@@ -188,6 +191,7 @@ def linear_facts(rows: Iterable[ExpertRow]) -> tuple[LinearFacts, ...]:
                 starved=count_experts(experts).starved,
                 error=sum(row.relative_error * row.tokens for row in experts) / total,
                 damping_fraction=max(row.damping_fraction for row in experts),
+                zeros=(min(zeros), max(zeros)) if zeros else None,
             )
         )
     return tuple(facts)

@@ -116,7 +116,16 @@ def profile_table(profile: dict[str, Any]) -> str:
 
 def summary_rows(facts: Sequence[LinearFacts]) -> list[tuple[str, ...]]:
     """The facts of linears as cells, with a header."""
-    header = ("layer, linear", "experts", "largest", "smallest", "starved", "error", "damping")
+    header = (
+        "layer, linear",
+        "experts",
+        "largest",
+        "smallest",
+        "zeros",
+        "starved",
+        "error",
+        "damping",
+    )
     return [
         header,
         *(
@@ -125,6 +134,7 @@ def summary_rows(facts: Sequence[LinearFacts]) -> list[tuple[str, ...]]:
                 str(one.num_experts),
                 f"{100 * one.largest_share:.1f} %",
                 f"{100 * one.smallest_share:.2f} %",
+                _zeros(one.zeros),
                 str(one.starved),
                 f"{one.error:.4f}",
                 f"{one.damping_fraction:g}",
@@ -132,6 +142,14 @@ def summary_rows(facts: Sequence[LinearFacts]) -> list[tuple[str, ...]]:
             for one in facts
         ),
     ]
+
+
+def _zeros(bounds: tuple[float, float] | None) -> str:
+    """Shares of zeros as a cell."""
+    if bounds is None:
+        return ""
+    least, most = (f"{100 * share:.0f}" for share in bounds)
+    return f"{least} %" if least == most else f"{least} to {most} %"
 
 
 def expert_summary(facts: Sequence[LinearFacts]) -> str:

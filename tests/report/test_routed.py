@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparse_expansion import evaluate
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.windows import evaluation_windows
-from sparse_expansion.report.experts import ExpertRow, finished_experts
+from sparse_expansion.report.experts import ExpertRow, finished_experts, linear_facts
 from sparse_expansion.report.routed import RoutedGroup, routed_facts
-from sparse_expansion.report.tables import evaluation_table
+from sparse_expansion.report.tables import evaluation_table, expert_summary
 from sparse_expansion.store import Store
 from tests.model.running import expanded_linears
 
@@ -40,6 +41,22 @@ def test_by_hand():
     facts = routed_facts(counts, [], groups)
     assert facts["kept_share"] == pytest.approx((10 * 160 + 5 * 50) / (20 * 200 + 5 * 100))
     assert routed_facts({}, experts, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("shares", "zeros", "told"),
+    [
+        ((0.2, 0.8), (0.2, 0.8), " 20 to 80 % "),
+        ((0.5, 0.5), (0.5, 0.5), " 50 % "),
+        ((None,), None, ""),
+    ],
+)
+def test_a_linears_shares_of_zeros(shares, zeros, told):
+    rows = [replace(row(expert, 10), sparsity=share) for expert, share in enumerate(shares)]
+    (facts,) = linear_facts(rows)
+    assert facts.zeros == zeros
+    header, _, line = expert_summary([facts]).splitlines()
+    assert "zeros" in header and told in line
 
 
 @pytest.fixture(scope="module")
