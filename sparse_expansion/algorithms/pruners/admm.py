@@ -25,8 +25,6 @@ RELAXATION = 1.8
 """How far a solution goes beyond the projection before it."""
 RISE = 4
 """Degree of the curve along which zeros become as many as asked: most of them early."""
-N_M_RISE = 8
-"""The same for N:M, earlier still: which weights may go is then nearly settled by their groups."""
 LAST_SHARE = 5
 """One of so many iterations comes after the mask is fixed."""
 
@@ -116,11 +114,10 @@ def solve_under_zeros(
     U_KDO = torch.zeros_like(V_KDO)
     pruned_KDO = torch.zeros_like(V_KDO, dtype=torch.bool)
     choosing = iterations - iterations // LAST_SHARE
-    rise = RISE if pattern.group is None else N_M_RISE
     for iteration in range(iterations):
         V_KDO.add_(U_KDO)
         if iteration < choosing:
-            share = 1 - (1 - (iteration + 1) / choosing) ** rise
+            share = 1 - (1 - (iteration + 1) / choosing) ** RISE
             pruned_KDO = _smallest_allowed(V_KDO, pattern, num_pruned, share)
         if iteration + 1 == iterations:
             break
