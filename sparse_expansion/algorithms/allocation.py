@@ -6,7 +6,7 @@ Both rest on every block's *gap*: the rise of log-perplexity when that block alo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,17 +37,43 @@ def shares_by_gap(gaps: Sequence[float], sparsity: float) -> list[float]:
     """
     floor = _smallest_gap(gaps)
     wanted_L = np.array([-math.log(max(gap, floor)) / STEEPNESS for gap in gaps])
-    low = max(0.0, sparsity - LARGEST_CHANGE)
-    high = max(sparsity, min(sparsity + LARGEST_CHANGE, LARGEST_SHARE))
-    # The mean of the bounded shares grows with the constant: bisection finds it.
-    below, above = low - wanted_L.max(), high - wanted_L.min()
+    low, high = share_bounds(sparsity, LARGEST_CHANGE)
+
+    def shares_at(constant: float) -> np.ndarray:
+        return np.clip(wanted_L + constant, low, high)
+
+    _, constant = sides_of_mean(shares_at, (low - wanted_L.max(), high - wanted_L.min()), sparsity)
+    return [round(float(share), 6) for share in shares_at(constant)]
+
+
+def share_bounds(sparsity: float, largest_change: float) -> tuple[float, float]:
+    """Least and largest share of zeros of what shares out a mean of ``sparsity``."""
+    low = max(0.0, sparsity - largest_change)
+    return low, max(sparsity, min(sparsity + largest_change, LARGEST_SHARE))
+
+
+def sides_of_mean(
+    shares_at: Callable[[float], np.ndarray],
+    within: tuple[float, float],
+    mean: float,
+    weights: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """Where shares that rise with a number pass a mean, by bisection: just below, and above it.
+
+    Args:
+        shares_at: the shares for a number.
+        within: two numbers; the mean lies between those of their shares.
+        mean: that is wanted.
+        weights: what every share counts for, all the same by default.
+    """
+    below, above = within
     for _ in range(60):
-        constant = (below + above) / 2
-        if np.clip(wanted_L + constant, low, high).mean() < sparsity:
-            below = constant
+        middle = (below + above) / 2
+        if np.average(shares_at(middle), weights=weights) < mean:
+            below = middle
         else:
-            above = constant
-    return [round(float(share), 6) for share in np.clip(wanted_L + above, low, high)]
+            above = middle
+    return below, above
 
 
 def clusters_by_error(

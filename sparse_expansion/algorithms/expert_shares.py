@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sparse_expansion.algorithms.allocation import LARGEST_SHARE
+from sparse_expansion.algorithms.allocation import share_bounds, sides_of_mean
 from sparse_expansion.algorithms.centring import InputMeans
 from sparse_expansion.algorithms.channels import evenly_spaced_rows, squares_of_rows
 from sparse_expansion.algorithms.compress import ExpertWeights, compress_linears
@@ -49,7 +49,8 @@ def expert_shares(
     much the block depends on an output in the cluster, the worth is multiplied with that: what the
     block loses is compared then. The weights that are worth less than a threshold are an expert's
     share, and the threshold is the same for all: nothing that a token keeps is worth less than
-    what another loses. No share moves by more than ``LARGEST_CHANGE``, or above ``LARGEST_SHARE``.
+    what another loses. No share moves by more than ``LARGEST_CHANGE``, or above
+    ``allocation.LARGEST_SHARE``.
 
     Args:
         weights: dense weights ``[O, D]`` that share the inputs.
@@ -70,9 +71,8 @@ def expert_shares(
         quantiles(squares_OD * scale_O[:, None] * each_D.float())
         for scale_O, each_D in zip(scales_KO, mixed_KD, strict=True)
     ]
-    low = max(0.0, sparsity - LARGEST_CHANGE)
-    high = max(sparsity, min(sparsity + LARGEST_CHANGE, LARGEST_SHARE))
-    shares_K = shares_below(np.stack(worth_KQ), counts_K.cpu().numpy(), sparsity, (low, high))
+    bounds = share_bounds(sparsity, LARGEST_CHANGE)
+    shares_K = shares_below(np.stack(worth_KQ), counts_K.cpu().numpy(), sparsity, bounds)
     return [round(float(share), SHARE_DIGITS) for share in shares_K]
 
 
@@ -115,15 +115,9 @@ def shares_below(
     # What is worth nothing goes first; magnitudes are compared by their logarithms.
     floor = worth_KQ[worth_KQ > 0].min(initial=1.0)
     logs_KQ = np.log(np.maximum(worth_KQ, floor / 2))
-    below, above = logs_KQ.min() - 1, logs_KQ.max() + 1
-    for _ in range(60):
-        middle = (below + above) / 2
-        if np.average(shares_at(middle), weights=counts_K) < mean:
-            below = middle
-        else:
-            above = middle
+    within = logs_KQ.min() - 1, logs_KQ.max() + 1
     # Where many weights are worth the same, shares jump: the mean lies between the two sides.
-    less_K, more_K = shares_at(below), shares_at(above)
+    less_K, more_K = map(shares_at, sides_of_mean(shares_at, within, mean, counts_K))
     sides = [float(np.average(side_K, weights=counts_K)) for side_K in (less_K, more_K)]
     way = (mean - sides[0]) / (sides[1] - sides[0]) if sides[1] > sides[0] else 0.0
     found: np.ndarray = less_K + way * (more_K - less_K)

@@ -125,7 +125,7 @@ def _shares_of_experts(prepared: Prepared, store: Store) -> _Shares:
     for layer, found in enumerate(shares):
         for group in shell.groups(layer):
             record = store.record(shares_key(layer, group.name))
-            if record is not None and "sparsity" in record["stats"]:
+            if record is not None:
                 found[group.linears[0]] = tuple(record["stats"]["sparsity"])
     return tuple(shares)
 

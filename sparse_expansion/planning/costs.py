@@ -134,7 +134,7 @@ def routing_flops(config: RunConfig, width: int) -> float:
 
 
 def shares_flops(group: GroupShape) -> float:
-    """Operations to find what one expert of a group loses: products of some weights, and a sort."""
+    """Operations to rank what an expert's weights are worth: products of some of them, a sort."""
     count = float(min(group.rows, MAX_ROWS) * group.width)
     return count * (2 + math.log2(count))
 

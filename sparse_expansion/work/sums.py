@@ -62,12 +62,15 @@ def joined(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
     return torch.cat(list(parts))
 
 
-def added_up(parts: Sequence[torch.Tensor], device: str) -> torch.Tensor:
-    """Sum of the shards' tensors of one shape, in shard order."""
-    total = to_device(parts[0], device).clone()
-    for part in parts[1:]:
-        total += to_device(part, device)
-    return total
+def added_up(shards: Sequence[list[torch.Tensor]], device: str) -> list[torch.Tensor]:
+    """Sums of the tensors that every shard has a list of, in shard order; none without shards."""
+    totals = []
+    for first, *others in zip(*shards, strict=True):
+        total = to_device(first, device).clone()
+        for part in others:
+            total += to_device(part, device)
+        totals.append(total)
+    return totals
 
 
 def fit_router(

@@ -157,7 +157,7 @@ def shares(
     """
     variance_KD, tokens_K = (to_device(part, context.device) for part in clusters)
     linears = context.group(layer, group).linears
-    sums = [added_up(parts, context.device) for parts in zip(*shards, strict=True)]
+    sums = added_up(shards, context.device)
     found = expert_shares(
         [context.dense_weight(layer, linear) for linear in linears],
         variance_KD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -47,7 +47,8 @@ def experts(
     The first of the shards' inputs, as many as ``weighed``, are how much the block depends on the
     outputs of all clusters' experts, linear by linear, see ``weigh``.
     """
-    squares, shards = shards[:weighed], shards[weighed:]
+    squares = added_up(cast("tuple[list[torch.Tensor], ...]", shards[:weighed]), context.device)
+    shards = shards[weighed:]
     compression = context.compression(layer)
     width = gram.sum_DD.shape[0]
     columns_D = read_router(context, layer, group).columns_D
@@ -68,7 +69,11 @@ def experts(
         grids,
         cross_KDD=cross_KDD,
         means=means,
-        output_weights=_output_weights(context, list(weights), squares, here),
+        output_weights={
+            name: sensitivity_weights(squares_KO[here], squares_KO.sum(dim=0))
+            # Behind the linears' sums are the clusters' tokens.
+            for name, squares_KO in zip(weights, squares[:-1], strict=bool(squares))
+        },
         products=context.config.products,
     )
     tensors: dict[str, torch.Tensor] = {}
@@ -92,23 +97,6 @@ def experts(
     is_read = context.config.calibration.follows_compression or context.config.refines
     read_in = layer if is_read else None
     return Done(stats=stats, files=context.write(file, tensors, read_in=read_in))
-
-
-def _output_weights(
-    context: WorkContext,
-    names: list[str],
-    shards: tuple[list[torch.Tensor | HessianSum], ...],
-    experts: slice,
-) -> dict[str, torch.Tensor]:
-    """What errors of some experts' outputs ``[K, O]`` are multiplied with; empty without shards."""
-    found = {}
-    # Behind the linears' sums are the clusters' tokens.
-    for name, *parts in zip([*names, None], *shards, strict=True) if shards else ():
-        if name is None:
-            continue
-        squares_KO = added_up([part for part in parts if torch.is_tensor(part)], context.device)
-        found[name] = sensitivity_weights(squares_KO[experts], squares_KO.sum(dim=0))
-    return found
 
 
 def _expert_hessians(
