@@ -36,7 +36,7 @@ LEAST_GAIN = 1 / 16
 
 
 LEAST_CURVATURE = 1e-5
-"""Share of the penalty that every curvature has at least."""
+"""Of a feature's unit energy: what curvatures, and the small eigenvalues' mean, are at least."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,9 @@ class Curvatures:
     def __init__(self, inverse_KDD: torch.Tensor, penalty: float, pattern: SparsityPattern) -> None:
         """Take what is needed of ``(A + penalty)^-1``; it is not kept."""
         self.size = pattern.group
-        # None is exactly nothing, whatever is lost to rounding.
-        least = penalty * LEAST_CURVATURE
         diagonal_KD = inverse_KDD.diagonal(dim1=1, dim2=2)
         if self.size is None:
-            self._single_KD1 = (1 / diagonal_KD - penalty).clamp_min_(least)[:, :, None]
+            self._single_KD1 = (1 / diagonal_KD - penalty).clamp_min_(LEAST_CURVATURE)[:, :, None]
             return
         groups = inverse_KDD.shape[1] // self.size
         columns_GM = torch.arange(groups * self.size, device=inverse_KDD.device).view(
@@ -105,7 +103,7 @@ class Curvatures:
         # A column is no pair with itself.
         determinant_KGMM.diagonal(dim1=2, dim2=3).fill_(1)
         self._first_KGMM = second_KGMM / determinant_KGMM - penalty
-        self._second_KGMM = (first_KGMM / determinant_KGMM - penalty).clamp_min_(least)
+        self._second_KGMM = (first_KGMM / determinant_KGMM - penalty).clamp_min_(LEAST_CURVATURE)
         self._mixed_KGMM = both_KGMM.neg_().div_(determinant_KGMM)
 
     def candidates(self, fit: Fit, count: int) -> Candidates:
@@ -183,7 +181,8 @@ class LeastSquares:
         values_KP = torch.stack([values for values, _ in pairs])
         self._vectors_KDP = torch.stack([vectors for _, vectors in pairs])
         rest_K1 = A_KDD.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - values_KP.sum(1, True)
-        rest_K1 /= max(1, width - count)
+        # Where there is nothing else, a small number stands for it: no row may divide by nothing.
+        rest_K1 = (rest_K1 / max(1, width - count)).clamp_min_(LEAST_CURVATURE)
         # An eigenvalue like the others leaves nothing to take out.
         beyond_KP = torch.maximum(values_KP - rest_K1, 1e-3 * rest_K1)
         self._core_KPP = torch.diag_embed(rest_K1 / beyond_KP)

@@ -224,9 +224,11 @@ def test_nothing_to_exchange():
     for row in (0, 1, 3):
         assert torch.equal(found[0, :, row], V[0, :, row])
     assert not mask[0, 3, :3].any()
-    narrow = torch.ones(1, 3, 2)
-    one, _ = exchanged(torch.eye(3)[None], narrow, narrow, TWO_OF_FOUR, 2)
-    assert torch.equal(one, narrow)
+    for width in (1, 3):
+        narrow = torch.tensor([[1.0, 0.0]]).expand(1, width, 2)
+        for pattern in (FREE, TWO_OF_FOUR):
+            one, _ = exchanged(torch.eye(width)[None], narrow, narrow, pattern, 2)
+            assert torch.equal(one, narrow)
 
 
 def test_few_steps_are_enough_because_large_eigenvalues_are_taken_out(monkeypatch):
