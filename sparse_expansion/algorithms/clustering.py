@@ -8,8 +8,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sparse_expansion.algorithms.spectrum import leading_vectors, takes_subspace_iteration
 from sparse_expansion.types import CompressionError, HessianSum, Router
+
+OVERSAMPLING = 16
+"""Vectors that subspace iteration carries beyond the components that are wanted."""
+MAX_SUBSPACE_ITERATIONS = 40
+"""Iterations after which the subspace is taken as it is."""
+SUBSPACE_TOLERANCE = 1e-5
+"""Relative growth of the captured variance at which the iteration ends."""
 
 
 def fit_pca(moments: HessianSum, *, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +41,7 @@ def fit_pca(moments: HessianSum, *, num_components: int) -> tuple[torch.Tensor, 
     covariance = moments.sum_DD.double().div_(count).addr_(mean_D, mean_D, alpha=-1)
     first = max(0, width - num_components)
     if takes_subspace_iteration(width, num_components):
-        vectors = leading_vectors(covariance.float(), num_components)[1]
+        vectors = _leading_vectors(covariance.float(), num_components)
     elif covariance.is_cuda:
         vectors = torch.linalg.eigh(covariance).eigenvectors[:, first:]
     else:
@@ -55,6 +61,33 @@ def fit_pca(moments: HessianSum, *, num_components: int) -> tuple[torch.Tensor, 
     peak = components_PD.abs().argmax(dim=1, keepdim=True)
     components_PD *= torch.sign(components_PD.gather(1, peak))
     return mean_D.float(), components_PD.float()
+
+
+def takes_subspace_iteration(width: int, num_components: int) -> bool:
+    """Whether so few components are wanted that subspace iteration is the cheaper way."""
+    return 4 * (num_components + OVERSAMPLING) <= width
+
+
+def _leading_vectors(A_DD: torch.Tensor, count: int) -> torch.Tensor:
+    """Eigenvectors ``[D, count]`` of the largest eigenvalues, by rising eigenvalue.
+
+    Subspace iteration from a fixed start: products in place of a full decomposition, which is
+    bound by memory for wide layers (Halko et al., arXiv 0909.4061, section 4.5). It ends when the
+    variance that is captured no longer grows.
+    """
+    width = A_DD.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, count + OVERSAMPLING, generator=generator, dtype=A_DD.dtype)
+    basis = torch.linalg.qr(A_DD @ start.to(A_DD.device)).Q
+    captured = 0.0
+    for _ in range(MAX_SUBSPACE_ITERATIONS):
+        image = A_DD @ basis
+        values, rotation = torch.linalg.eigh(basis.T @ image)
+        before, captured = captured, float(values[-count:].sum())
+        if captured - before <= SUBSPACE_TOLERANCE * captured:
+            return basis @ rotation[:, -count:]
+        basis = torch.linalg.qr(image).Q
+    return basis @ torch.linalg.eigh(basis.T @ (A_DD @ basis)).eigenvectors[:, -count:]
 
 
 def project(

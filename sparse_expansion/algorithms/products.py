@@ -29,16 +29,11 @@ class LeftFactor:
             products: ``float32``, ``bfloat16x3``, or ``auto`` for the latter on a GPU.
         """
         self._whole: torch.Tensor | None = A_KMD
-        self.by_parts = takes_parts(products, A_KMD)
-        if self.by_parts:
+        if takes_parts(products, A_KMD):
             self._whole, self._parts = None, _parts(A_KMD)
 
-    def times(self, B_KDN: torch.Tensor, *, is_rough: bool = False) -> torch.Tensor:
-        """The product ``[K, M, N]`` with a float32 right factor.
-
-        Where it ``is_rough``, the largest of the products of parts is enough: a third of the time,
-        and errors of 2^-9 of the terms. What is not taken by parts is as exact as ever.
-        """
+    def times(self, B_KDN: torch.Tensor) -> torch.Tensor:
+        """The product ``[K, M, N]`` with a float32 right factor."""
         if self._whole is not None:
             return self._whole @ B_KDN
         high_KMD, low_KMD = self._parts
@@ -46,15 +41,11 @@ class LeftFactor:
         out_KMN = B_KDN.new_empty(len(B_KDN), rows, columns)
         for k, B_DN in enumerate(B_KDN):
             for start in range(0, columns, COLUMNS):
-                B_part_DN = B_DN[:, start : start + COLUMNS]
-                if is_rough:
-                    found_MN = exact_terms(high_KMD[k], B_part_DN.to(torch.bfloat16))
-                else:
-                    high_DN, low_DN = _parts(B_part_DN)
-                    # The small terms first: they are not lost against the large.
-                    found_MN = exact_terms(low_KMD[k], high_DN)
-                    found_MN += exact_terms(high_KMD[k], low_DN)
-                    found_MN += exact_terms(high_KMD[k], high_DN)
+                high_DN, low_DN = _parts(B_DN[:, start : start + COLUMNS])
+                # The small terms first: they are not lost against the large.
+                found_MN = exact_terms(low_KMD[k], high_DN)
+                found_MN += exact_terms(high_KMD[k], low_DN)
+                found_MN += exact_terms(high_KMD[k], high_DN)
                 out_KMN[k, :, start : start + COLUMNS] = found_MN
         return out_KMN
 

@@ -39,14 +39,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_WINDOWS = 32
 HELD_OUT_WINDOWS = 16
-_PRUNING = (
-    "sparsity",
-    "pruner",
-    "solver_iterations",
-    "solver_exchanges",
-    "block_size",
-    "damping_fraction",
-)
+_PRUNING = ("sparsity", "pruner", "solver_iterations", "block_size", "damping_fraction")
 _CLUSTERING = ("pca_reduction_factor", "balance", "kmeans", "restarts", "fit_tokens")
 _PRECISION = ("dtype", "tf32")
 

@@ -54,27 +54,6 @@ def read_group_size(text: str) -> int | str | None:
         ) from None
 
 
-def _check_layer_sparsity(how: str | tuple[float, ...], sparsity: SparsityPattern) -> None:
-    """Check how zeros are shared out over the blocks, where it is not ``uniform``."""
-    require(
-        sparsity.group is None,
-        f"layer_sparsity gives shares of zeros, {sparsity} is N:M: drop one of the two",
-    )
-    if isinstance(how, str):
-        require(
-            how in ALLOCATIONS,
-            f"layer_sparsity {how!r} is none of {', '.join(ALLOCATIONS)}",
-        )
-        return
-    for share in how:
-        require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
-    mean = sum(how) / len(how)
-    require(
-        abs(mean - sparsity.fraction) < 1e-3,
-        f"layer_sparsity has mean {mean:.4g}, sparsity is {sparsity}: use --sparsity {mean:.4g}",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
     """How one expert's weight is pruned and quantized."""
@@ -117,12 +96,6 @@ class CompressionConfig:
     solver_iterations: int = setting(
         PRUNERS["admm"].defaults["solver_iterations"],
         "Iterations of the solver of the admm pruner.",
-        metavar="N",
-        group="pruning",
-    )
-    solver_exchanges: int = setting(
-        PRUNERS["admm"].defaults["solver_exchanges"],
-        "Rounds in which the admm pruner exchanges zeros with kept weights behind the iterations.",
         metavar="N",
         group="pruning",
     )
@@ -225,16 +198,12 @@ class CompressionConfig:
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 10",
         )
         require(
-            0 <= self.solver_exchanges <= 1000,
-            f"solver_exchanges {self.solver_exchanges} is outside 0 to 1000, e.g. 3",
-        )
-        require(
             not isinstance(self.expert_sparsity, str) or self.expert_sparsity in ALLOCATIONS,
             f"expert_sparsity {self.expert_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
         )
         group = self.sparsity.group
         if self.layer_sparsity != UNIFORM:
-            _check_layer_sparsity(self.layer_sparsity, self.sparsity)
+            self._check_layer_sparsity()
         if group is not None:
             require(
                 self.block_size % group == 0,
@@ -246,6 +215,26 @@ class CompressionConfig:
                 f"act_order reorders columns, which N:M sparsity {self.sparsity} forbids: "
                 "drop one of the two",
             )
+
+    def _check_layer_sparsity(self) -> None:
+        require(
+            self.sparsity.group is None,
+            f"layer_sparsity gives shares of zeros, {self.sparsity} is N:M: drop one of the two",
+        )
+        if isinstance(self.layer_sparsity, str):
+            require(
+                self.layer_sparsity in ALLOCATIONS,
+                f"layer_sparsity {self.layer_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
+            )
+            return
+        for share in self.layer_sparsity:
+            require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
+        mean = sum(self.layer_sparsity) / len(self.layer_sparsity)
+        require(
+            abs(mean - self.sparsity.fraction) < 1e-3,
+            f"layer_sparsity has mean {mean:.4g}, sparsity is {self.sparsity}: use --sparsity "
+            f"{mean:.4g}",
+        )
 
     def check_layers(self, num_layers: int) -> None:
         """Answer a list of blocks' sparsities that is another model's.
@@ -289,8 +278,6 @@ class CompressionConfig:
         way = given.pop("allocation", UNIFORM)
         shares = given.get("layer_sparsity", UNIFORM)
         given["layer_sparsity"] = shares if isinstance(shares, str) else tuple(shares) or way
-        # Before there were exchanges, nothing was exchanged.
-        given.setdefault("solver_exchanges", 0)
         given["expert_sparsity"] = _with_tuples(given.get("expert_sparsity", UNIFORM))
         return cls(**given)
 

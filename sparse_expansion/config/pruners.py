@@ -34,7 +34,7 @@ PRUNERS: dict[str, PrunerTraits] = {
     "admm": PrunerTraits(
         help="solves for mask and weights together: loses less than sparsegpt, and takes longer",
         takes_grid=True,
-        defaults={"solver_iterations": 10, "solver_exchanges": 3},
+        defaults={"solver_iterations": 10},
     ),
     "wanda": PrunerTraits(
         help="removes the smallest weights times the norms of their inputs, in every row alike, "

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from sparse_expansion.algorithms.channels import permutation_flops
+from sparse_expansion.algorithms.clustering import OVERSAMPLING, takes_subspace_iteration
 from sparse_expansion.algorithms.expert_shares import MAX_ROWS
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.pruners.registry import pruner_of
-from sparse_expansion.algorithms.spectrum import OVERSAMPLING, takes_subspace_iteration
 from sparse_expansion.config import CalibrationConfig, CompressionConfig, RunConfig
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from sparse_expansion.algorithms.channels import permutation_bytes
+from sparse_expansion.algorithms.clustering import takes_subspace_iteration
 from sparse_expansion.algorithms.pruners.registry import pruner_of
-from sparse_expansion.algorithms.spectrum import takes_subspace_iteration
 from sparse_expansion.config import MEASURED, RunConfig
 from sparse_expansion.model.refinement import STEP_TOKENS
 from sparse_expansion.model.streaming import TOKENS_PER_FORWARD

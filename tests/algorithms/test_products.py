@@ -95,10 +95,7 @@ def solved_in_float64(W, H, num_pruned, damping, iterations):
 def test_the_solver_loses_nothing_by_parts(damping, sparsity):
     W, H = problem(128, 160, seed=1)
     config = CompressionConfig(
-        sparsity=SparsityPattern(fraction=sparsity),
-        pruner="admm",
-        damping_fraction=damping,
-        solver_exchanges=0,
+        sparsity=SparsityPattern(fraction=sparsity), pruner="admm", damping_fraction=damping
     )
     num_pruned = W.numel() - config.sparsity.num_kept(*W.shape, config.block_size)
     wanted, kept = solved_in_float64(W, H, num_pruned, damping, config.solver_iterations)
@@ -125,20 +122,3 @@ def test_the_sweep_loses_nothing_by_parts(sparsity, monkeypatch):
         assert float((made.kept_KOD[0] == torch.from_numpy(kept)).float().mean()) > 0.998, name
         assert loss(W, made.weight_KOD[0], H) == pytest.approx(least, rel=2e-3), name
     assert torch.equal(made.kept_KOD, compress_experts(W, H[None], config, None).kept_KOD)
-
-
-def test_rough_products_take_the_large_parts_alone():
-    A, B = (
-        torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
-    )
-    exact = A.double() @ B.double()
-    terms = A.double().abs() @ B.double().abs()
-    by_parts = LeftFactor(A, "bfloat16x3")
-    assert by_parts.by_parts and not LeftFactor(A, "float32").by_parts
-    rough = by_parts.times(B, is_rough=True)
-    wanted = A.bfloat16().double() @ B.bfloat16().double()
-    torch.testing.assert_close(rough.double(), wanted, rtol=0, atol=1e-5)
-    off = [float(((found - exact).abs() / terms).max()) for found in (rough, by_parts.times(B))]
-    assert off[1] < 2**-16 < 2**-12 < off[0] < 2**-8
-    whole = LeftFactor(A, "float32")
-    assert torch.equal(whole.times(B, is_rough=True), whole.times(B))

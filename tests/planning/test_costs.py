@@ -37,9 +37,8 @@ def test_operations_of_an_expert_by_hand():
     assert flops() == pytest.approx(640 + sweep)
     # A product of 8 x 8 with 8 x 6 takes 768: five in six iterations, and the error.
     solved = 512 + 6 * 768
-    plain = {"pruner": "admm", "solver_iterations": 6, "solver_exchanges": 0}
-    assert flops(**plain) == pytest.approx(640 + solved)
-    found = flops(**plain, bits=4)
+    assert flops(pruner="admm", solver_iterations=6) == pytest.approx(640 + solved)
+    found = flops(pruner="admm", solver_iterations=6, bits=4)
     assert found == pytest.approx(640 + solved + sweep)
     assert flops(pruner="wanda") == pytest.approx(640 + 768)
 

@@ -2,9 +2,8 @@
 
 V. Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (arXiv 2401.02938). The
 one-pass sweep decides a weight once and for all; here all weights are solved for, projected on the
-allowed zeros, and solved for again, while the share of zeros rises to what was asked. Then zeros
-are exchanged with kept weights, see the module ``exchanges``. With a grid the column sweep rounds
-what is kept.
+allowed zeros, and solved for again, while the share of zeros rises to what was asked. With a grid
+the column sweep then rounds what is kept.
 
 Shapes: K experts, D input and O output features; weights are transposed, ``[K, D, O]``.
 """
@@ -13,12 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from sparse_expansion.algorithms.exchanges import (
-    Curvatures,
-    LeastSquares,
-    exchange_products,
-    exchange_zeros,
-)
 from sparse_expansion.algorithms.masks import n_m_masks, smallest
 from sparse_expansion.algorithms.products import LeftFactor
 from sparse_expansion.algorithms.pruners import sparsegpt
@@ -33,7 +26,7 @@ RELAXATION = 1.8
 RISE = 4
 """Degree of the curve along which zeros become as many as asked: most of them early."""
 LAST_SHARE = 5
-"""One of so many iterations comes after the mask is fixed, where nothing is exchanged."""
+"""One of so many iterations comes after the mask is fixed."""
 
 
 def solve(problem: Problem) -> Solution:
@@ -46,7 +39,6 @@ def solve(problem: Problem) -> Solution:
         num_pruned=problem.num_pruned,
         damping_fraction=config.damping_fraction,
         iterations=config.solver_iterations,
-        exchanges=config.solver_exchanges,
         products=problem.products,
     )
     codes_KDO = None
@@ -80,7 +72,6 @@ def solve_under_zeros(
     num_pruned: int,
     damping_fraction: float,
     iterations: int,
-    exchanges: int = 0,
     products: str = AUTO_PRODUCTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimise ``tr((W - V) H (W - V)^T)`` over the ``V`` with the wanted zeros, approximately.
@@ -95,8 +86,7 @@ def solve_under_zeros(
     Boyd et al., Distributed Optimization and Statistical Learning via the Alternating Direction
     Method of Multipliers, 2011, section 3.4.3). The number of kept entries falls along a curve to
     what is asked; then the mask stays, and the last iterations bring the kept weights closer to the
-    least squares under it. Where zeros are exchanged, the mask is chosen to the last iteration, and
-    the exchanges bring the weights there.
+    least squares under it.
 
     Args:
         W_KDO: float32, one matrix per expert; zero for features that no token used.
@@ -105,7 +95,6 @@ def solve_under_zeros(
         num_pruned: exact number of zeros of a matrix, where the pattern is unstructured.
         damping_fraction: share of every feature's own energy that is added to it.
         iterations: at least 1.
-        exchanges: rounds of ``exchanges.exchange_zeros`` with the same scaled and damped ``H``.
         products: how products are taken, see the module ``products``.
 
     Returns:
@@ -115,18 +104,16 @@ def solve_under_zeros(
     norm_KD1 = torch.where(energy_KD > 0, energy_KD, 1.0).sqrt()[:, :, None]
     A_KDD = (H_KDD / norm_KD1).div_(norm_KD1.mT)
     A_KDD.diagonal(dim1=1, dim2=2).fill_(1 + damping_fraction)
-    squares = LeastSquares(A_KDD, products) if exchanges else None
     A_KDD.diagonal(dim1=1, dim2=2).add_(PENALTY)
     for A_DD in A_KDD:
         A_DD.copy_(torch.cholesky_inverse(torch.linalg.cholesky(A_DD)))
-    curvatures = Curvatures(A_KDD, PENALTY, pattern) if exchanges else None
     inverse_KDD = LeftFactor(A_KDD, products)
     # Only its parts are kept, where products are taken by parts.
     del A_KDD, A_DD
     V_KDO = W_KDO * norm_KD1
     U_KDO = torch.zeros_like(V_KDO)
     pruned_KDO = torch.zeros_like(V_KDO, dtype=torch.bool)
-    choosing = iterations if exchanges else iterations - iterations // LAST_SHARE
+    choosing = iterations - iterations // LAST_SHARE
     for iteration in range(iterations):
         V_KDO.add_(U_KDO)
         if iteration < choosing:
@@ -139,23 +126,8 @@ def solve_under_zeros(
         V_KDO.sub_(U_KDO)
         step_KDO = (V_KDO - U_KDO).addcmul_(W_KDO, norm_KD1, value=-1)
         V_KDO.mul_(1 - RELAXATION).addcmul_(W_KDO, norm_KD1, value=RELAXATION)
-        # Exchanges begin with the exact slope, and make up for what is lost here.
-        moved_KDO = inverse_KDD.times(step_KDO, is_rough=exchanges > 0)
-        V_KDO.add_(moved_KDO, alpha=RELAXATION * PENALTY)
-    V_KDO.masked_fill_(pruned_KDO, 0)
-    kept_KDO = ~pruned_KDO
-    if squares is not None and curvatures is not None:
-        # What the iterations needed is no longer there while the exchanges take their own.
-        del U_KDO, inverse_KDD, pruned_KDO
-        V_KDO, kept_KDO = exchange_zeros(
-            V_KDO,
-            kept_KDO,
-            W_KDO * norm_KD1,
-            squares=squares,
-            curvatures=curvatures,
-            rounds=exchanges,
-        )
-    return V_KDO.div_(norm_KD1), kept_KDO
+        V_KDO.add_(inverse_KDD.times(step_KDO), alpha=RELAXATION * PENALTY)
+    return V_KDO.masked_fill_(pruned_KDO, 0).div_(norm_KD1), ~pruned_KDO
 
 
 def _smallest_allowed(
@@ -179,21 +151,17 @@ def needs_factor(config: CompressionConfig) -> bool:
 def flops(rows: int, width: int, config: CompressionConfig) -> float:
     """An inverse takes ``D^3`` operations, and a product with it per iteration ``2 O D^2``.
 
-    So does what is lost of the target; the last iteration has no product. Exchanges have products
-    of their own. With a grid the operations of the sweep that rounds come on top.
+    So does what is lost of the target; the last iteration has no product. With a grid the
+    operations of the sweep that rounds come on top.
     """
     rounding = sparsegpt.flops(rows, width, config) if needs_factor(config) else 0.0
-    products = config.solver_iterations - 1 + 1 + exchange_products(config.solver_exchanges)
+    products = config.solver_iterations - 1 + 1
     return rounding + width**3 + 2 * rows * width**2 * products
 
 
 def extra_bytes(width: int, largest_weights: int) -> int:
-    """The inverse and the matrix; of exchanges nine arrays like the weight, and two masks.
-
-    They are the target, and before and after an exchange weights and slopes; a direction, its
-    product, the next one, and the slope that it is made of. The iterations before have fewer.
-    """
-    return 2 * 4 * width**2 + (9 * 4 + 2) * largest_weights
+    """The inverse; scaled weights, what is projected away, a step, and a product with it."""
+    return 4 * width**2 + 4 * 4 * largest_weights
 
 
 PRUNER = Pruner(
