@@ -7,10 +7,11 @@ import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from sparse_expansion.config.kinds import checked_choice, checked_value
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.presets import PRESETS
 from sparse_expansion.config.pruners import PRUNERS
-from sparse_expansion.config.values import checked_choice, checked_value, known_settings
+from sparse_expansion.config.values import known_settings
 from sparse_expansion.settings_file import read_settings
 
 _NOT_IN_FILES = ("help", "help_all", "config")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 
 CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
 ALL_WINDOWS = "all"
@@ -91,7 +93,13 @@ class CalibrationConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
+        as_given: Any = self.dataset_size
+        if as_given == ALL_WINDOWS:
+            # Their number is known once the text is read.
+            object.__setattr__(self, "whole_text", True)
+            object.__setattr__(self, "dataset_size", 1)
         require(
             self.dataset_size >= 1,
             f"dataset_size {self.dataset_size} must be at least 1 window, e.g. 128",

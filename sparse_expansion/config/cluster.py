@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 from sparse_expansion.config.sizes import format_size, parse_size
 
 _TERA = 1e12
@@ -134,7 +135,8 @@ class Cluster:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
         require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
         require(
             self.gpu is None or self.gpu in GPUS, f"--gpu {self.gpu} is none of {', '.join(GPUS)}"

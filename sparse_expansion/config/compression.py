@@ -10,6 +10,7 @@ from typing import Any
 from sparse_expansion.config.by_block import read_by_block
 from sparse_expansion.config.checks import require, require_layers
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 from sparse_expansion.config.pruners import PRUNERS
 from sparse_expansion.config.sparsity import SparsityPattern
 
@@ -52,6 +53,26 @@ def read_group_size(text: str) -> int | str | None:
         raise ValueError(
             f"group_size {text!r} is no whole number, {ROW} or {AUTO}, e.g. {AUTO_GROUP_SIZE}"
         ) from None
+
+
+def _check_layer_sparsity(given: str | tuple[float, ...], sparsity: SparsityPattern) -> None:
+    require(
+        sparsity.group is None,
+        f"layer_sparsity gives shares of zeros, {sparsity} is N:M: drop one of the two",
+    )
+    if isinstance(given, str):
+        require(
+            given in ALLOCATIONS,
+            f"layer_sparsity {given!r} is none of {', '.join(ALLOCATIONS)}",
+        )
+        return
+    for share in given:
+        require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
+    mean = sum(given) / len(given)
+    require(
+        abs(mean - sparsity.fraction) < 1e-3,
+        f"layer_sparsity has mean {mean:.4g}, sparsity is {sparsity}: use --sparsity {mean:.4g}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +190,12 @@ class CompressionConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
+        as_given: Any = self.group_size
+        if as_given == AUTO:
+            size = None if self.bits is None else AUTO_GROUP_SIZE
+            object.__setattr__(self, "group_size", size)
         require(
             self.bits is None or 2 <= self.bits <= 8,
             f"bits {self.bits} is outside 2 to 8: use --bits 4, or leave --quantize away",
@@ -203,7 +229,7 @@ class CompressionConfig:
         )
         group = self.sparsity.group
         if self.layer_sparsity != UNIFORM:
-            self._check_layer_sparsity()
+            _check_layer_sparsity(self.layer_sparsity, self.sparsity)
         if group is not None:
             require(
                 self.block_size % group == 0,
@@ -215,26 +241,6 @@ class CompressionConfig:
                 f"act_order reorders columns, which N:M sparsity {self.sparsity} forbids: "
                 "drop one of the two",
             )
-
-    def _check_layer_sparsity(self) -> None:
-        require(
-            self.sparsity.group is None,
-            f"layer_sparsity gives shares of zeros, {self.sparsity} is N:M: drop one of the two",
-        )
-        if isinstance(self.layer_sparsity, str):
-            require(
-                self.layer_sparsity in ALLOCATIONS,
-                f"layer_sparsity {self.layer_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
-            )
-            return
-        for share in self.layer_sparsity:
-            require(0 <= share <= 1, f"layer_sparsity {share} is outside 0 to 1")
-        mean = sum(self.layer_sparsity) / len(self.layer_sparsity)
-        require(
-            abs(mean - self.sparsity.fraction) < 1e-3,
-            f"layer_sparsity has mean {mean:.4g}, sparsity is {self.sparsity}: use --sparsity "
-            f"{mean:.4g}",
-        )
 
     def check_layers(self, num_layers: int) -> None:
         """Answer a list of blocks' sparsities that is another model's.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.fields import setting, settings_of
+from sparse_expansion.config.kinds import check_kinds
 from sparse_expansion.config.sizes import format_size, parse_size
 
 EXECUTORS = ("local", "ray")
@@ -146,7 +147,8 @@ class ExecutionOptions:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
         known = settings_of(ExecutionOptions)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)

@@ -10,6 +10,7 @@ from typing import Any
 from sparse_expansion.config.by_block import read_by_block
 from sparse_expansion.config.checks import require, require_layers
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 
 CLUSTERINGS = ("kmeans", "random")
 KMEANS_BACKENDS = ("auto", "torch", "sklearn", "cuml")
@@ -99,7 +100,8 @@ class RoutingConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
         require(
             1 <= self.num_clusters <= 4096,
             f"num_clusters {self.num_clusters} is outside 1 to 4096, e.g. 16",

@@ -13,6 +13,7 @@ from sparse_expansion.config.calibration import CalibrationConfig
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 from sparse_expansion.config.routing import RoutingConfig
 
 AUTO_PRODUCTS, FLOAT32, BFLOAT16X3 = "auto", "float32", "bfloat16x3"
@@ -40,7 +41,8 @@ class RefinementConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
         require(
             0 <= self.finetune <= 1000,
             f"finetune {self.finetune} is outside 0 to 1000: passes over the windows, e.g. 2",
@@ -98,7 +100,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Check kinds and bounds."""
+        check_kinds(self)
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         require(
             self.products in PRODUCTS,

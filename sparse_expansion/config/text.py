@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_expansion.config.fields import setting
+from sparse_expansion.config.kinds import check_kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +21,7 @@ class TextOptions:
         meanings={None: "text, or messages where there is no text"},
         group="data",
     )
+
+    def __post_init__(self) -> None:
+        """Check kinds."""
+        check_kinds(self)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -11,13 +9,13 @@ from sparse_expansion.config.calibration import ALL_WINDOWS, CalibrationConfig
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.compression import (
     AUTO,
-    AUTO_GROUP_SIZE,
     QUANTIZED_BITS,
     UNIFORM,
     CompressionConfig,
 )
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.fields import Setting, settings_of
+from sparse_expansion.config.kinds import checked_choice, checked_value, of_kind
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.presets import DEFAULT_PRESET, PRESETS, not_given
 from sparse_expansion.config.routing import RoutingConfig
@@ -28,7 +26,6 @@ RUN_SECTIONS = (CompressionConfig, RoutingConfig, CalibrationConfig, RefinementC
 """The classes of the settings that decide what a run computes."""
 SWITCHES = ("preset", "quantize", "no_pca")
 """Names that stand for values of other settings."""
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def field_values(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,13 +54,11 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         ValueError: a value is out of bounds, or values contradict each other.
     """
     compression = field_values(CompressionConfig, values)
-    if compression["group_size"] == AUTO:
-        compression["group_size"] = AUTO_GROUP_SIZE if values["quantize"] else None
     bits = values["bits"]
     if bits is not None and not values["quantize"]:
         raise ValueError(f"--bits {bits} needs --quantize: add it, or drop --bits")
     for name in ("group_size", "symmetric"):
-        if compression[name] and not values["quantize"]:
+        if compression[name] not in (None, False, AUTO) and not values["quantize"]:
             flag = settings_of(CompressionConfig)[name].flag
             raise ValueError(f"{flag} needs --quantize: add it, or drop {flag}")
     if values["quantize"] and bits is None:
@@ -80,10 +75,7 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
         compression |= {"expert_biases": False, "permute_channels": False}
         compression["expert_sparsity"] = UNIFORM
     calibration = field_values(CalibrationConfig, values)
-    calibration |= {"seqlen": seqlen, "whole_text": calibration["dataset_size"] == ALL_WINDOWS}
-    if calibration["whole_text"]:
-        # Known once the text is read.
-        calibration["dataset_size"] = 1
+    calibration["seqlen"] = seqlen
     return RunConfig(
         compression=CompressionConfig(**compression),
         routing=routing,
@@ -195,56 +187,5 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     # Bits that are named are asked for.
     switches = {"quantize": found["bits"] is not None, "no_pca": False}
     for name, default in switches.items():
-        found[name] = _of_kind(bool, name, given.get(name, default))
+        found[name] = of_kind(bool, name, given.get(name, default))
     return found
-
-
-def checked_choice(name: str, value: Any, choices: Collection[str]) -> str:
-    """A value that is one of several texts.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(value, str) and value in choices:
-        return value
-    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise ValueError(f"{name} {reprlib.repr(value)} is none of {', '.join(choices)}{hint}")
-
-
-def checked_value(spec: Setting, name: str, value: Any) -> Any:
-    """A value of a setting that may be of any kind, as the setting has it.
-
-    Args:
-        spec: of the setting.
-        name: as it was given, for the error.
-        value: a text may stand for it, as in a flag.
-
-    Raises:
-        ValueError: it is of another kind, or no choice.
-    """
-    if value is None and (spec.optional or None in spec.meanings):
-        return None
-    if isinstance(value, list | tuple) and spec.items is not None:
-        return tuple(_of_kind(spec.items, name, item) for item in value)
-    if spec.choices:
-        return checked_choice(name, value, spec.choices)
-    if spec.parse is None or (spec.kind is int and isinstance(value, int)):
-        return _of_kind(spec.kind, name, value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = repr(value)
-    if isinstance(value, str):
-        return spec.parse(value)
-    is_made = isinstance(spec.kind, type) and isinstance(value, spec.kind)
-    require(is_made, f"{name} {reprlib.repr(value)} is no value of this setting")
-    return value
-
-
-def _of_kind(kind: type, name: str, value: Any) -> Any:
-    """A value of a plain kind; whole numbers are numbers too, and truth values are neither."""
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    require(is_right, f"{name} {reprlib.repr(value)} must be {_KINDS.get(kind, 'a value')}")
-    return value
