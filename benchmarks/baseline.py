@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from benchmarks import published
+from benchmarks.models import local_folder
 from benchmarks.packing import median_seconds
 from benchmarks.synthetic import command
 from sparse_expansion.data.corpora import load_corpus
@@ -195,7 +196,7 @@ def print_result(result: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare both sides, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("dataset")
     parser.add_argument("--layers", type=int, help="only the first blocks; default all")
     parser.add_argument("--windows", type=int, default=32)
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--restarts", type=int, default=100, help="starts of the baseline's KMeans")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
+    args.model = local_folder(args.model)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         print_result(compare(args, Path(folder)))

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparse_expansion  # noqa: F401 - registers the checkpoint format
+from benchmarks.models import named_folders
 from sparse_expansion.process_memory import peak_memory_bytes
 
 PROMPT_TOKENS = 32
@@ -33,7 +34,7 @@ PROMPT_TOKENS = 32
 def main(arguments: list[str] | None = None) -> int:
     """Measure every model in a process of its own; print a table and JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
@@ -47,14 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given)
     if args.inside:
-        print(json.dumps(measure(args.models[0].partition("=")[2], args)))
+        print(json.dumps(measure(args.models[0], args)))
         return 0
+    try:
+        folders = named_folders(args.models)
+    except ValueError as error:
+        parser.error(str(error))
     flags = [word for word in given if word not in args.models]
     rows = {}
-    for model in args.models:
-        line = [sys.executable, "-m", "benchmarks.serve", model, *flags, "--inside"]
+    for name, folder in folders.items():
+        line = [sys.executable, "-m", "benchmarks.serve", str(folder), *flags, "--inside"]
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-        rows[model.partition("=")[0]] = json.loads(done.stdout.splitlines()[-1])
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
     print_table(rows)
     for name, row in rows.items():
         print(json.dumps({"name": name, "device": args.device, **row}))

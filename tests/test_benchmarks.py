@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import baseline, full_size, published, serve, sweep
+from benchmarks.models import named_folders
 from benchmarks.quality import __main__ as table
 from benchmarks.quality import neox
 from sparse_expansion import cli
@@ -20,6 +21,7 @@ from sparse_expansion.algorithms.compress import compress_experts
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.config import CompressionConfig
 from tests.model.running import expand
+from tests.model.test_sources import write_gguf
 
 
 def test_the_baseline_prunes_as_we_do():
@@ -109,6 +111,26 @@ def test_serving_is_measured_for_every_model(
         assert all(row[key] > 0 for key in wanted)
     # Every figure is in the table, beside its ratio to the first model's.
     assert sum(row.startswith("| ") and "(1.00)" in row for row in lines) == len(wanted)
+
+
+def test_serving_names_a_model_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["dense=/nowhere/model"])
+    assert ended.value.code == 2
+    assert "/nowhere/model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_benchmarks_take_models_wherever_they_come_from(tmp_path, llama_folder, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(gguf, np, file, llama_folder)
+    monkeypatch.setenv("SPARSE_EXPANSION_CACHE", str(tmp_path / "cache"))
+    found = named_folders([str(file), f"ours={llama_folder}"])
+    assert list(found) == ["tiny.gguf", "ours"]
+    assert found["ours"] == llama_folder
+    assert (found["tiny.gguf"] / "config.json").is_file()
+    with pytest.raises(ValueError, match="two models are called a"):
+        named_folders([f"a={llama_folder}", f"a={file}"])
 
 
 def test_the_sweeps_benchmark_finds_equal_masks(capsys):

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.models import named_folders
 from benchmarks.tasks.items import METRICS, make_items, write_tasks
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.jobs.harness import check_tasks, evaluate_tasks
 from sparse_expansion.jobs.sample import continued
 from sparse_expansion.jobs.whole_model import load_whole
-from sparse_expansion.model.checkpoint import load_config
 from sparse_expansion.report.formatting import table
 from sparse_expansion.store import Store
 
@@ -95,24 +95,6 @@ def score_table(rows: list[dict[str, Any]]) -> str:
     return table(cells, header=True)
 
 
-def named_folders(models: list[str]) -> dict[str, Path]:
-    """Folders by name: of ``NAME=FOLDER``, or of the folder itself.
-
-    Raises:
-        ValueError: two have one name, or a folder holds no model.
-    """
-    found: dict[str, Path] = {}
-    for model in models:
-        name, _, folder = model.rpartition("=")
-        path = Path(folder)
-        name = name or path.resolve().name
-        if name in found:
-            raise ValueError(f"two models are called {name}: name them, as in NAME={folder}")
-        load_config(path)
-        found[name] = path
-    return found
-
-
 def measure(folder: Path, manager: Any, args: argparse.Namespace) -> tuple[Values, dict[str, str]]:
     """A model's score on every item, and its continuations by prompt."""
     model, tokenizer = load_whole(folder, device=args.device, dtype=args.dtype, verify=False)
@@ -135,7 +117,7 @@ def measure(folder: Path, manager: Any, args: argparse.Namespace) -> tuple[Value
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, and what it was given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="[NAME=]FOLDER")
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dataset", default="pydoc", help="its evaluation text is used")
     parser.add_argument("--items", type=int, default=200, help="most items of a task")

@@ -17,6 +17,7 @@ from sparse_expansion.api.models import ModelRequest
 from sparse_expansion.api.result import Result
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.fields import settings_of
+from sparse_expansion.config.kinds import of_kind
 from sparse_expansion.config.run import RunConfig
 from sparse_expansion.config.values import (
     SWITCHES,
@@ -44,7 +45,7 @@ def expand(
     tokenizer: Any = None,
     model_size: str | None = None,
     model_revision: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     measure: bool = False,
     eval_windows: int | None = None,
@@ -80,6 +81,8 @@ def expand(
             prints.
     """
     check_names(settings, {*known_settings(), *SWITCHES} - {"dataset", "executor"}, _ARGUMENTS)
+    switches = {"resume": resume, "measure": measure}
+    _check_kinds(listener, eval_windows, {"output": output}, switches)
     given = {**_config(config), **_executor(executor)}
     is_named = isinstance(dataset, str | Path)
     given |= {"dataset": str(dataset) if is_named else IN_MEMORY, **settings}
@@ -111,7 +114,7 @@ def evaluate(
     tokenizer: Any = None,
     model_size: str | None = None,
     model_revision: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     eval_windows: int | None = None,
     listener: Listener | None = None,
     **settings: Any,
@@ -139,6 +142,7 @@ def evaluate(
             prints.
     """
     check_names(settings, set(_OF_EVALUATION) - {"executor"}, _ARGUMENTS)
+    _check_kinds(listener, eval_windows)
     if isinstance(model, Result):
         model = model.folder
     job = EvaluationJob(
@@ -152,11 +156,45 @@ def evaluate(
     return Result(metrics, str(Path(model).expanduser().resolve()) if is_folder else None)
 
 
-def _model(model: Any, *more: str | None) -> ModelRequest:
-    tokenizer, size, revision, cache_dir = more
+def _model(
+    model: Any,
+    tokenizer: Any,
+    size: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> ModelRequest:
     return ModelRequest(
-        model=model, tokenizer=tokenizer, size=size, revision=revision, cache_dir=cache_dir
+        model=model,
+        tokenizer=tokenizer,
+        size=_text("model_size", size),
+        revision=_text("model_revision", revision),
+        cache_dir=_text("cache_dir", cache_dir),
     )
+
+
+def _text(name: str, value: Any) -> str | None:
+    return None if value is None else str(of_kind(str, name, value))
+
+
+def _check_kinds(
+    listener: Any,
+    eval_windows: Any,
+    texts: Mapping[str, Any] | None = None,
+    switches: Mapping[str, Any] | None = None,
+) -> None:
+    """See that arguments which are no settings are of their kinds, before any work.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if listener is not None and not isinstance(listener, Listener):
+        raise ValueError(f"listener of type {type(listener).__name__} is no Listener")
+    if eval_windows is not None:
+        of_kind(int, "eval_windows", eval_windows)
+    for name, value in (texts or {}).items():
+        _text(name, value)
+    for name, value in (switches or {}).items():
+        of_kind(bool, name, value)
 
 
 def _config(config: Any) -> Mapping[str, Any]:

@@ -138,6 +138,15 @@ def test_without_a_folder_the_result_has_one_of_its_own(llama_folder, text_folde
         ({"config": {"a": 1}}, "config of type dict is no RunConfig"),
         ({"executor": 3}, "executor of type int"),
         ({"tokenizer": 3}, "tokenizer goes with a loaded model"),
+        ({"output": 3}, "output 3 must be a text"),
+        ({"measure": "yes"}, "measure 'yes' must be true or false"),
+        ({"resume": 1}, "resume 1 must be true or false"),
+        ({"eval_windows": "4"}, "eval_windows '4' must be a whole number"),
+        ({"eval_windows": 1.5}, "eval_windows 1.5 must be a whole number"),
+        ({"model_size": 13}, "model_size 13 must be a text"),
+        ({"model_revision": 1}, "model_revision 1 must be a text"),
+        ({"cache_dir": 1}, "cache_dir 1 must be a text"),
+        ({"listener": print}, "is no Listener"),
     ],
 )
 def test_wrong_settings(settings, message, llama_folder):
@@ -178,6 +187,9 @@ def test_errors_are_the_commands_lines(settings, flags, llama_folder, text_folde
         ({"num_clusters": 4}, "'num_clusters' is unknown"),
         ({"seqln": 4}, "did you mean seqlen"),
         ({"seqlen": 1}, "--seqlen 1 must be at least 2"),
+        ({"listener": 3}, "listener of type int is no Listener"),
+        ({"eval_windows": "all"}, "eval_windows 'all' must be a whole number"),
+        ({"cache_dir": 1}, "cache_dir 1 must be a text"),
     ],
 )
 def test_wrong_settings_of_evaluate(settings, message, llama_folder):
