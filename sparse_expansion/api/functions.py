@@ -15,6 +15,7 @@ from sparse_expansion.api.expansion import ExpansionJob, run_expansion
 from sparse_expansion.api.listener import Listener
 from sparse_expansion.api.models import ModelRequest
 from sparse_expansion.api.result import Result
+from sparse_expansion.config.checks import require_text
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.config.fields import settings_of
 from sparse_expansion.config.kinds import of_kind
@@ -82,7 +83,10 @@ def expand(
     """
     check_names(settings, {*known_settings(), *SWITCHES} - {"dataset", "executor"}, _ARGUMENTS)
     switches = {"resume": resume, "measure": measure}
-    _check_kinds(listener, eval_windows, {"output": output}, switches)
+    _check_kinds(listener, eval_windows, switches)
+    if output is not None:
+        # As a path an empty one would be the current folder.
+        require_text("--output", str(_text("output", output)))
     given = {**_config(config), **_executor(executor)}
     is_named = isinstance(dataset, str | Path)
     given |= {"dataset": str(dataset) if is_named else IN_MEMORY, **settings}
@@ -179,7 +183,6 @@ def _text(name: str, value: Any) -> str | None:
 def _check_kinds(
     listener: Any,
     eval_windows: Any,
-    texts: Mapping[str, Any] | None = None,
     switches: Mapping[str, Any] | None = None,
 ) -> None:
     """See that arguments which are no settings are of their kinds, before any work.
@@ -191,8 +194,6 @@ def _check_kinds(
         raise ValueError(f"listener of type {type(listener).__name__} is no Listener")
     if eval_windows is not None:
         of_kind(int, "eval_windows", eval_windows)
-    for name, value in (texts or {}).items():
-        _text(name, value)
     for name, value in (switches or {}).items():
         of_kind(bool, name, value)
 

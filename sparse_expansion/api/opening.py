@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparse_expansion.api.listener import Listener
 from sparse_expansion.api.models import ModelRequest, Origin
+from sparse_expansion.config.checks import require_text
 from sparse_expansion.config.execution import ExecutionOptions
 from sparse_expansion.data.names import check_text
 from sparse_expansion.run_files import RUN_FILE, foreign_output
@@ -191,9 +192,10 @@ def check_output(output: str) -> None:
     """Answer a folder that cannot be made as bad input, and not as a failure after an hour.
 
     Raises:
-        ValueError: it cannot be made, holds something else than a run, or is a URL that needs a
-            package that is not there.
+        ValueError: it is empty, cannot be made, holds something else than a run, or is a URL that
+            needs a package that is not there.
     """
+    require_text("--output", output)
     if "://" in output:
         from sparse_expansion.store import Store
 

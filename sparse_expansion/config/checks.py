@@ -21,6 +21,17 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_text(name: str, value: str) -> None:
+    """Answer an empty name, which as a path would be the current folder.
+
+    It is what a variable of the shell leaves that was never set.
+
+    Raises:
+        ValueError: there is nothing in the text but blanks.
+    """
+    require(bool(value.strip()), f"{name} {value!r} is empty: give a name, or leave it out")
+
+
 def require_layers(name: str, values: tuple[float, ...], num_layers: int) -> None:
     """Answer a list by block that is another model's.
 

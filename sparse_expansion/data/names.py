@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_expansion.config.checks import require_text
 from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.data.local_text import check_beginning, check_local
 
@@ -101,8 +102,11 @@ def check_text(dataset: Any, column: str | None = None) -> None:
         column: of rows, see ``Rows``.
 
     Raises:
-        ValueError: see ``check_dataset``, ``weighted_sources`` and ``check_beginning``.
+        ValueError: it is empty; see ``check_dataset``, ``weighted_sources`` and
+            ``check_beginning``.
     """
+    if isinstance(dataset, str):
+        require_text("--dataset", dataset)
     names = (
         [name for name, _ in weighted_sources(dataset)] if isinstance(dataset, str) else [dataset]
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparse_expansion.config.checks import require_text
 from sparse_expansion.messages import first_line
 from sparse_expansion.model.gguf import convert_gguf
 
@@ -40,8 +41,9 @@ def resolve_name(model: str, size: str | None = None) -> ModelSource:
     """The source that ``--model`` and ``--model_size`` name; nothing is read or downloaded.
 
     Raises:
-        ValueError: an unknown size, a size without a family, or a missing path.
+        ValueError: an empty name, an unknown size, a size without a family, or a missing path.
     """
+    require_text("--model", model)
     family = model.lower()
     if family == "pythia":
         if size is None or size.lower() not in PYTHIA_SIZES:

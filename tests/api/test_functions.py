@@ -167,6 +167,9 @@ def test_wrong_settings(settings, message, llama_folder):
         ({"seqlen": 300}, ["--seqlen", "300"]),
         ({"device": "mps"}, ["--device", "mps"]),
         ({"num_workers": 2}, ["--num-workers", "2"]),
+        ({"output": ""}, ["--output", ""]),
+        ({"dataset": " "}, ["--dataset", " "]),
+        ({"model": ""}, ["--model", ""]),
     ],
 )
 def test_errors_are_the_commands_lines(settings, flags, llama_folder, text_folder, capsys):
