@@ -107,11 +107,6 @@ class CalibrationConfig:
         require(self.seqlen >= 2, f"seqlen {self.seqlen} must be at least 2 tokens, e.g. 2048")
         require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to 2**32 - 1")
         require(
-            self.calibration_inputs in CALIBRATION_INPUTS,
-            f"calibration_inputs {self.calibration_inputs!r} is none of "
-            f"{', '.join(CALIBRATION_INPUTS)}",
-        )
-        require(
             self.data_shards is None or self.data_shards >= 1,
             f"data_shards {self.data_shards} must be at least 1, e.g. 4",
         )

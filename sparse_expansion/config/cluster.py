@@ -139,9 +139,6 @@ class Cluster:
         check_kinds(self)
         require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
         require(
-            self.gpu is None or self.gpu in GPUS, f"--gpu {self.gpu} is none of {', '.join(GPUS)}"
-        )
-        require(
             0 < self.gpu_share <= 1,
             f"--gpus-per-worker {self.gpu_share:g} is outside 0 to 1: a worker uses one GPU",
         )

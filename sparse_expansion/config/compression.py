@@ -213,7 +213,6 @@ class CompressionConfig:
             self.min_tokens_per_expert is None or self.min_tokens_per_expert >= 0,
             f"min_tokens_per_expert {self.min_tokens_per_expert} must not be negative",
         )
-        require(self.pruner in PRUNERS, f"pruner {self.pruner!r} is none of {', '.join(PRUNERS)}")
         require(
             PRUNERS[self.pruner].takes_grid or (self.bits is None and not self.act_order),
             f"pruner {self.pruner} leaves kept weights as they are: drop --quantize and "
@@ -222,10 +221,6 @@ class CompressionConfig:
         require(
             1 <= self.solver_iterations <= 1000,
             f"solver_iterations {self.solver_iterations} is outside 1 to 1000, e.g. 10",
-        )
-        require(
-            not isinstance(self.expert_sparsity, str) or self.expert_sparsity in ALLOCATIONS,
-            f"expert_sparsity {self.expert_sparsity!r} is none of {', '.join(ALLOCATIONS)}",
         )
         group = self.sparsity.group
         if self.layer_sparsity != UNIFORM:

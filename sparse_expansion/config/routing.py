@@ -135,14 +135,6 @@ class RoutingConfig:
             f"balance {self.balance} is outside 0 to 0.9: least share of the mean cluster's "
             "tokens, e.g. 0.25",
         )
-        require(
-            self.clustering in CLUSTERINGS,
-            f"clustering {self.clustering!r} is none of {', '.join(CLUSTERINGS)}",
-        )
-        require(
-            self.kmeans in KMEANS_BACKENDS,
-            f"kmeans {self.kmeans!r} is none of {', '.join(KMEANS_BACKENDS)}",
-        )
 
     @property
     def most_clusters(self) -> int:

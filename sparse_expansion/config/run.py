@@ -102,11 +102,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check kinds and bounds."""
         check_kinds(self)
-        require(self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        require(
-            self.products in PRODUCTS,
-            f"products {self.products!r} is none of {', '.join(PRODUCTS)}",
-        )
         require(
             self.experts_per_unit >= 1,
             f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",

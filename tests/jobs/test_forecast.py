@@ -84,7 +84,7 @@ def test_a_gpu_is_planned_for():
     assert "gpu_peak" in h100["memory_bytes"]
     small = forecast(config(), MODELS["llama-2-70b"][0], Cluster(gpu="l40s"))
     assert "its GPU has 48.0 GB" in small["verdict"]["text"]
-    with pytest.raises(ValueError, match="--gpu h1 is none of h100, h200, a100, l40s"):
+    with pytest.raises(ValueError, match="gpu 'h1' is none of h100, h200, a100, l40s"):
         Cluster(gpu="h1")
 
 
