@@ -34,9 +34,9 @@ import torch
 from torch import nn
 
 from benchmarks import published
-from benchmarks.models import local_folder
 from benchmarks.packing import median_seconds
 from benchmarks.synthetic import command
+from sparse_expansion.api.models import named_origin
 from sparse_expansion.data.corpora import load_corpus
 from sparse_expansion.data.tokenization import encoder, load_tokenizer
 from sparse_expansion.data.windows import calibration_windows
@@ -206,7 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--restarts", type=int, default=100, help="starts of the baseline's KMeans")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
-    args.model = local_folder(args.model)
+    try:
+        args.model = named_origin(args.model).fetch()
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         print_result(compare(args, Path(folder)))

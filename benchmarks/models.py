@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_expansion.api.models import named_origin
-
-
-def local_folder(model: str) -> Path:
-    """The folder of a model: its own, a download's, or that of a converted GGUF file.
-
-    Raises:
-        ValueError: the name leads nowhere, or to a folder that is no model's.
-    """
-    return named_origin(model).fetch()
+from sparse_expansion.api.models import Origin, named_origin
 
 
 def named_folders(models: Sequence[str]) -> dict[str, Path]:
-    """Folders by name: of ``NAME=MODEL``, or of the model itself.
+    """Folders by name of ``NAME=MODEL``, or of the model itself: its own, or a conversion's.
 
     Raises:
         ValueError: two have one name, or there is no such model.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Origin] = {}
     for given in models:
         name, _, model = given.rpartition("=")
         name = name or Path(model).resolve().name
         if name in found:
             raise ValueError(f"two models are called {name}: name them, as in NAME={model}")
-        found[name] = local_folder(model)
-    return found
+        found[name] = named_origin(model)
+    # All names are right before any model is downloaded or converted.
+    return {name: origin.fetch() for name, origin in found.items()}

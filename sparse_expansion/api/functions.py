@@ -82,18 +82,20 @@ def expand(
             prints.
     """
     check_names(settings, {*known_settings(), *SWITCHES} - {"dataset", "executor"}, _ARGUMENTS)
-    switches = {"resume": resume, "measure": measure}
-    _check_kinds(listener, eval_windows, switches)
-    if output is not None:
-        # As a path an empty one would be the current folder.
-        require_text("--output", str(_text("output", output)))
+    _check_listener(listener)
+    for name, switch in (("resume", resume), ("measure", measure)):
+        of_kind(bool, name, switch)
+    asked = _text("output", output)
+    if asked is not None:
+        # Before it is made whole: an empty path would be the current folder.
+        require_text("--output", asked)
     given = {**_config(config), **_executor(executor)}
     is_named = isinstance(dataset, str | Path)
     given |= {"dataset": str(dataset) if is_named else IN_MEMORY, **settings}
-    kept = tempfile.TemporaryDirectory(prefix="sparse-expansion-") if output is None else None
+    kept = tempfile.TemporaryDirectory(prefix="sparse-expansion-") if asked is None else None
     if kept is not None and resume:
         raise ValueError("--resume needs the --output folder of the run to continue")
-    folder = os.fspath(output) if output is not None else str(kept and kept.name)
+    folder = asked if asked is not None else str(kept and kept.name)
     if "://" not in folder:
         folder = str(Path(folder).expanduser().resolve())
     name = "run" if measure else "expand"
@@ -146,7 +148,7 @@ def evaluate(
             prints.
     """
     check_names(settings, set(_OF_EVALUATION) - {"executor"}, _ARGUMENTS)
-    _check_kinds(listener, eval_windows)
+    _check_listener(listener)
     if isinstance(model, Result):
         model = model.folder
     job = EvaluationJob(
@@ -180,22 +182,9 @@ def _text(name: str, value: Any) -> str | None:
     return None if value is None else str(of_kind(str, name, value))
 
 
-def _check_kinds(
-    listener: Any,
-    eval_windows: Any,
-    switches: Mapping[str, Any] | None = None,
-) -> None:
-    """See that arguments which are no settings are of their kinds, before any work.
-
-    Raises:
-        ValueError: one is not.
-    """
+def _check_listener(listener: Any) -> None:
     if listener is not None and not isinstance(listener, Listener):
         raise ValueError(f"listener of type {type(listener).__name__} is no Listener")
-    if eval_windows is not None:
-        of_kind(int, "eval_windows", eval_windows)
-    for name, value in (switches or {}).items():
-        of_kind(bool, name, value)
 
 
 def _config(config: Any) -> Mapping[str, Any]:

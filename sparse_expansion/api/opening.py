@@ -15,6 +15,7 @@ from sparse_expansion.api.listener import Listener
 from sparse_expansion.api.models import ModelRequest, Origin
 from sparse_expansion.config.checks import require_text
 from sparse_expansion.config.execution import ExecutionOptions
+from sparse_expansion.config.kinds import of_kind
 from sparse_expansion.data.names import check_text
 from sparse_expansion.run_files import RUN_FILE, foreign_output
 
@@ -246,7 +247,7 @@ def check_eval_windows(count: int | None) -> None:
     """Answer a number of windows on which nothing can be measured.
 
     Raises:
-        ValueError: it is less than 1.
+        ValueError: it is no whole number, or less than 1.
     """
-    if count is not None and count < 1:
+    if count is not None and of_kind(int, "eval_windows", count) < 1:
         raise ValueError(f"--eval-windows {count} must be at least 1")

@@ -123,12 +123,12 @@ def settings_of(section: type) -> dict[str, Setting]:
             hint = hints[field.name]
             options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             tuples = [get_args(option)[0] for option in options if get_origin(option) is tuple]
-            plain = [get_origin(item) or item for item in tuples]
+            items = get_origin(tuples[0]) or tuples[0] if tuples else None
             found[field.name] = Setting(
                 default=field.default,
                 kind=next(option for option in options if option is not NoneType),
                 optional=NoneType in options,
-                items=plain[0] if plain else None,
+                items=items,
                 **notes,
             )
     return found

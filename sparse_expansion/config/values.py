@@ -58,7 +58,7 @@ def run_config(values: Mapping[str, Any], seqlen: int) -> RunConfig:
     if bits is not None and not values["quantize"]:
         raise ValueError(f"--bits {bits} needs --quantize: add it, or drop --bits")
     for name in ("group_size", "symmetric"):
-        if compression[name] not in (None, False, AUTO) and not values["quantize"]:
+        if compression[name] and compression[name] != AUTO and not values["quantize"]:
             flag = settings_of(CompressionConfig)[name].flag
             raise ValueError(f"{flag} needs --quantize: add it, or drop {flag}")
     if values["quantize"] and bits is None:

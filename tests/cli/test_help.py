@@ -10,25 +10,14 @@ from sparse_expansion.cli.flags import NotGiven, default_text
 from sparse_expansion.cli.main import main
 from sparse_expansion.cli.parser import COMMANDS, command_parsers
 from sparse_expansion.config import (
-    CalibrationConfig,
     Cluster,
-    CompressionConfig,
     ExecutionOptions,
-    RefinementConfig,
-    RoutingConfig,
-    RunConfig,
     TextOptions,
 )
 from sparse_expansion.config.fields import settings_of
+from sparse_expansion.config.values import RUN_SECTIONS
 
-RUN = (
-    CompressionConfig,
-    RoutingConfig,
-    CalibrationConfig,
-    RefinementConfig,
-    RunConfig,
-    TextOptions,
-)
+RUN = (*RUN_SECTIONS, TextOptions)
 WHOLE_SECTIONS = {
     "run": (*RUN, ExecutionOptions),
     "expand": (*RUN, ExecutionOptions),

@@ -23,17 +23,9 @@ from sparse_expansion.config import (
     parse_size,
 )
 from sparse_expansion.config.fields import settings_of
-from sparse_expansion.config.values import completed, plain_values, run_config
+from sparse_expansion.config.values import RUN_SECTIONS, completed, plain_values, run_config
 
-SECTIONS = (
-    CompressionConfig,
-    RoutingConfig,
-    CalibrationConfig,
-    RefinementConfig,
-    RunConfig,
-    ExecutionOptions,
-    Cluster,
-)
+SECTIONS = (*RUN_SECTIONS, ExecutionOptions, Cluster)
 
 
 @pytest.mark.parametrize(

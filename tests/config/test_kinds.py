@@ -10,24 +10,14 @@ from sparse_expansion.config import (
     Cluster,
     CompressionConfig,
     ExecutionOptions,
-    RefinementConfig,
     RoutingConfig,
-    RunConfig,
     SparsityPattern,
+    TextOptions,
 )
 from sparse_expansion.config.fields import settings_of
-from sparse_expansion.config.text import TextOptions
+from sparse_expansion.config.values import RUN_SECTIONS
 
-SECTIONS = (
-    CompressionConfig,
-    RoutingConfig,
-    CalibrationConfig,
-    RefinementConfig,
-    RunConfig,
-    TextOptions,
-    ExecutionOptions,
-    Cluster,
-)
+SECTIONS = (*RUN_SECTIONS, TextOptions, ExecutionOptions, Cluster)
 FIELDS = [
     pytest.param(section, name, id=f"{section.__name__}.{name}")
     for section in SECTIONS
