@@ -227,6 +227,11 @@ def block_scratch_files(layer: int) -> tuple[str, str]:
     return f"{HIDDEN}{block_key(layer)}-", f"{DRAFTS}experts-{layer:03d}-"
 
 
+def dense_hidden_file(layer: int, shard: int) -> str:
+    """File of one shard's hidden states before a block of the dense model."""
+    return f"{block_scratch_files(layer)[0]}dense-{shard_name(shard)}.safetensors"
+
+
 def hidden_file(layer: int, shard: int) -> str:
     """File of one shard's hidden states before a block."""
     return f"{block_scratch_files(layer)[0]}{shard_name(shard)}.safetensors"

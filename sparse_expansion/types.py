@@ -79,12 +79,13 @@ class HessianSum:
     num_tokens: int
     sum_D: torch.Tensor | None = None
     """``sum x``, float64; None where nobody needs it."""
-    cross_DD: torch.Tensor | None = None
-    """``sum d x^T``, where ``d`` is the dense residual: the dense block's input less ``x``."""
-    residual_D: torch.Tensor | None = None
-    """``sum d``, float64, where there are residuals."""
+    cross_OD: torch.Tensor | None = None
+    """``sum r x^T``, where ``r`` is what the dense linear's outputs for ``x`` lack, see
+    ``work.passes.captured_inputs``."""
+    residual_O: torch.Tensor | None = None
+    """``sum r``, float64, where there are residuals."""
     residual_energy: float = 0.0
-    """``sum |d|^2``."""
+    """``sum |r|^2``."""
 
 
 @dataclass(frozen=True)

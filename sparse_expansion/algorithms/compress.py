@@ -6,8 +6,9 @@ outside, and ``[K, D, O]`` where a pruner works on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -18,7 +19,7 @@ from sparse_expansion.algorithms.hessian import (
     gram_into,
     upper_cholesky_factor,
 )
-from sparse_expansion.algorithms.products import LeftFactor, product
+from sparse_expansion.algorithms.products import product
 from sparse_expansion.algorithms.pruners.base import Problem, Pruner, Solution
 from sparse_expansion.algorithms.pruners.registry import pruner_of
 from sparse_expansion.algorithms.quantization import AffineGrid
@@ -26,11 +27,6 @@ from sparse_expansion.config import AUTO_PRODUCTS, CompressionConfig
 
 ROWS_PER_SUM = 64
 """Rows that are summed in float32 at once, and then in float64; larger temporaries cost more."""
-OUTPUT_FLOOR = 0.5
-"""Weight of an output that nothing depends on in the calibration text, where the mean has 1 more.
-
-With a hundredth, other kinds of text lose far more than the calibration's gains, see
-docs/quality.md."""
 SKETCH_ROWS = 256
 """Rows that a weight's output energy is computed from where it has more."""
 
@@ -108,7 +104,7 @@ def compress_linears(
     config: CompressionConfig,
     grids: dict[str, AffineGrid | None],
     *,
-    cross_KDD: torch.Tensor | None = None,
+    cross_KOD: torch.Tensor | None = None,
     means: InputMeans | None = None,
     output_weights: Mapping[str, torch.Tensor] | None = None,
     products: str = AUTO_PRODUCTS,
@@ -123,12 +119,12 @@ def compress_linears(
         H_KDD: float32 Hessian sums, one per expert.
         config: pruner, sparsity, quantization, block size, damping.
         grids: a grid, or None, for every name.
-        cross_KDD: ``sum d x^T`` of every expert, where ``W (x + d)`` is what its outputs are to
-            be, None where that is ``W x``: see ``compensated_target``. A pruner that does not
-            update weights has no use for it.
+        cross_KOD: ``sum r x^T`` of every expert, where ``W x + r`` is what its outputs are to be
+            (those of all linears, in their order), None where that is ``W x``: see
+            ``compensated_target``. A pruner that does not update weights has no use for it.
         means: where experts have biases, with Hessians and cross sums about these means.
         output_weights: by name what errors of experts' outputs ``[K, O]`` are multiplied with
-            before they are compared, see ``sensitivity_weights``; those of other linears are 1.
+            before they are compared, see ``output_weights``; those of other linears are 1.
         products: how large products are taken, see the module ``products``.
         compiled: whether sweeps take their compiled loops; by default on a CPU.
 
@@ -141,26 +137,24 @@ def compress_linears(
         return {name: _unchanged(W, H_KDD, has_biases=has_biases) for name, W in weights.items()}
     pruner = pruner_of(config.pruner)
     if not pruner.updates_weights:
-        cross_KDD = None
+        cross_KOD = None
     order_KD = _column_order(H_KDD) if config.act_order else None
-    ordered_KDD = H_KDD
-    if order_KD is not None:
-        ordered_KDD = _reordered(H_KDD, order_KD)
-        cross_KDD = None if cross_KDD is None else _reordered(cross_KDD, order_KD)
+    ordered_KDD = H_KDD if order_KD is None else _reordered(H_KDD, order_KD)
     factor: HessianFactor | None = None
-    if pruner.needs_factor(config) or cross_KDD is not None:
+    if pruner.needs_factor(config) or cross_KOD is not None:
         factor = upper_cholesky_factor(ordered_KDD, damping_fraction=config.damping_fraction)
     else:
         check_hessians(ordered_KDD)
     dead_KD = ordered_KDD.diagonal(dim1=1, dim2=2) == 0
 
-    def solved(W_OD: torch.Tensor, grid: AffineGrid | None, chosen: slice) -> ExpertWeights:
+    def solved(
+        W_OD: torch.Tensor, cross: torch.Tensor | None, grid: AffineGrid | None, chosen: slice
+    ) -> ExpertWeights:
         part = None if factor is None else factor.of(chosen)
         order = None if order_KD is None else order_KD[chosen]
-        cross = None if cross_KDD is None else cross_KDD[chosen]
         problem = Problem(
             weight_OD=W_OD,
-            target_KDO=_target(W_OD, pruner, dead_KD[chosen], order, cross, part, products),
+            target_KDO=_target(W_OD, pruner, dead_KD[chosen], order, cross, part),
             H_KDD=ordered_KDD[chosen],
             factor=part,
             grid=grid,
@@ -173,49 +167,39 @@ def compress_linears(
         return _experts(problem, pruner.solve(problem), H_KDD[chosen], dead_KD[chosen], common)
 
     made = {}
-    for name, W_OD in weights.items():
+    for (name, W_OD), rows in zip(weights.items(), _rows_of(weights.values()), strict=True):
         scale_KO = (output_weights or {}).get(name)
+        cross = None if cross_KOD is None else cross_KOD[:, rows]
         if scale_KO is None:
-            made[name] = solved(W_OD, grids[name], slice(None))
+            made[name] = solved(W_OD, cross, grids[name], slice(None))
         else:
-            made[name] = _weighed(W_OD, grids[name], scale_KO, solved)
+            made[name] = _weighed(W_OD, cross, grids[name], scale_KO, solved)
         if means is not None:
-            made[name] = made[name].with_biases(means, W_OD)
+            made[name] = made[name].with_biases(means.of_rows(rows), W_OD)
     return made
+
+
+def _rows_of(weights: Iterable[torch.Tensor]) -> list[slice]:
+    """Where the outputs of every linear stand among those of all."""
+    ends = list(accumulate((len(W_OD) for W_OD in weights), initial=0))
+    return [slice(first, end) for first, end in pairwise(ends)]
 
 
 def _weighed(
     W_OD: torch.Tensor,
+    cross_KOD: torch.Tensor | None,
     grid: AffineGrid | None,
     scale_KO: torch.Tensor,
-    solved: Callable[[torch.Tensor, AffineGrid | None, slice], ExpertWeights],
+    solved: Callable[..., ExpertWeights],
 ) -> ExpertWeights:
     """Experts each of which has rows in units of its own: what is compared is compared weighed."""
     found = []
     for k, scale_O in enumerate(scale_KO):
-        scaled = None if grid is None else grid.scaled(scale_O)
-        made = solved(W_OD.float() * scale_O[:, None], scaled, slice(k, k + 1))
+        scaled, chosen = None if grid is None else grid.scaled(scale_O), slice(k, k + 1)
+        cross = None if cross_KOD is None else cross_KOD[chosen] * scale_O[:, None]
+        made = solved(W_OD.float() * scale_O[:, None], cross, scaled, chosen)
         found.append(replace(made, weight_KOD=made.weight_KOD / scale_O[:, None]))
     return ExpertWeights.joined(found)
-
-
-def sensitivity_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:
-    """What errors of experts' outputs are multiplied with before they are compared ``[K, O]``.
-
-    Their squares are the outputs' sensitivities relative to their mean, half the expert's and half
-    the whole group's, plus ``OUTPUT_FLOOR``: what its own tokens did not use is of use elsewhere.
-
-    Args:
-        squares_KO: sums over every expert's tokens, see ``data.sensitivities``.
-        of_group_O: over all tokens of the group.
-    """
-    both = [of_group_O.expand_as(squares_KO), squares_KO]
-    means = [squares.mean(dim=1, keepdim=True) for squares in both]
-    relative = [
-        squares / torch.where(mean > 0, mean, 1.0)
-        for squares, mean in zip(both, means, strict=True)
-    ]
-    return (torch.stack(relative).mean(dim=0) + OUTPUT_FLOOR).sqrt().float()
 
 
 def _unchanged(W_OD: torch.Tensor, H_KDD: torch.Tensor, *, has_biases: bool) -> ExpertWeights:
@@ -240,9 +224,8 @@ def _target(
     pruner: Pruner,
     dead_KD: torch.Tensor,
     order_KD: torch.Tensor | None,
-    cross_KDD: torch.Tensor | None,
+    cross_KOD: torch.Tensor | None,
     factor: HessianFactor | None,
-    products: str,
 ) -> torch.Tensor:
     """``Problem.target_KDO``: what every expert is to approximate."""
     num_experts = len(dead_KD)
@@ -253,10 +236,12 @@ def _target(
         W_KDO = W_KDO.gather(1, order_KD[:, :, None].expand_as(W_KDO))
     if bool(dead_KD.any()):
         W_KDO.masked_fill_(dead_KD[:, :, None], 0)
-    if cross_KDD is None:
+    if cross_KOD is None:
         return W_KDO
+    if order_KD is not None:
+        cross_KOD = cross_KOD.gather(2, order_KD[:, None].expand_as(cross_KOD))
     assert factor is not None
-    return compensated_target(W_KDO, cross_KDD, factor, products)
+    return compensated_target(W_KDO, cross_KOD, factor)
 
 
 def _experts(
@@ -315,25 +300,20 @@ def _reordered(H_KDD: torch.Tensor, order_KD: torch.Tensor) -> torch.Tensor:
 
 
 def compensated_target(
-    W_KDO: torch.Tensor,
-    cross_KDD: torch.Tensor,
-    factor: HessianFactor,
-    products: str = AUTO_PRODUCTS,
+    W_KDO: torch.Tensor, cross_KOD: torch.Tensor, factor: HessianFactor
 ) -> torch.Tensor:
-    """The dense weight that does best on inputs which differ from the dense block's.
+    """The weight that does best where the dense one's outputs lack something.
 
-    Least squares of ``|W (x + d) - V x|^2`` with a pull towards ``W``, the factor's damping:
-    ``V = W + W (sum d x^T) (H + damping)^-1``. What no weight can do is the same for all of them:
+    Least squares of ``|W x + r - V x|^2`` with a pull towards ``W``, the factor's damping:
+    ``V = W + (sum r x^T) (H + damping)^-1``. What no weight can do is the same for all of them:
     compressing ``V`` on ``H`` is compressing ``W`` on both.
 
     Args:
         W_KDO: dense weights, transposed.
-        cross_KDD: ``sum d x^T`` of every expert.
+        cross_KOD: ``sum r x^T`` of every expert.
         factor: of the damped Hessians.
-        products: how the product is taken, see the module ``products``.
     """
-    wanted_KDO = LeftFactor(cross_KDD.mT, products).times(W_KDO)
-    half_KDO = torch.linalg.solve_triangular(factor.factor_KDD, wanted_KDO, upper=True)
+    half_KDO = torch.linalg.solve_triangular(factor.factor_KDD, cross_KOD.mT, upper=True)
     return W_KDO + torch.linalg.solve_triangular(factor.factor_KDD.mT, half_KDO, upper=False)
 
 

@@ -1,18 +1,19 @@
 """Hessian sums, bounded damping, and the factor that the sweep needs.
 
-Shapes: T tokens, D input features, K experts.
+Shapes: T tokens, D input features, O output features, K experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from sparse_expansion.algorithms.products import exact_terms, has_float32_sums
-from sparse_expansion.types import CompressionError, HessianSum
+from sparse_expansion.types import CompressionError, HessianSum, in_columns
 
 MAX_DAMPING_ATTEMPTS = 6
 """Factorizations of one Hessian that are tried at most."""
@@ -22,7 +23,7 @@ GRAM_BASE = 256
 """Columns up to which ``X^T X`` is one product."""
 
 
-def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = None) -> HessianSum:
+def hessian_sum(X_TD: torch.Tensor, residual_TO: torch.Tensor | None = None) -> HessianSum:
     """``sum x x^T`` over the rows of ``X_TD``, accumulated in float32, and ``sum x``.
 
     The sum is left unscaled: SparseGPT's ``H = 2/T sum x x^T`` (arXiv 2301.00774, section 3)
@@ -30,8 +31,8 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
 
     Args:
         X_TD: inputs, any floating dtype.
-        dense_residual_TD: the dense block's inputs less these; ``sum d x^T`` and the like are added
-            up too.
+        residual_TO: what the dense linear's outputs for these lack; ``sum r x^T`` and the like are
+            added up too.
 
     Raises:
         CompressionError: an activation is NaN or infinite.
@@ -45,16 +46,15 @@ def hessian_sum(X_TD: torch.Tensor, dense_residual_TD: torch.Tensor | None = Non
         gram_into(X, sum_DD)
     check_finite(X, sum_DD.diagonal())
     total = HessianSum(sum_DD, X.shape[0], _column_sums(X))
-    if dense_residual_TD is None:
+    if residual_TO is None:
         return total
-    residual_TD = dense_residual_TD
-    cross_DD = exact_terms(residual_TD.T, X_TD) if is_exact else residual_TD.float().T @ X
-    check_finite(residual_TD)
-    norms_T = torch.linalg.vector_norm(residual_TD.float(), dim=1)
+    cross_OD = exact_terms(residual_TO.T, X_TD) if is_exact else residual_TO.float().T @ X
+    check_finite(residual_TO)
+    norms_T = torch.linalg.vector_norm(residual_TO.float(), dim=1)
     return replace(
         total,
-        cross_DD=cross_DD,
-        residual_D=_column_sums(residual_TD.float()),
+        cross_OD=cross_OD,
+        residual_O=_column_sums(residual_TO.float()),
         residual_energy=float(norms_T.double().square().sum()),
     )
 
@@ -118,8 +118,8 @@ def merge_hessians(sums: Iterable[HessianSum]) -> HessianSum:
             total.sum_DD.add_(part.sum_DD),
             total.num_tokens + part.num_tokens,
             _added(total.sum_D, part.sum_D),
-            _added(total.cross_DD, part.cross_DD),
-            _added(total.residual_D, part.residual_D),
+            _added(total.cross_OD, part.cross_OD),
+            _added(total.residual_O, part.residual_O),
             total.residual_energy + part.residual_energy,
         )
     if total is None:
@@ -249,12 +249,13 @@ def permuted(part: HessianSum, columns_D: torch.Tensor | None) -> HessianSum:
     if columns_D is None:
         return part
 
-    def ordered(found: torch.Tensor) -> torch.Tensor:
-        for dimension in range(found.ndim):
-            found = found.index_select(dimension, columns_D)
-        return found
-
-    return map_tensors(part, ordered)
+    ordered = partial(in_columns, columns_D=columns_D)
+    return replace(
+        part,
+        sum_DD=ordered(part.sum_DD).index_select(0, columns_D),
+        sum_D=None if part.sum_D is None else ordered(part.sum_D),
+        cross_OD=None if part.cross_OD is None else ordered(part.cross_OD),
+    )
 
 
 def _reversed(A_DD: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Hessian sums of experts with few tokens, drawn towards what is known of their group.
 
-Shapes: D input features.
+Shapes: D input features, O output features.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def shrink(part: HessianSum, target: ShrinkTarget) -> tuple[HessianSum, float]:
     estimated by ``|S - T|^2``, and ``w`` kept within 0 and 1. Tokens count as independent, which
     those of one text are not: it shrinks too little rather than too much.
 
-    The products of the inputs' dense residuals with them, ``sum d x^T``, are drawn towards nothing
+    The products of what outputs lack with the inputs, ``sum r x^T``, are drawn towards nothing
     by a weight of their own, see ``_residual_weight``: how uncertain they are has little to do with
     how much the expert's inputs are like its group's.
 
@@ -91,22 +91,22 @@ def shrink(part: HessianSum, target: ShrinkTarget) -> tuple[HessianSum, float]:
     # Without a token it is the group's mean: of one, a scale that nothing depends on.
     sum_DD = mean_DD.mul_((1 - weight) * max(count, 1))
     sum_DD.add_(target.mean_DD, alpha=weight * max(count, 1))
-    cross_DD = part.cross_DD
-    if cross_DD is not None:
-        cross_DD = cross_DD * (1 - _residual_weight(part))
-    return replace(part, sum_DD=sum_DD, cross_DD=cross_DD), weight
+    cross_OD = part.cross_OD
+    if cross_OD is not None:
+        cross_OD = cross_OD * (1 - _residual_weight(part))
+    return replace(part, sum_DD=sum_DD, cross_OD=cross_OD), weight
 
 
 def _residual_weight(part: HessianSum) -> float:
-    """The weight of nothing in the products of dense residuals with inputs.
+    """The weight of nothing in the products of what outputs lack with inputs.
 
     As ``shrink`` has it, with nothing for ``T``, in the inputs' own coordinates: the numerator is
-    that of normal inputs and residuals, ``(tr(S) mean |d|^2 + |C|^2) / n``, where ``C`` is the mean
-    of ``d x^T``.
+    that of normal inputs and residuals, ``(tr(S) mean |r|^2 + |C|^2) / n``, where ``C`` is the mean
+    of ``r x^T``.
     """
-    assert part.cross_DD is not None
+    assert part.cross_OD is not None
     count = part.num_tokens
-    energy = _energy(part.cross_DD) / max(count, 1) ** 2
+    energy = _energy(part.cross_OD) / max(count, 1) ** 2
     if count <= 1 or energy <= 0:
         return 1.0
     trace = float(part.sum_DD.diagonal().sum(dtype=torch.float64)) / count
@@ -173,13 +173,13 @@ class Regulariser:
 
     def _in_place_of(self, part: HessianSum) -> HessianSum:
         """The group's sums, with the mean of an expert's tokens and no residuals."""
-        cross_DD = None if part.cross_DD is None else torch.zeros_like(part.cross_DD)
+        cross_OD = None if part.cross_OD is None else torch.zeros_like(part.cross_OD)
         ratio = max(self._group.num_tokens, 1) / max(part.num_tokens, 1)
         return replace(
             self._group,
             sum_D=None if part.sum_D is None else part.sum_D * ratio,
-            cross_DD=cross_DD,
-            residual_D=None if part.residual_D is None else part.residual_D * ratio,
+            cross_OD=cross_OD,
+            residual_O=None if part.residual_O is None else part.residual_O * ratio,
         )
 
 

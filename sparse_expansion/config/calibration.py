@@ -11,7 +11,7 @@ from sparse_expansion.config.checks import require
 from sparse_expansion.config.fields import setting
 from sparse_expansion.config.kinds import check_kinds
 
-CALIBRATION_INPUTS = ("compressed", "sequential", "dense")
+CALIBRATION_INPUTS = ("compressed", "sequential", "cumulative", "dense")
 ALL_WINDOWS = "all"
 """Number of windows that stands for the whole text."""
 LEAST_SHARDS = 4
@@ -76,8 +76,9 @@ class CalibrationConfig:
         "compressed",
         "What a block is calibrated on: compressed is the output of the compressed blocks before "
         "it (the paper's way), sequential is this and, inside a block, the output of compressed "
-        "linears before, whose errors later ones make up for, and dense is the activations of the "
-        "dense model.",
+        "linears before, whose errors later ones make up for, cumulative is this with the last "
+        "linear of a block making up for all blocks before too, and dense is the activations of "
+        "the dense model.",
         choices=CALIBRATION_INPUTS,
         group="calibration",
     )
@@ -119,10 +120,15 @@ class CalibrationConfig:
     @property
     def is_sequential(self) -> bool:
         """Whether a block's later groups wait for the compressed groups before them."""
-        return self.calibration_inputs == "sequential"
+        return self.calibration_inputs in ("sequential", "cumulative")
+
+    @property
+    def is_cumulative(self) -> bool:
+        """Whether a block's last group makes up for what the blocks before it have changed."""
+        return self.calibration_inputs == "cumulative"
 
     def is_paired(self, level: int) -> bool:
-        """Whether a block's groups of this level have the dense block's inputs beside their own."""
+        """Whether groups of this level have what their dense outputs lack beside their inputs."""
         return self.is_sequential and level > 0
 
     @property

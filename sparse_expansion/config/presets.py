@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "expert_sparsity": MEASURED,
-        "calibration_inputs": "sequential",
+        "calibration_inputs": "cumulative",
         "group_size": AUTO,
         "permute_channels": True,
     },

@@ -14,6 +14,7 @@ from sparse_expansion.config.checks import require
 from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.fields import setting
 from sparse_expansion.config.kinds import check_kinds
+from sparse_expansion.config.pruners import PRUNERS
 from sparse_expansion.config.routing import RoutingConfig
 
 AUTO_PRODUCTS, FLOAT32, BFLOAT16X3 = "auto", "float32", "bfloat16x3"
@@ -121,6 +122,15 @@ class RunConfig:
         return dataclasses.replace(
             self, compression=self.compression.at(layer), routing=self.routing.at(layer)
         )
+
+    @property
+    def makes_up_for_all(self) -> bool:
+        """Whether a block's last linear makes up for all blocks before, where the family allows it.
+
+        Pruners that leave weights as they are do not.
+        """
+        updates = PRUNERS[self.compression.pruner].takes_grid
+        return self.calibration.is_cumulative and updates
 
     @property
     def refines(self) -> bool:

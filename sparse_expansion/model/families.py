@@ -71,6 +71,16 @@ def _falcon_attention_weights(config: Any) -> int:
     return 2 * int(config.hidden_size) * head_dim * (heads + key_value_heads)
 
 
+def adds_output(config: Any) -> float | None:
+    """A block adds what its last linear puts out to what does not depend on it."""
+    return 1.0
+
+
+def no_output_scale(config: Any) -> float | None:
+    """A norm stands between a block's last linear and its output, or a mixture's weights do."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Names inside a block whose MLP may be a mixture of experts.
@@ -117,6 +127,9 @@ class Family:
     """The form in which a block's attention returns its output."""
     attention_weights: Callable[[Any], int] = projection_weights
     """Counts the weights of one block's attention, given the model's config."""
+    output_scale: Callable[[Any], float | None] = adds_output
+    """What a block's last linear puts out is multiplied with this before it is added to the block's
+    output, given the model's config; None where it is not simply added."""
     is_transposed: bool = False
     """Whether the MLP's linears are of the kind ``Conv1D``, whose weights are ``[D, O]``."""
     mixture: Mixture | None = None
@@ -161,9 +174,6 @@ FAMILIES: tuple[Family, ...] = (
             "qwen3",
             "cohere",
             "cohere2",
-            "gemma2",
-            "granite",
-            "olmo2",
             "smollm3",
             "stablelm",
         ),
@@ -171,6 +181,22 @@ FAMILIES: tuple[Family, ...] = (
         attention="self_attn",
         groups=_GATED_MLP,
         default_seqlen=4096,
+    ),
+    Family(
+        model_types=("granite",),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=_GATED_MLP,
+        default_seqlen=4096,
+        output_scale=lambda config: float(config.residual_multiplier),
+    ),
+    Family(
+        model_types=("gemma2", "olmo2"),
+        blocks="model.layers",
+        attention="self_attn",
+        groups=_GATED_MLP,
+        default_seqlen=4096,
+        output_scale=no_output_scale,
     ),
     Family(
         model_types=("falcon",),
@@ -186,6 +212,7 @@ FAMILIES: tuple[Family, ...] = (
         attention="self_attn",
         groups=_GATED_MLP,
         default_seqlen=4096,
+        output_scale=no_output_scale,
         rope_names=(
             ("full_attention.rope_theta", "rope_theta"),
             ("sliding_attention.rope_theta", "rope_local_base_freq"),
@@ -212,6 +239,8 @@ FAMILIES: tuple[Family, ...] = (
         attention="self_attn",
         groups=(LinearGroup(("fc1",)), LinearGroup(("fc2",), level=1)),
         default_seqlen=2048,
+        # Its smallest form but one normalises what it adds up.
+        output_scale=lambda config: 1.0 if config.do_layer_norm_before else None,
     ),
     Family(
         model_types=("phi",),
@@ -234,6 +263,7 @@ FAMILIES: tuple[Family, ...] = (
         groups=_MIXTRAL.groups,
         mixture=_MIXTRAL,
         default_seqlen=4096,
+        output_scale=no_output_scale,
         aliases=((".block_sparse_moe.", ".mlp."),),
     ),
     Family(
@@ -243,6 +273,7 @@ FAMILIES: tuple[Family, ...] = (
         groups=(*_GATED_MLP, *_SHARED_EXPERT, *Mixture().groups),
         mixture=Mixture(),
         default_seqlen=4096,
+        output_scale=no_output_scale,
     ),
 )
 

@@ -15,5 +15,6 @@ have some of their own.
 ``compressed`` calibration adds ``advance(i, shard)``, the compressed block's output, which the next
 block's capture waits for; with ``dense`` calibration the next capture waits for this one alone.
 ``sequential`` adds ``recapture(i, group, shard)``: a later group's inputs, once the linears before
-it inside the block are compressed.
+it inside the block are compressed. ``cumulative`` has the same units, and its captures take the
+dense model's own hidden states through the block as well.
 """

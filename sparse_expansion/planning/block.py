@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sparse_expansion.config import CalibrationConfig, RunConfig
-from sparse_expansion.planning.costs import shard_tokens
+from sparse_expansion.planning.costs import FLOAT32_BYTES, makes_up_for_all, shard_tokens
 from sparse_expansion.planning.partition import expert_ranges
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 from sparse_expansion.run_files import ExpertRange, recapture_key
@@ -88,5 +88,14 @@ class BlockPlan:
 
     def sample_bytes(self, groups: Iterable[GroupShape]) -> int:
         """Bytes of the samples of groups' inputs that one shard hands on to fit routers."""
-        tokens_width = sum(self.fit_tokens_of(group) * group.width for group in groups)
-        return int(tokens_width / len(self.shards) * self.shape.item_bytes)
+        found = 0.0
+        for group in groups:
+            found += self.fit_tokens_of(group) * group.width * self.shape.item_bytes
+            if self.is_corrected(group):
+                found += self.fit_tokens_of(group) * group.rows * FLOAT32_BYTES
+        return int(found / len(self.shards))
+
+    def is_corrected(self, group: GroupShape) -> bool:
+        """Whether a group's linears make up for the blocks before."""
+        is_last = self.calibration.is_paired(group.level)
+        return self.layer > 0 and is_last and makes_up_for_all(self.config, self.shape)

@@ -33,6 +33,11 @@ def shard_tokens(calibration: CalibrationConfig) -> float:
     return calibration.num_tokens / calibration.num_shards
 
 
+def makes_up_for_all(config: RunConfig, shape: ModelShape) -> bool:
+    """Whether blocks make up for all before them, so that the dense model's states are followed."""
+    return config.makes_up_for_all and shape.output_scale is not None
+
+
 def captured_width(config: RunConfig, shape: ModelShape) -> int:
     """Activations that a block's capture keeps of one token.
 
@@ -80,7 +85,7 @@ def gathered_inputs(
     width: int,
     item_bytes: int,
     *,
-    paired: bool = False,
+    residuals: int = 0,
     tokens_share: float = 1.0,
 ) -> GatheredInputs:
     """What one shard hands on for one expert.
@@ -89,14 +94,13 @@ def gathered_inputs(
         config: of the block.
         width: input features D of the linear group.
         item_bytes: bytes of one activation.
-        paired: whether the dense residual comes with the inputs, which takes as much again.
+        residuals: numbers of what its outputs lack that come with a token's inputs.
         tokens_share: share of the tokens that pass through the group.
     """
-    count = 2 if paired else 1
     if hands_on_sums(config, width, item_bytes, tokens_share):
-        return GatheredInputs(True, count * FLOAT32_BYTES * width**2)
+        return GatheredInputs(True, FLOAT32_BYTES * width * (width + residuals))
     rows = tokens_share * shard_tokens(config.calibration) / config.routing.num_clusters
-    return GatheredInputs(False, int(count * rows * item_bytes * width))
+    return GatheredInputs(False, int(rows * item_bytes * (width + residuals)))
 
 
 # Routers
@@ -123,6 +127,13 @@ def router_flops(config: RunConfig, width: int, tokens: float, rows: int) -> flo
     return tokens * width * (width + 2.0 * features) + pca + kmeans + permuting
 
 
+def correction_flops(group: GroupShape, tokens: float) -> float:
+    """Operations to find how a linear makes up for the blocks before, on so many tokens."""
+    width, rows = float(group.width), float(group.rows)
+    # Their sums, a factor and its inverse, and two triangular solves.
+    return 2 * tokens * width * rows + 2 / 3 * width**3 + 2 * rows * width**2
+
+
 def routing_flops(config: RunConfig, width: int) -> float:
     """Operations to route one token, see ``clustering.route``."""
     clusters, features = config.routing.num_clusters, config.routing.num_components(width)
@@ -142,12 +153,12 @@ def shares_flops(group: GroupShape) -> float:
 # Experts
 
 
-def hessian_flops(width: float, tokens: float, *, paired: bool = False) -> float:
+def hessian_flops(width: float, tokens: float, *, residuals: float = 0) -> float:
     """Operations of a Hessian sum ``[D, D]`` over so many tokens, of which half is computed.
 
-    ``paired`` adds the full sum of the dense residual times the inputs.
+    Where outputs lack something, the sum of these residuals times the inputs comes on top.
     """
-    return tokens * width**2 * (3 if paired else 1)
+    return tokens * width * (width + 2 * residuals)
 
 
 def experts_flops(
@@ -161,14 +172,14 @@ def experts_flops(
         group: of the linears.
         compression: of the block.
         tokens: tokens that are still to be summed; 0 where sums are handed on.
-        paired: whether the dense residual comes with the inputs: the compensated target takes a
-            product and two triangular solves more.
+        paired: whether what the outputs lack comes with the inputs: the compensated target takes
+            two triangular solves more.
     """
     width, rows = float(group.width), float(group.rows)
-    found = hessian_flops(width, tokens, paired=paired)
+    found = hessian_flops(width, tokens, residuals=rows if paired else 0)
     found += pruner_of(compression.pruner).flops(group.rows, group.width, compression)
     if paired:
-        found += 4 * rows * width**2
+        found += 2 * rows * width**2
     if compression.shrink_hessians:
         found += 2 * width**3
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.planning.block import BlockPlan
-from sparse_expansion.planning.costs import block_packed_bytes, refine_flops
+from sparse_expansion.planning.costs import block_packed_bytes, makes_up_for_all, refine_flops
 from sparse_expansion.planning.forward import capture_unit, embed_unit
 from sparse_expansion.planning.groups import GroupUnits
 from sparse_expansion.planning.shapes import ModelShape
@@ -73,7 +73,9 @@ def _capture_units(block: BlockPlan) -> list[Unit]:
             block.layer,
             shard,
             after=_entry_key(block, shard),
-            is_persistent=not calibration.follows_compression and not block.is_last,
+            # The dense model's states behind the last block are what it is to put out.
+            is_persistent=makes_up_for_all(block.config, block.shape)
+            or (not calibration.follows_compression and not block.is_last),
             outputs=tuple(group.name for group in sampled),
             output_bytes=block.sample_bytes(sampled),
         )
@@ -92,9 +94,15 @@ def _recapture_unit(block: BlockPlan, level: int, shard: int, compressed: Sequen
     """
     groups, item = block.level_groups(level), block.shape.item_bytes
     earlier = sum(group.used_weights for group in block.shape.groups if group.level < level)
-    captured = int(
-        block.shard_tokens * sum(group.width * group.tokens_share for group in groups) * item
-    )
+    widths = sum((group.width + group.rows) * group.tokens_share for group in groups)
+    captured = int(block.shard_tokens * widths * item)
+    used = sum(group.used_weights for group in groups)
+    # What the outputs lack: the products of inputs' differences.
+    products, hidden_bytes = earlier + used, 2 * block.hidden_bytes
+    if any(map(block.is_corrected, groups)):
+        # The block's own output is compared with the dense model's.
+        products += used
+        hidden_bytes += 2 * block.hidden_bytes
     return calibrate.recapture.unit(
         key=block.recapture_key(level, shard),
         params={"layer": block.layer, "shard": shard, "level": level, "experts": block.ranges},
@@ -103,11 +111,11 @@ def _recapture_unit(block: BlockPlan, level: int, shard: int, compressed: Sequen
         affinity=shard_affinity(block.layer, shard),
         layer=block.layer,
         rank=0,
-        cost=block.shard_tokens * 2.0 * earlier,
+        cost=block.shard_tokens * 2.0 * products,
         move_cost=block.shard_flops,
         cache_bytes=captured,
         output_bytes=block.sample_bytes(groups),
-        traffic_bytes=2 * block.hidden_bytes + captured,
+        traffic_bytes=hidden_bytes + captured,
     )
 
 

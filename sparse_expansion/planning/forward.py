@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_expansion.config import RunConfig
-from sparse_expansion.planning.costs import captured_width, shard_tokens
+from sparse_expansion.planning.costs import captured_width, makes_up_for_all, shard_tokens
 from sparse_expansion.planning.shapes import ModelShape
 from sparse_expansion.run_files import capture_key, embed_key, shard_affinity
 from sparse_expansion.units import Unit
@@ -41,7 +41,8 @@ def capture_unit(
         layer: number of the block.
         shard: number of the shard.
         after: key of the unit that makes the hidden states which enter the block.
-        is_persistent: whether the block's output is written, for the next block's capture.
+        is_persistent: whether the block's output is written, for the next block's capture, or the
+            dense model's.
         outputs: names of the linear groups of whose inputs a sample is handed on.
         output_bytes: bytes of these samples.
     """
@@ -53,6 +54,10 @@ def capture_unit(
     if calibration.follows_compression:
         # The last group's output is not wanted: ``advance`` makes the compressed one.
         flops -= 2.0 * shape.groups[-1].used_weights
+    if makes_up_for_all(config, shape):
+        # The dense model's states pass through all of the block.
+        flops += shape.block_flops(calibration.seqlen)
+        hidden_bytes *= 2
     return calibrate.capture.unit(
         key=capture_key(layer, shard),
         params={"layer": layer, "shard": shard},

@@ -10,6 +10,7 @@ from sparse_expansion.planning.costs import (
     FLOAT64_BYTES,
     REDUCE_FAN_IN,
     GatheredInputs,
+    correction_flops,
     expert_bytes,
     experts_flops,
     gathered_inputs,
@@ -44,9 +45,11 @@ class GroupUnits:
         self.position = position
         self.group = block.shape.groups[position]
         self.paired = block.calibration.is_paired(self.group.level)
+        self.residuals = self.group.rows if self.paired else 0
         self.weighs = block.config.compression.weighs(
             self.group.level, is_routed=self.group.is_routed
         )
+        self.is_corrected = block.is_corrected(self.group)
         self.shares_out = block.config.compression.shares_out(is_routed=self.group.is_routed)
         tokens = block.shard_tokens * self.group.tokens_share
         self.expert_tokens = tokens / block.config.routing.num_clusters
@@ -82,7 +85,7 @@ class GroupUnits:
             block.config,
             self.group.width,
             item,
-            paired=self.paired,
+            residuals=self.residuals,
             tokens_share=self.group.tokens_share,
         )
 
@@ -113,20 +116,28 @@ class GroupUnits:
         block, name, width = self.block, self.group.name, self.group.width
         seed = block.calibration.seed + block.shape.groups_before(block.layer) + self.position
         fit_tokens = block.fit_tokens_of(self.group)
-        handed_bytes = FLOAT32_BYTES * width**2
+        handed_bytes, clusters = FLOAT32_BYTES * width**2, block.config.routing.num_clusters
         if self.shares_out:
-            handed_bytes += FLOAT64_BYTES * block.config.routing.num_clusters * (width + 1)
+            handed_bytes += FLOAT64_BYTES * clusters * (width + 1)
+        cost = router_flops(block.config, width, fit_tokens, self.group.rows)
+        if self.is_corrected:
+            handed_bytes += FLOAT32_BYTES * self.group.rows * (width + clusters)
+            cost += correction_flops(self.group, fit_tokens)
         return calibrate.router.unit(
             key=router_key(block.layer, name),
             params={"layer": block.layer, "group": name, "seed": seed},
             inputs=tuple((self._source(shard), name) for shard in block.shards),
-            outputs=("gram", "clusters") if self.shares_out else ("gram",),
+            outputs=(
+                "gram",
+                *(("clusters",) if self.shares_out else ()),
+                *(("correction",) if self.is_corrected else ()),
+            ),
             is_persistent=True,
             layer=block.layer,
             rank=1,
             output_bytes=handed_bytes,
             traffic_bytes=int(fit_tokens * width * block.shape.item_bytes) + handed_bytes,
-            cost=router_flops(block.config, width, fit_tokens, self.group.rows),
+            cost=cost,
         )
 
     def _weigh(self, shard: int) -> Unit:
@@ -174,7 +185,7 @@ class GroupUnits:
         count = range_size(experts)
         summing = 0.0
         if self.gathered.is_summed:
-            summing = hessian_flops(width, self.expert_tokens, paired=self.paired)
+            summing = hessian_flops(width, self.expert_tokens, residuals=self.residuals)
         return calibrate.gather.unit(
             key=gather_key(block.layer, name, experts, shard),
             params={
@@ -205,6 +216,7 @@ class GroupUnits:
             for shard in block.shards
         ]
         weights = self._weights
+        from_router = ("gram", "correction") if self.is_corrected else ("gram",)
         reductions, parts = self._reductions(experts, parts)
         count = range_size(experts)
         # Where sums are handed on, the shards have done the products.
@@ -218,8 +230,13 @@ class GroupUnits:
                 "group": name,
                 "experts": experts,
                 **({"weighed": len(weights)} if weights else {}),
+                **({"corrected": True} if self.is_corrected else {}),
             },
-            inputs=((router_key(block.layer, name), "gram"), *weights, *parts),
+            inputs=(
+                *((router_key(block.layer, name), output) for output in from_router),
+                *weights,
+                *parts,
+            ),
             after=tuple(self._shares_keys),
             is_persistent=True,
             layer=block.layer,

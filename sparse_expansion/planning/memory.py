@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 from sparse_expansion.config import RunConfig
 from sparse_expansion.planning.costs import (
+    FLOAT32_BYTES,
     REDUCE_FAN_IN,
     captured_width,
     gathered_inputs,
+    makes_up_for_all,
     packed_bytes,
 )
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
@@ -149,9 +151,14 @@ def _held_bytes(
     vocabulary_parameters = parameters.outside(shape.num_layers)
     widths = captured_width(config, shape)
     if calibration.is_sequential:
-        # Later groups' inputs are held as they are in the dense block too.
+        # Later groups' inputs are held with what their outputs lack, and for a moment as they are
+        # in the dense block too.
         widths += math.ceil(
-            sum(group.width * group.tokens_share for group in shape.groups if group.level)
+            sum(
+                (group.width + group.rows) * group.tokens_share
+                for group in shape.groups
+                if group.level
+            )
         )
     captured = calibration.num_tokens * widths * item
     share = 1.0 if num_workers == 1 else 1 / min(num_workers, calibration.num_shards)
@@ -164,10 +171,13 @@ def _held_bytes(
     if num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
         samples = sum(fit_tokens(config, group) * group.width for group in shape.groups) * item
-        gathered = max(
-            _all_gathered_bytes(config, group, item, paired=calibration.is_paired(group.level))
-            for group in shape.groups
-        )
+        if makes_up_for_all(config, shape):
+            samples += FLOAT32_BYTES * sum(
+                fit_tokens(config, group) * group.rows
+                for group in shape.groups
+                if calibration.is_paired(group.level)
+            )
+        gathered = max(_all_gathered_bytes(config, group, item) for group in shape.groups)
         held["values"] = max(samples, gathered)
     return held
 
@@ -188,11 +198,12 @@ def _writing_bytes(config: RunConfig, shape: ModelShape, room: WorkerRoom) -> in
     return 2 * min(largest, waiting_bytes("cpu" if room.gpu_bytes is None else "cuda"))
 
 
-def _all_gathered_bytes(config: RunConfig, group: GroupShape, item: int, *, paired: bool) -> int:
+def _all_gathered_bytes(config: RunConfig, group: GroupShape, item: int) -> int:
     """Bytes that all shards together hand on for all experts of a group at a time."""
     shards = config.calibration.num_shards
+    residuals = group.rows if config.calibration.is_paired(group.level) else 0
     gathered = gathered_inputs(
-        config, group.width, item, paired=paired, tokens_share=group.tokens_share
+        config, group.width, item, residuals=residuals, tokens_share=group.tokens_share
     )
     if gathered.is_summed:
         # Added up as soon as there are enough: one level of the tree, and the one above it.

@@ -56,6 +56,8 @@ class ModelShape:
     """Bytes of one activation."""
     attention_weights: int | None = None
     """Number of weights of one block's attention; None counts four square projections."""
+    output_scale: float | None = None
+    """``Family.output_scale``."""
     layer_groups: tuple[tuple[GroupShape, ...], ...] = ()
     """Every block's linear groups where blocks differ; none where they are alike."""
 
@@ -175,6 +177,7 @@ def shape_of_blocks(
         layers[0],
         item_bytes,
         family.attention_weights(config),
+        family.output_scale(config),
         () if are_alike else tuple(layers),
     )
 

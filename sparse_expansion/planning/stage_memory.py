@@ -17,6 +17,7 @@ from sparse_expansion.planning.costs import (
     FLOAT64_BYTES,
     block_packed_bytes,
     gathered_inputs,
+    makes_up_for_all,
     packed_bytes,
     shard_tokens,
 )
@@ -62,8 +63,10 @@ class StageMemory:
         self.num_workers = num_workers
         self.item = shape.item_bytes
         tokens = math.ceil(shard_tokens(config.calibration))
-        self.hidden_bytes = 2 * tokens * shape.hidden_size * self.item
-        """Bytes of one shard's hidden states before a block and behind it."""
+        self.makes_up = makes_up_for_all(config, shape)
+        states = 4 if self.makes_up else 2
+        self.hidden_bytes = states * tokens * shape.hidden_size * self.item
+        """Bytes of one shard's hidden states before a block and behind it; maybe the dense ones."""
         self.experts_per_unit = min(config.experts_per_unit, config.routing.num_clusters)
         self.block_bytes = parameters.block * self.item
 
@@ -138,13 +141,21 @@ class StageMemory:
         found += 4 * fit_tokens(self.config, group) * features * FLOAT32_BYTES
         if self.config.compression.permutes:
             found = max(found, permutation_bytes(group.rows, width, self.item))
+        if self.config.calibration.is_paired(group.level) and self.makes_up:
+            # A factor, its inverse and what they are made from; sums of two kinds of rows.
+            correction = FLOAT32_BYTES * (5 * width**2 + 3 * width * group.rows)
+            found = max(found, correction)
         return found
 
     def gather(self, group: GroupShape, *, paired: bool) -> int:
         """Bytes of one shard's gathered inputs, of several ranges of experts, and their copy."""
         config = self.config
         gathered = gathered_inputs(
-            config, group.width, self.item, paired=paired, tokens_share=group.tokens_share
+            config,
+            group.width,
+            self.item,
+            residuals=group.rows if paired else 0,
+            tokens_share=group.tokens_share,
         )
         ranges = expert_ranges(config.routing.num_clusters, config.experts_per_unit)
         spans = gathered_ranges(ranges, gathered.num_bytes, config.calibration.num_shards)
@@ -162,9 +173,9 @@ class StageMemory:
         """Bytes to make a range of a group's experts."""
         found = self._expert_arrays(group, self.experts_per_unit, paired=paired)
         if paired:
-            # The dense residual times the inputs; the compensated target, and a triangular solve
+            # What outputs lack times the inputs; the compensated target, and a triangular solve
             # on its way to it.
-            targets = FLOAT32_BYTES * group.width * (group.width + 3 * group.rows)
+            targets = FLOAT32_BYTES * group.width * 4 * group.rows
             found += self.experts_per_unit * targets
         return found
 
@@ -190,6 +201,7 @@ class StageMemory:
         compression = self.config.compression
         square = group.width**2 * FLOAT32_BYTES
         weights = group.rows * group.width
+        cross = weights * FLOAT32_BYTES if paired else 0
         largest = weights // group.num_linears
         # The sums, and the sample's. Their factors: to sweep, or for the compensated target.
         pruner = pruner_of(compression.pruner)
@@ -200,10 +212,10 @@ class StageMemory:
         if compression.shrink_hessians:
             # Of the group the mean, its factor and it whitened; of an expert sums, mean, and it
             # whitened, with its half.
-            factoring = (7 if paired else 6) * square
+            factoring = 6 * square + cross
         if compression.expert_biases:
             # An expert's sums as they come, beside those about its mean.
-            factoring += (2 if paired else 1) * square
+            factoring += square + cross
         # All linears of the group: weights (float32), masks and codes. One of them: the same
         # transposed, and its changes.
         each = FLOAT32_BYTES + 1 + (1 if compression.bits is not None else 0)

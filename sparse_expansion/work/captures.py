@@ -8,8 +8,11 @@ import torch
 
 from sparse_expansion.data.activations import ActivationBuffers
 
-DENSE_INPUTS = " in the dense block"
-"""Ends the name of a group's inputs in the dense block, where it has others too."""
+LACKING = " lacks in its outputs"
+"""Ends the name under which stands what a group's dense outputs lack, beside its inputs."""
+UPSTREAM = " lacks of the blocks before"
+"""Ends the name under which stands, for a sample of the tokens, what the output of the whole block
+lacks besides."""
 ATTENTION = "attention's outputs"
 """Name under which attention's outputs stand beside the groups' inputs."""
 

@@ -16,7 +16,7 @@ from sparse_expansion.model.block_linears import dense_linear
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.model.sources import fetch_model
 from sparse_expansion.model.streaming import ModelShell
-from sparse_expansion.run_files import hidden_file
+from sparse_expansion.run_files import dense_hidden_file, hidden_file
 from sparse_expansion.run_folder import read_windows
 from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError
@@ -84,6 +84,13 @@ class WorkContext:
         """A block's settings of pruning and quantization."""
         return self.config.compression.at(layer)
 
+    @property
+    def output_scale(self) -> float | None:
+        """``Family.output_scale`` where blocks make up for all before them, else None."""
+        shell = self.shell()
+        is_asked = self.config.makes_up_for_all
+        return shell.family.output_scale(shell.config) if is_asked else None
+
     def group(self, layer: int, name: str) -> LinearGroup:
         """The linear group of this name of a dense block.
 
@@ -145,6 +152,17 @@ class WorkContext:
     def write_hidden(self, layer: int, shard: int, hidden: torch.Tensor) -> Written:
         """Have a shard's hidden states before a block written, see ``write``."""
         return self.write(hidden_file(layer, shard), {"hidden": hidden}, read_in=layer)
+
+    def read_dense_hidden(self, layer: int, shard: int) -> torch.Tensor:
+        """The same before a block of the dense model."""
+        # Nothing is compressed before the first one.
+        name = dense_hidden_file(layer, shard) if layer else hidden_file(layer, shard)
+        return self.read(name)["hidden"]
+
+    def write_dense_hidden(self, layer: int, shard: int, hidden: torch.Tensor) -> Written:
+        """Have these written, see ``write``."""
+        name = dense_hidden_file(layer, shard)
+        return self.write(name, {"hidden": hidden}, read_in=layer)
 
     def write(
         self, name: str, tensors: dict[str, torch.Tensor], *, read_in: int | None = None

@@ -19,16 +19,16 @@ from sparse_expansion.data.activations import (
     copy_outside_heap,
 )
 from sparse_expansion.data.sensitivities import OutputSensitivities
-from sparse_expansion.data.transfers import settle, to_device
+from sparse_expansion.data.transfers import put, settle, to_device
 from sparse_expansion.model.block_linears import linear_shape
 from sparse_expansion.model.families import LinearGroup
 from sparse_expansion.run_files import ExpertRange
 from sparse_expansion.types import HessianSum, NllSum
 from sparse_expansion.work.blocks import expanded_before
-from sparse_expansion.work.captures import ATTENTION, DENSE_INPUTS
+from sparse_expansion.work.captures import ATTENTION, LACKING, UPSTREAM
 from sparse_expansion.work.context import DENSE, WorkContext
 from sparse_expansion.work.routers import read_router
-from sparse_expansion.work.sums import evenly_spaced, route_all, shuffled
+from sparse_expansion.work.sums import CHUNK_TOKENS, evenly_spaced, route_all, shuffled
 
 
 def embed_windows(context: WorkContext, windows: torch.Tensor, model: str = DENSE) -> torch.Tensor:
@@ -103,11 +103,12 @@ def run_block(
     *,
     stop: bool = False,
     sensitivities: OutputSensitivities | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """A block's output on a shard's hidden states, on the device, and the inputs of groups in it.
 
-    Attention's outputs are taken from the shard's captured activations, or are among what is
-    returned where the run stops.
+    Attention's outputs are taken from the shard's captured activations (but for other states than
+    these are of), or are among what is returned where the run stops.
 
     Args:
         context: of the worker.
@@ -117,15 +118,17 @@ def run_block(
         groups: whose inputs are wanted.
         stop: before the last of these groups; there is no output then.
         sensitivities: of the block, which are added up and stop it; there is no output then.
+        hidden: states to run on in place of those that the run's blocks are calibrated on.
     """
-    shell = context.shell()
-    tokens = context.shard_tokens(shard)
-    hidden = context.read_hidden(layer, shard)
+    shell, tokens = context.shell(), context.shard_tokens(shard)
+    kept_TD: torch.Tensor | None = None
+    if hidden is None:
+        hidden = context.read_hidden(layer, shard)
+        kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
     is_stopped = stop or sensitivities is not None
     out = None if is_stopped else torch.empty_like(hidden, device=context.device)
     captured = CapturedRows(context.buffers, tokens.numel())
     routed = {group.name for group in groups if group.is_routed}
-    kept_TD = (context.captures.get(layer, shard) or {}).get(ATTENTION)
     row = 0
     with (
         torch.no_grad(),
@@ -178,19 +181,85 @@ def captured_inputs(
     """Inputs ``[T, D]`` by group, captured again where this worker does not have them.
 
     With ranges of experts the inputs of a level's groups are those behind the compressed groups of
-    earlier levels; the dense block's are then under their names and ``DENSE_INPUTS``.
+    earlier levels. Under their names and ``LACKING`` is then what the outputs of the dense linears
+    for these inputs lack, ``[T, O]`` over all linears of the group: they have other ones in the
+    dense block. Where blocks make up for all before them, there is under ``UPSTREAM`` what the
+    block's output lacks of the dense model's besides, ``[S, O]`` for a sample of the tokens.
     """
     if context.captures.get(layer, shard) is None:
         capture_block(context, layer, shard)
     captured = context.captures.get(layer, shard)
     assert captured is not None
     groups = tuple(group for group in context.shell().groups(layer) if group.level == level)
-    if recaptured is not None and groups[0].name + DENSE_INPUTS not in captured:
+    if recaptured is not None and groups[0].name + LACKING not in captured:
         block = expanded_before(context, layer, level, recaptured)
-        _, found = run_block(context, layer, shard, block, groups, stop=True)
-        dense = {group.name + DENSE_INPUTS: captured[group.name] for group in groups}
-        captured |= {**dense, **found}
+        # Nothing comes before the first block.
+        scale = context.output_scale if layer else None
+        out, found = run_block(context, layer, shard, block, groups, stop=scale is None)
+        for group in groups:
+            dense_TD = captured[group.name]
+            lacking_TO = _lacking(context, layer, group, dense_TD, found[group.name])
+            context.buffers.release(dense_TD)
+            found[group.name + LACKING] = lacking_TO
+            if out is not None and scale is not None:
+                upstream_SO = _upstream(context, layer, shard, out, scale, lacking_TO)
+                found[group.name + UPSTREAM] = upstream_SO
+        captured |= found
     return captured
+
+
+def _lacking(
+    context: WorkContext,
+    layer: int,
+    group: LinearGroup,
+    dense_TD: torch.Tensor,
+    X_TD: torch.Tensor,
+) -> torch.Tensor:
+    """What dense linears put out for the dense block's inputs, less that for these."""
+    weights = [context.dense_weight(layer, name).to(X_TD.dtype) for name in group.linears]
+    rows = sum(map(len, weights))
+    lacking_TO = context.buffers.allocate((len(X_TD), rows), X_TD.dtype)
+    parts = (tensor.split(CHUNK_TOKENS) for tensor in (lacking_TO, dense_TD, X_TD))
+    for lacking, dense, here in zip(*parts, strict=True):
+        # The two may be in different memories: one fits the budget, the other is over it.
+        change = to_device(dense, context.device) - to_device(here, context.device)
+        put(lacking, torch.cat([change @ weight.T for weight in weights], dim=1))
+    settle(context.device)
+    return lacking_TO
+
+
+def _upstream(
+    context: WorkContext,
+    layer: int,
+    shard: int,
+    out: torch.Tensor,
+    scale: float,
+    lacking_TO: torch.Tensor,
+) -> torch.Tensor:
+    """What a block's output lacks of the dense model's because of the blocks before it.
+
+    Args:
+        context: of the worker.
+        layer: number of the block.
+        shard: of the windows.
+        out: the block's output ``[N, L, D]`` with its last linear dense.
+        scale: what that linear's output is multiplied with before it is added.
+        lacking_TO: what that linear's output lacks because of the block's earlier ones.
+
+    Returns:
+        For the shard's sample of tokens, in units of the linear's output, float32.
+    """
+    wanted = context.read_dense_hidden(layer + 1, shard)
+    chosen = sample_places(context, shard, len(lacking_TO))
+    dense_SO, here_SO, lacking_SO = (
+        to_device(rows_of(part, chosen), context.device).float()
+        for part in (wanted.flatten(0, 1), out.flatten(0, 1), lacking_TO)
+    )
+    upstream_SO = (dense_SO - here_SO) / scale - lacking_SO
+    kept_SO = context.buffers.allocate(tuple(upstream_SO.shape), upstream_SO.dtype)
+    put(kept_SO, upstream_SO)
+    settle(context.device)
+    return kept_SO
 
 
 def sample_rows(context: WorkContext, shard: int, X_TD: torch.Tensor) -> torch.Tensor:
@@ -198,11 +267,15 @@ def sample_rows(context: WorkContext, shard: int, X_TD: torch.Tensor) -> torch.T
 
     Of an expert's rows in a mixture these are as many, or all where there are fewer.
     """
+    return held(context, rows_of(X_TD, sample_places(context, shard, len(X_TD))))
+
+
+def sample_places(context: WorkContext, shard: int, count: int) -> torch.Tensor:
+    """Which of so many rows of a shard are its sample."""
     calibration = context.config.calibration
     tokens = calibration.windows_of(shard) * calibration.seqlen
     share = max(1, context.config.routing.fit_tokens * tokens // calibration.num_tokens)
-    chosen = evenly_spaced(X_TD.shape[0], share).to(X_TD.device)
-    return held(context, X_TD[chosen])
+    return evenly_spaced(count, share)
 
 
 def shard_labels(context: WorkContext, layer: int, shard: int, group: str) -> torch.Tensor:

@@ -24,7 +24,8 @@ from sparse_expansion.algorithms.hessian import (
     merge_hessians,
 )
 from sparse_expansion.algorithms.kmeans import fit_kmeans
-from sparse_expansion.config import RoutingConfig
+from sparse_expansion.algorithms.upstream import UpstreamCorrection, upstream_correction
+from sparse_expansion.config import CompressionConfig, RoutingConfig
 from sparse_expansion.data.transfers import is_on_device, to_device
 from sparse_expansion.types import HessianSum, Router
 
@@ -36,16 +37,16 @@ def sum_hessians(X_TE: torch.Tensor, device: str, width: int | None = None) -> H
     """Hessian sum of inputs ``[T, D]``.
 
     Args:
-        X_TE: inputs, or with a ``width`` maybe each followed by its residual to the dense block's
-            input, ``[T, 2 D]``.
+        X_TE: inputs, or with a ``width`` maybe each followed by what the outputs for it lack,
+            ``[T, D + O]``.
         device: to sum on.
         width: input features D, where rows may be wider.
     """
     width = width or X_TE.shape[1]
 
     def summed(part_TE: torch.Tensor) -> HessianSum:
-        dense_residual_TD = part_TE[:, width:] if part_TE.shape[1] > width else None
-        return hessian_sum(part_TE[:, :width], dense_residual_TD)
+        residual_TO = part_TE[:, width:] if part_TE.shape[1] > width else None
+        return hessian_sum(part_TE[:, :width], residual_TO)
 
     return merge_hessians(summed(to_device(part, device)) for part in X_TE.split(CHUNK_TOKENS))
 
@@ -135,6 +136,51 @@ def cluster_moments(samples: Sequence[torch.Tensor], router: Router, device: str
             squares_KD += cluster_sums(there_TD.square(), labels_T, router.num_clusters)
             counts_K += torch.bincount(labels_T, minlength=router.num_clusters)
     return ClusterMoments(counts_K, sums_KD, squares_KD)
+
+
+def fit_correction(
+    samples: Sequence[torch.Tensor],
+    upstream: Sequence[torch.Tensor],
+    router: Router,
+    gram: HessianSum,
+    compression: CompressionConfig,
+    device: str,
+) -> UpstreamCorrection:
+    """How a linear makes up for what the blocks before have changed, see ``algorithms.upstream``.
+
+    Args:
+        samples: inputs ``[S, D]``.
+        upstream: what the outputs lack for them ``[S, O]``.
+        router: of the inputs.
+        gram: their Hessian sum; about clusters' means where experts have biases.
+        compression: of the block.
+        device: to compute on.
+    """
+    clusters, rows = router.num_clusters, upstream[0].shape[1]
+    sums_KD = torch.zeros(clusters, len(router.mean_D), dtype=torch.float64, device=device)
+    lacks_KO = torch.zeros(clusters, rows, dtype=torch.float64, device=device)
+    counts_K = torch.zeros(clusters, dtype=torch.float64, device=device)
+    cross_OD = torch.zeros(rows, len(router.mean_D), device=device)
+    energy = 0.0
+    for X_SD, E_SO in zip(samples, upstream, strict=True):
+        chunks = zip(X_SD.split(CHUNK_TOKENS), E_SO.split(CHUNK_TOKENS), strict=True)
+        for X, E in ([to_device(part, device) for part in chunk] for chunk in chunks):
+            labels = route(X, router)
+            X, E = X.float(), E.float()
+            cross_OD += E.T @ X
+            energy += float(E.square().sum(dtype=torch.float64))
+            sums_KD += cluster_sums(X.double(), labels, clusters)
+            lacks_KO += cluster_sums(E.double(), labels, clusters)
+            counts_K += torch.bincount(labels, minlength=clusters)
+    mean_KO = lacks_KO / counts_K.clamp(min=1)[:, None]
+    if compression.expert_biases:
+        cross_OD -= (mean_KO.T @ sums_KD).to(cross_OD)
+        energy = max(0.0, energy - float((mean_KO * lacks_KO).sum()))
+    else:
+        mean_KO.zero_()
+    return upstream_correction(
+        gram, cross_OD, mean_KO.float(), energy, compression.damping_fraction
+    )
 
 
 def _fitted(

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from sparse_expansion.algorithms import compress
+from sparse_expansion.algorithms.centring import InputMeans
 from sparse_expansion.algorithms.compress import (
     compress_experts,
     compress_linears,
-    sensitivity_weights,
 )
 from sparse_expansion.algorithms.hessian import upper_cholesky_factor
+from sparse_expansion.algorithms.output_weights import sensitivity_weights
 from sparse_expansion.algorithms.quantization import dequantize, fit_grid
 from sparse_expansion.config import CompressionConfig, SparsityPattern
 from sparse_expansion.types import CompressionError
@@ -59,17 +60,17 @@ def test_energy_of_many_rows_is_estimated_closely(outlier):
     assert torch.equal(compress._sketch(W[:256]), W[:256])
 
 
-def test_the_dense_residual_of_inputs_is_compensated():
-    """The target is least squares for the outputs on the dense inputs, with a pull to W."""
+def test_what_outputs_lack_is_made_up_for():
+    """The target is least squares for the outputs that are wanted, with a pull to W."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 12, generator=generator)
     X = torch.randn(2, 80, 12, generator=generator)
     residual = 0.3 * X.roll(1, dims=2) + 0.1 * torch.randn(2, 80, 12, generator=generator)
-    H, cross = X.transpose(1, 2) @ X, residual.transpose(1, 2) @ X
+    H, cross = X.transpose(1, 2) @ X, (residual @ W.T).transpose(1, 2) @ X
     factor = upper_cholesky_factor(H, damping_fraction=0.01)
     target = compress.compensated_target(W.T.expand(2, -1, -1).clone(), cross, factor).mT
     half = CompressionConfig(sparsity=SparsityPattern.parse("0.5"), block_size=4)
-    pruned = compress.compress_linears({"": W}, H, half, {"": None}, cross_KDD=cross)[""]
+    pruned = compress.compress_linears({"": W}, H, half, {"": None}, cross_KOD=cross)[""]
     plain = compress.compress_linears({"": W}, H, half, {"": None})[""]
     for k in range(2):
         pull = (0.01 * H[k].diagonal().mean()).double().sqrt()
@@ -93,12 +94,55 @@ def test_without_zeros_and_grid_the_experts_are_the_dense_weight(pruner):
     X[1, :, 3] = 0
     H = X.transpose(1, 2) @ X
     config = CompressionConfig(sparsity=SparsityPattern.parse("0"), pruner=pruner)
-    cross = 0.1 * torch.randn(2, 12, 12, generator=generator)
-    made = compress.compress_linears({"": W}, H, config, {"": None}, cross_KDD=cross)[""]
+    cross = 0.1 * torch.randn(2, 5, 12, generator=generator)
+    made = compress.compress_linears({"": W}, H, config, {"": None}, cross_KOD=cross)[""]
     assert torch.equal(made.weight_KOD, W.expand(2, -1, -1)) and bool(made.kept_KOD.all())
     assert made.num_dead_K == (0, 1) and made.relative_error_K == (0, 0)
     with pytest.raises(CompressionError, match="finite"):
         compress.compress_linears({"": W}, H / 0, config, {"": None})
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_every_linear_of_a_group_makes_up_for_its_own_outputs(weighed, act_order):
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(rows, 12, generator=generator) for name, rows in {"a": 5, "b": 3}.items()
+    }
+    X = torch.randn(2, 80, 12, generator=generator)
+    r = 0.3 * X.roll(1, dims=2)[:, :, :8] + 0.5
+    H, cross = X.transpose(1, 2) @ X, r.transpose(1, 2) @ X
+    # Inputs' means are not taken out of H here; outputs lack 0.5 on average all the same.
+    means = InputMeans(X.mean(dim=1), r.mean(dim=1), (80, 80))
+    setting = config("0.5", block_size=4, act_order=act_order)
+    scales = {name: 0.5 + torch.rand(2, len(W), generator=generator) for name, W in weights.items()}
+    together = compress_linears(
+        weights,
+        H,
+        setting,
+        dict.fromkeys(weights),
+        cross_KOD=cross,
+        means=means,
+        output_weights=scales if weighed else None,
+    )
+    for name, rows in (("a", slice(0, 5)), ("b", slice(5, 8))):
+        alone = compress_linears(
+            {name: weights[name]},
+            H,
+            setting,
+            {name: None},
+            cross_KOD=cross[:, rows],
+            means=InputMeans(means.input_KD, r[:, :, rows].mean(dim=1), (80, 80)),
+            output_weights={name: scales[name]} if weighed else None,
+        )[name]
+        torch.testing.assert_close(together[name].weight_KOD, alone.weight_KOD)
+        torch.testing.assert_close(together[name].bias_KO, alone.bias_KO)
+        wanted = X @ weights[name].T + r[:, :, rows]
+        plain = compress_linears({name: weights[name]}, H, setting, {name: None})[name]
+        lost, left = (
+            float((wanted - X @ found.weight_KOD.mT).square().sum()) for found in (plain, alone)
+        )
+        assert left < 0.95 * lost
 
 
 def test_output_weights_by_hand():

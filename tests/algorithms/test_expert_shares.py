@@ -114,7 +114,7 @@ def test_experts_are_those_that_are_made_alone(pruner):
         H,
         config,
         grids,
-        cross_KDD=None,
+        cross_KOD=None,
         means=means,
         output_weights={"gate": scale},
         products="auto",

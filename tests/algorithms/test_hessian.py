@@ -35,7 +35,7 @@ def test_half_precision_on_a_gpu_takes_tensor_cores(monkeypatch):
     found = hessian_sum(X, residual)
     assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 2
     torch.testing.assert_close(found.sum_DD, wanted.sum_DD)
-    torch.testing.assert_close(found.cross_DD, wanted.cross_DD)
+    torch.testing.assert_close(found.cross_OD, wanted.cross_OD)
 
 
 def test_merging_shards_of_unequal_size_is_the_sum_not_the_mean():
@@ -55,13 +55,13 @@ def test_merge_leaves_its_inputs_alone_and_refuses_nothing():
 
 
 def test_all_parts_of_sums_merge():
-    X, d = torch.randn(20, 3), torch.randn(20, 3)
+    X, d = torch.randn(20, 3), torch.randn(20, 5)
     merged = merge_hessians([hessian_sum(X[:7], d[:7]), hessian_sum(X[7:], d[7:])])
     # Chunks are summed in float32, and their sums in float64.
     torch.testing.assert_close(merged.sum_D, X.double().sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(merged.residual_D, d.double().sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged.residual_O, d.double().sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged.sum_DD, X.T @ X)
-    torch.testing.assert_close(merged.cross_DD, d.T @ X)
+    torch.testing.assert_close(merged.cross_OD, d.T @ X)
     assert merged.residual_energy == pytest.approx(float(d.square().sum()), rel=1e-6)
 
 

@@ -52,6 +52,12 @@ def test_every_pruner_has_a_record_and_every_record_a_pruner():
         assert callable(pruner.solve)
 
 
+@pytest.mark.parametrize("name", PRUNERS)
+def test_who_takes_grids_updates_weights(name):
+    """What settings go by, which do not load the pruner."""
+    assert pruner_of(name).updates_weights is PRUNERS[name].takes_grid
+
+
 def test_a_name_that_is_none_is_refused():
     with pytest.raises(ValueError, match="'base' is none of sparsegpt, admm, wanda, magnitude"):
         pruner_of("base")

@@ -67,10 +67,10 @@ def test_units_of_features_do_not_matter():
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_little_to_know_anything_is_all_the_groups(count):
-    part = HessianSum(torch.full((2, 2), 9.0 * count), count, cross_DD=torch.ones(2, 2))
+    part = HessianSum(torch.full((2, 2), 9.0 * count), count, cross_OD=torch.ones(2, 2))
     found, weight = shrunk(part, HessianSum(torch.eye(2) * 6, 3))
     assert weight == 1.0 and torch.equal(found.sum_DD, 2 * torch.eye(2))
-    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
+    assert torch.equal(found.cross_OD, torch.zeros(2, 2))
 
 
 def test_features_that_no_token_uses_stay_unused():
@@ -87,10 +87,10 @@ def test_residuals_are_drawn_towards_nothing_by_a_weight_of_their_own():
     """Four tokens (2, 0), (2, 0), (2, 0) and (0, 2) whose residuals are half of them."""
     X = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
     part = hessian_sum(X, X / 2)
-    # C = diag(3, 1) / 2, |C|^2 = 2.5, tr(S) = 4, mean |d|^2 = 1: (4 + 2.5) / 4 / 2.5 for any group.
+    # C = diag(3, 1) / 2, |C|^2 = 2.5, tr(S) = 4, mean |r|^2 = 1: (4 + 2.5) / 4 / 2.5 for any group.
     for whole in (HessianSum(torch.eye(2) * 30, 10), part):
         found, _ = shrunk(part, whole)
-        assert torch.allclose(found.cross_DD, 0.35 * torch.diag(torch.tensor([6.0, 2.0])))
+        assert torch.allclose(found.cross_OD, 0.35 * torch.diag(torch.tensor([6.0, 2.0])))
 
 
 def test_one_cluster_keeps_what_a_later_linear_makes_up_for():
@@ -101,7 +101,7 @@ def test_one_cluster_keeps_what_a_later_linear_makes_up_for():
     found, weight = shrunk(part, part)
     assert weight == 1.0
     torch.testing.assert_close(found.sum_DD, part.sum_DD)
-    torch.testing.assert_close(found.cross_DD, part.cross_DD, rtol=0.01, atol=1.0)
+    torch.testing.assert_close(found.cross_OD, part.cross_OD, rtol=0.01, atol=1.0)
 
 
 @pytest.mark.parametrize("count", [5, 20, 100, 2000])
@@ -143,12 +143,12 @@ def test_parts_of_residuals_add_up():
 
 
 def test_few_tokens_take_the_groups_sums():
-    part = HessianSum(torch.eye(2) * 40, 20, cross_DD=torch.ones(2, 2), residual_energy=9.0)
+    part = HessianSum(torch.eye(2) * 40, 20, cross_OD=torch.ones(2, 2), residual_energy=9.0)
     group = HessianSum(torch.eye(2) * 30, 30)
     few = Regulariser(group, CompressionConfig(min_tokens_per_expert=21))
     found, share = few.regularise(part)
     assert share == 1.0 and torch.equal(found.sum_DD, group.sum_DD) and found.num_tokens == 30
-    assert torch.equal(found.cross_DD, torch.zeros(2, 2))
+    assert torch.equal(found.cross_OD, torch.zeros(2, 2))
     enough = Regulariser(group, CompressionConfig(min_tokens_per_expert=20))
     found, share = enough.regularise(part)
     assert found is part and share == 0.0
@@ -162,8 +162,8 @@ def test_few_tokens_take_the_groups_sums():
 @pytest.mark.parametrize("least", [0, 5])
 def test_without_a_token_all_features_count_alike(least):
     """As for an expert of a mixture that nothing was routed to."""
-    nothing = HessianSum(torch.zeros(3, 3), 0, cross_DD=torch.zeros(2, 3))
+    nothing = HessianSum(torch.zeros(3, 3), 0, cross_OD=torch.zeros(2, 3))
     settings = CompressionConfig(min_tokens_per_expert=least, shrink_hessians=True)
     found, share = Regulariser(nothing, settings).regularise(nothing)
     assert torch.equal(found.sum_DD, torch.eye(3)) and share == 1.0
-    assert found.num_tokens == 0 and torch.equal(found.cross_DD, torch.zeros(2, 3))
+    assert found.num_tokens == 0 and torch.equal(found.cross_OD, torch.zeros(2, 3))

@@ -84,7 +84,7 @@ def run(all_units, num_workers, **options):
     return found
 
 
-@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "cumulative", "dense"])
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_every_unit_is_done_once_and_in_order(schedule, workers):
     all_units = units(schedule)
@@ -95,7 +95,7 @@ def test_every_unit_is_done_once_and_in_order(schedule, workers):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "cumulative", "dense"])
 def test_lost_workers_and_their_values(schedule, seed):
     all_units = units(schedule)
     found = run(all_units, 3, loss_probability=0.1, seed=seed)

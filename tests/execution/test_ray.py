@@ -386,7 +386,7 @@ def test_wire_format():
         torch.randn(2, 3),
         torch.randn(4).bfloat16(),
         HessianSum(torch.eye(2), 3),
-        HessianSum(torch.eye(2), 3, cross_DD=torch.ones(2, 2), residual_energy=3.5),
+        HessianSum(torch.eye(2), 3, cross_OD=torch.ones(2, 2), residual_energy=3.5),
         [HessianSum(torch.zeros(1, 1), 0)],
         5,
     ]
@@ -395,9 +395,9 @@ def test_wire_format():
         assert type(back) is type(value)
     assert torch.equal(from_wire(to_wire(values[1])), values[1])
     assert from_wire(to_wire(values[2])).num_tokens == 3
-    assert from_wire(to_wire(values[2])).cross_DD is None
+    assert from_wire(to_wire(values[2])).cross_OD is None
     back = from_wire(to_wire(values[3]))
-    assert torch.equal(back.cross_DD, torch.ones(2, 2))
+    assert torch.equal(back.cross_OD, torch.ones(2, 2))
     assert back.residual_energy == 3.5 and back.sum_D is None
 
 

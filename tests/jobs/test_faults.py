@@ -20,7 +20,7 @@ from tests.jobs.processes import arguments, start, wait_for
 from tests.tiny import digests
 
 
-@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "cumulative", "dense"])
 def test_sigkill_and_resume_give_the_same_bytes(
     schedule, tmp_path, neox_folder, text_folder, finished
 ):

@@ -91,6 +91,42 @@ def test_attention_is_recorded_and_replayed_in_the_familys_form(family, model_ty
             assert torch.equal(model(tokens).logits, wanted)
 
 
+@pytest.mark.parametrize(("family", "model_type"), BY_MODEL_TYPE)
+def test_what_the_last_linear_puts_out_is_added_to_the_blocks_output(family, model_type):
+    model = tiny.random_model(model_type).eval()
+    scale = family.output_scale(model.config)
+    if family.mixture is not None:
+        assert scale is None
+        return
+    block = block_list(model, family)[0]
+    # There is one that is the last, and it is alone.
+    first, last = family.groups
+    assert (first.level, last.level) == (0, 1)
+    (name,) = last.linears
+    tokens = torch.randint(1, 500, (2, 12))
+    change = 0.1 * torch.randn(2, 12, model.config.hidden_size)
+
+    def output():
+        found = []
+        handle = block.register_forward_hook(
+            lambda module, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
+        with torch.no_grad():
+            model(tokens)
+        handle.remove()
+        return found[0]
+
+    before = output()
+    block.get_submodule(name).register_forward_hook(
+        lambda module, args, out: out + change.view_as(out)
+    )
+    changed = output() - before
+    if scale is None:
+        assert not torch.allclose(changed / changed.norm(), change / change.norm(), atol=1e-3)
+    else:
+        torch.testing.assert_close(changed, scale * change, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model_type", "preferred"),
     [

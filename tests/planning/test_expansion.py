@@ -1,5 +1,7 @@
 """The graph of a run: what each unit needs, and how sums are added up."""
 
+from dataclasses import replace
+
 import pytest
 
 from sparse_expansion.config import (
@@ -14,7 +16,9 @@ from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.partition import even_parts, expert_ranges, gathered_ranges
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 
-SHAPE = ModelShape(2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8, level=1)))
+SHAPE = ModelShape(
+    2, 8, (GroupShape("up", 8, 16), GroupShape("down", 16, 8, level=1)), output_scale=1.0
+)
 
 
 def run(inputs, *, finetune=0, windows=4, seqlen=16, shards=2, **compression):
@@ -34,7 +38,7 @@ def needs(unit):
 
 
 @pytest.mark.parametrize("finetune", [0, 2])
-@pytest.mark.parametrize("inputs", ["dense", "compressed", "sequential"])
+@pytest.mark.parametrize("inputs", ["dense", "compressed", "sequential", "cumulative"])
 def test_units_come_after_what_they_need(inputs, finetune):
     units = expansion_units(run(inputs, finetune=finetune), SHAPE)
     seen = {}
@@ -83,10 +87,40 @@ def test_a_block_by_hand():
         ("layer-000/up/gather-000-002/shard-000", "000-001"),
         ("layer-000/up/gather-000-002/shard-001", "000-001"),
     )
-    # 32 tokens of a shard through up (8 x 16), and through the block: MLP, attention, scores.
+    # 32 tokens of a shard through up (8 x 16) and, for what outputs lack, through down; and through
+    # the block: MLP, attention, scores.
     recapture = by_key[keys[8]]
-    assert recapture.cost == 32 * 2 * 128
+    assert recapture.cost == 32 * 2 * (128 + 128)
     assert recapture.move_cost == 32 * 2 * (2 * 128 + 4 * 64 + 8 * 16)
+
+
+def test_the_dense_models_states_are_followed_where_blocks_make_up_for_all():
+    units = {
+        inputs: {unit.key: unit for unit in expansion_units(run(inputs), SHAPE)}
+        for inputs in ("sequential", "cumulative")
+    }
+    plain, all_ = (units[inputs]["layer-001/capture/shard-001"] for inputs in units)
+    assert [unit.key for unit in units["sequential"].values()] == list(units["cumulative"])
+    # The last block's too: they are what it is to put out.
+    assert all_.is_persistent and not plain.is_persistent
+    # 32 tokens: attention and up, and all of the block.
+    attention = 2 * (4 * 64 + 8 * 16)
+    assert plain.cost == 32 * (attention + 2 * 128)
+    assert all_.cost == plain.cost + 32 * (attention + 2 * (128 + 128))
+    assert all_.traffic_bytes == plain.traffic_bytes + 2 * 32 * 8 * 4
+    router, experts = (
+        units["cumulative"][f"layer-001/{key}"] for key in ("down/router", "down/experts-002-002")
+    )
+    assert router.outputs == ("gram", "correction") and experts.params["corrected"] is True
+    assert experts.inputs[:2] == ((router.key, "gram"), (router.key, "correction"))
+    # A sample has 8 numbers more of each of 32 tokens, and all experts get 8 x 16 and 3 x 8.
+    plain, again = (units[inputs]["layer-001/down/recapture/shard-001"] for inputs in units)
+    assert again.output_bytes == plain.output_bytes + 32 * 8 * 4
+    assert router.output_bytes == 4 * (16 * 16 + 8 * 16 + 3 * 8)
+    assert units["cumulative"]["layer-001/up/router"].outputs == ("gram",)
+    # Of a family in which the last linear is not simply added nothing changes.
+    other = replace(SHAPE, output_scale=None)
+    assert expansion_units(run("cumulative"), other) == list(units["sequential"].values())
 
 
 def test_zeros_are_shared_out_once_outputs_are_weighed():
@@ -174,9 +208,11 @@ def test_the_smaller_of_rows_and_sums_is_handed_on():
     assert not found.is_summed and found.num_bytes == 3 * 256 / 2 / 3 * 8 * 4
     found = gathered_inputs(run("dense", windows=4, seqlen=256), 8, 4)
     assert found.is_summed and found.num_bytes == 4 * 8 * 8
-    # The dense residual doubles either.
-    found = gathered_inputs(run("dense", windows=4, seqlen=256), 8, 4, paired=True)
-    assert found.is_summed and found.num_bytes == 2 * 4 * 8 * 8
+    # What five outputs lack comes on top of either.
+    found = gathered_inputs(run("dense", windows=4, seqlen=256), 8, 4, residuals=5)
+    assert found.is_summed and found.num_bytes == 4 * 8 * (8 + 5)
+    found = gathered_inputs(run("dense", windows=3, seqlen=256), 8, 4, residuals=5)
+    assert not found.is_summed and found.num_bytes == 3 * 256 / 2 / 3 * 13 * 4
 
 
 def test_partitions_by_hand():

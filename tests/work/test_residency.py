@@ -61,7 +61,7 @@ def model_bytes(folder):
         return sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("schedule", ["compressed", "sequential", "dense"])
+@pytest.mark.parametrize("schedule", ["compressed", "sequential", "cumulative", "dense"])
 def test_only_files_come_down_and_only_weights_go_up(
     schedule, card, tmp_path, llama_folder, text_folder
 ):

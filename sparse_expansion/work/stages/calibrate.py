@@ -14,7 +14,7 @@ from sparse_expansion.data.transfers import to_device
 from sparse_expansion.run_files import ExpertRange, range_name, router_file, shares_file
 from sparse_expansion.types import HessianSum, in_columns
 from sparse_expansion.work.blocks import expanded_before
-from sparse_expansion.work.captures import DENSE_INPUTS
+from sparse_expansion.work.captures import LACKING, UPSTREAM
 from sparse_expansion.work.context import WorkContext
 from sparse_expansion.work.passes import (
     capture_block,
@@ -39,6 +39,7 @@ from sparse_expansion.work.routers import (
 from sparse_expansion.work.sums import (
     added_up,
     cluster_moments,
+    fit_correction,
     fit_router,
     sum_hessians,
     sum_to_device,
@@ -54,12 +55,20 @@ def embed(context: WorkContext, *, shard: int) -> Done:
 
 @stage(makes_captures=True, loads_block=True)
 def capture(context: WorkContext, *, layer: int, shard: int) -> Done:
-    """Run the dense block on one shard; keep its groups' inputs; hand on a sample of them."""
+    """Run the dense block on one shard; keep its groups' inputs; hand on a sample of them.
+
+    Where blocks make up for all before them, the dense model's own hidden states pass through too.
+    """
     calibration = context.config.calibration
     done = Done(stats={"tokens": calibration.windows_of(shard) * calibration.seqlen})
     hidden = capture_block(context, layer, shard)
     if hidden is not None and layer + 1 < context.shell().num_blocks:
         done.files = context.write_hidden(layer + 1, shard, hidden)
+    if context.output_scale is not None:
+        dense = context.read_dense_hidden(layer, shard)
+        out, _ = run_block(context, layer, shard, context.dense_block(layer), hidden=dense)
+        assert out is not None
+        done.files |= context.write_dense_hidden(layer + 1, shard, out)
     captured = captured_inputs(context, layer, shard)
     for X_TD in captured.values():
         check_finite(X_TD)
@@ -80,17 +89,30 @@ def recapture(
     for group in context.shell().groups(layer):
         if group.level == level:
             check_finite(captured[group.name])
-            done.outputs[group.name] = sample_rows(context, shard, captured[group.name])
+            sample = sample_rows(context, shard, captured[group.name])
+            upstream_SO = captured.get(group.name + UPSTREAM)
+            done.outputs[group.name] = (
+                sample if upstream_SO is None else [sample, held(context, upstream_SO)]
+            )
     return done
 
 
 @stage(is_final=True)
-def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str, seed: int) -> Done:
+def router(
+    context: WorkContext,
+    *inputs: torch.Tensor | list[torch.Tensor],
+    layer: int,
+    group: str,
+    seed: int,
+) -> Done:
     """Fit PCA and KMeans on all shards' samples; write the router and the dense weights' grids.
 
     The order of the experts' columns is chosen here too, where they have one of their own. What
-    their shares of zeros are found by is handed on.
+    their shares of zeros are found by is handed on, and how a linear makes up for the blocks before
+    where what these have changed comes with the samples.
     """
+    samples = [part if torch.is_tensor(part) else part[0] for part in inputs]
+    upstream = [part[1] for part in inputs if not torch.is_tensor(part)]
     linears, compression = context.group(layer, group), context.config.compression
     found, gram, fit_tokens = fit_router(
         samples,
@@ -118,6 +140,13 @@ def router(context: WorkContext, *samples: torch.Tensor, layer: int, group: str,
             )
             tensors |= grid_tensors(grid, prefix + linear)
     outputs: dict[str, Any] = {"gram": map_tensors(gram, context.buffers.hold)}
+    if upstream:
+        correction = fit_correction(samples, upstream, found, gram, compression, context.device)
+        outputs["correction"] = [held(context, tensor) for tensor in correction.tensors]
+        stats["upstream"] = {
+            "explained": correction.explained,
+            "shrinkage": correction.shrinkage,
+        }
     if shares_out:
         outputs["clusters"] = [
             held(context, clusters.variance_KD),
@@ -186,21 +215,21 @@ def gather(
     """Hand on one shard's inputs of ranges of experts: their rows, or the rows' Hessian sums.
 
     Where the inputs were captured again (behind the ranges of experts given), every row is followed
-    by its residual to the dense block's.
+    by what the outputs for it lack.
     """
     level = context.group(layer, group).level
     inputs = captured_inputs(context, layer, shard, level, recaptured)
-    X_TD, dense_TD = inputs[group], inputs.get(group + DENSE_INPUTS)
+    X_TD, lacking_TO = inputs[group], inputs.get(group + LACKING)
     labels_T = shard_labels(context, layer, shard, group)
     done = Done()
 
     def inputs_of(expert: int) -> torch.Tensor | HessianSum:
         chosen = torch.nonzero(labels_T == expert).flatten()
         part_TE = rows_of(X_TD, chosen)
-        if dense_TD is not None:
+        if lacking_TO is not None:
             # The two may be in different memories: one fits the budget, the other is over it.
-            dense_part_TD = rows_of(dense_TD, chosen).to(part_TE.device)
-            part_TE = torch.cat([part_TE, dense_part_TD - part_TE], dim=1)
+            lacking_part_TO = rows_of(lacking_TO, chosen).to(part_TE.device)
+            part_TE = torch.cat([part_TE, lacking_part_TO], dim=1)
         if not summed:
             return context.buffers.hold(part_TE)
         return held_sum(context, sum_hessians(part_TE, context.device, X_TD.shape[1]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 
 from sparse_expansion.algorithms.centring import InputMeans
-from sparse_expansion.algorithms.compress import ExpertWeights, sensitivity_weights
+from sparse_expansion.algorithms.compress import ExpertWeights
 from sparse_expansion.algorithms.expert_shares import compress_by_share
 from sparse_expansion.algorithms.hessian import merge_hessians, permuted
+from sparse_expansion.algorithms.output_weights import sensitivity_weights
 from sparse_expansion.algorithms.packing.experts import pack_expert
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.shrinkage import Regulariser
@@ -41,12 +42,15 @@ def experts(
     group: str,
     experts: ExpertRange,
     weighed: int = 0,
+    corrected: bool = False,
 ) -> Done:
     """Sum the Hessians in shard order, compress, and write the experts' file.
 
     The first of the shards' inputs, as many as ``weighed``, are how much the block depends on the
-    outputs of all clusters' experts, linear by linear, see ``weigh``.
+    outputs of all clusters' experts, linear by linear, see ``weigh``. Where it is ``corrected``,
+    how the linear makes up for the blocks before stands in front of them.
     """
+    correction, shards = shards[: int(corrected)], shards[int(corrected) :]
     squares = added_up(cast("tuple[list[torch.Tensor], ...]", shards[:weighed]), context.device)
     shards = shards[weighed:]
     compression = context.compression(layer)
@@ -54,12 +58,18 @@ def experts(
     columns_D = read_router(context, layer, group).columns_D
     here = slice(experts[0], experts[1] + 1)
     shares = read_shares(context, layer, group)[here]
-    H_KDD, cross_KDD, means, stats = _expert_hessians(context, gram, shards, columns_D)
-    prefix = context.shell().block_prefix(layer)
+    H_KDD, cross_KOD, means, stats = _expert_hessians(context, gram, shards, columns_D)
     weights = {
         name: in_columns(context.dense_weight(layer, name), columns_D)
         for name in context.group(layer, group).linears
     }
+    # A linear that loses nothing is the dense one.
+    changes = compression.sparsity.fraction > 0 or compression.bits is not None
+    for parts in cast("tuple[list[torch.Tensor], ...]", correction if changes else ()):
+        added_OD, lacking_KO = (to_device(part, context.device) for part in parts)
+        weights, means = _corrected(
+            weights, means, in_columns(added_OD, columns_D), lacking_KO[here]
+        )
     grids = read_grids(context, layer, group, width)
     made = compress_by_share(
         shares,
@@ -67,7 +77,7 @@ def experts(
         H_KDD,
         compression,
         grids,
-        cross_KDD=cross_KDD,
+        cross_KOD=cross_KOD,
         means=means,
         output_weights={
             name: sensitivity_weights(squares_KO[here], squares_KO.sum(dim=0))
@@ -76,27 +86,33 @@ def experts(
         },
         products=context.config.products,
     )
-    tensors: dict[str, torch.Tensor] = {}
-    stats["relative_error"] = {}
     stats["sparsity"] = compression.sparsity.fraction
     if shares:
         stats["shares"] = list(shares)
-    for name, result in made.items():
+    stats["relative_error"] = {name: list(each.relative_error_K) for name, each in made.items()}
+    for result in made.values():
+        # What is told of the inputs is alike for all of them.
         stats["damping_fraction"] = list(result.damping_fraction_K)
         stats["damping_attempts"] = list(result.damping_attempts_K)
         stats["dead_features"] = list(result.num_dead_K)
-        stats["relative_error"][name] = list(result.relative_error_K)
-        rows, columns = weights[name].shape
-        layouts = PackedLayout.of_experts(rows, columns, compression, shares, len(H_KDD))
-        for offset, layout in enumerate(layouts):
-            packed = _packed(result, offset, layout, context.shell().dtype)
-            where = f"{prefix}{name}.experts.{experts[0] + offset}"
-            tensors.update({f"{where}.{part}": value for part, value in packed.items()})
+    tensors = _tensors(context, layer, made, shares, experts[0])
     file = experts_file(layer, group, experts, is_draft=context.config.refines)
     # Read again by who runs the compressed block, or trains it.
     is_read = context.config.calibration.follows_compression or context.config.refines
     read_in = layer if is_read else None
     return Done(stats=stats, files=context.write(file, tensors, read_in=read_in))
+
+
+def _corrected(
+    weights: dict[str, torch.Tensor],
+    means: InputMeans | None,
+    added_OD: torch.Tensor,
+    lacking_KO: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], InputMeans | None]:
+    """The dense weight that makes up for the blocks before, and means for its experts' biases."""
+    weights = {name: W_OD.float() + added_OD for name, W_OD in weights.items()}
+    # The mean over its tokens is the expert's own, whatever the weight makes of it.
+    return weights, None if means is None else means.lacking(lacking_KO, added_OD)
 
 
 def _expert_hessians(
@@ -105,7 +121,7 @@ def _expert_hessians(
     shards: tuple[list[torch.Tensor | HessianSum], ...],
     columns_D: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, InputMeans | None, dict[str, Any]]:
-    """Of a range of experts: Hessians ``[K, D, D]``, cross sums, means, facts for the marker.
+    """Of a range of experts: Hessians ``[K, D, D]``, their cross sums, means, marker's facts.
 
     Features are in the order of ``columns_D``.
     """
@@ -113,7 +129,7 @@ def _expert_hessians(
     width = gram.sum_DD.shape[0]
     floor = compression.min_tokens(width)
     H_KDD = torch.empty(len(shards[0]), width, width, device=context.device)
-    cross_KDD: torch.Tensor | None = None
+    cross_KOD: torch.Tensor | None = None
     regulariser = Regulariser(gram, compression)
     means: list[InputMeans] = []
     stats: dict[str, Any] = {"tokens": [], "starved": [], "group_share": []}
@@ -133,22 +149,41 @@ def _expert_hessians(
         merged = permuted(merged, columns_D)
         H_KDD[k] = merged.sum_DD
         means.append(InputMeans.of(merged))
-        if merged.cross_DD is not None:
-            cross_KDD = torch.empty_like(H_KDD) if cross_KDD is None else cross_KDD
-            cross_KDD[k] = merged.cross_DD
+        if merged.cross_OD is not None:
+            if cross_KOD is None:
+                cross_KOD = merged.cross_OD.new_empty(len(H_KDD), *merged.cross_OD.shape)
+            cross_KOD[k] = merged.cross_OD
         # Before the next one is made: for a wide layer each is gigabytes.
         del merged, sums, rows, parts
     all_means = InputMeans.joined(means) if compression.expert_biases else None
-    return H_KDD, cross_KDD, all_means, stats
+    return H_KDD, cross_KOD, all_means, stats
 
 
-def _packed(
-    result: ExpertWeights, expert: int, layout: PackedLayout, dtype: torch.dtype
+def _tensors(
+    context: WorkContext,
+    layer: int,
+    made: dict[str, ExpertWeights],
+    shares: Sequence[float],
+    first: int,
 ) -> dict[str, torch.Tensor]:
-    codes = None if result.codes_KOD is None else result.codes_KOD[expert]
-    weight_OD, kept_OD = result.weight_KOD[expert], result.kept_KOD[expert]
-    bias_O = None if result.bias_KO is None else result.bias_KO[expert]
-    return pack_expert(weight_OD, kept_OD, codes, bias_O, layout=layout, dtype=dtype)
+    """The packed streams of experts, the first of which has a number, by name."""
+    shell, compression = context.shell(), context.compression(layer)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, result in made.items():
+        num_experts, rows, columns = result.weight_KOD.shape
+        layouts = PackedLayout.of_experts(rows, columns, compression, shares, num_experts)
+        for k, layout in enumerate(layouts):
+            packed = pack_expert(
+                result.weight_KOD[k],
+                result.kept_KOD[k],
+                None if result.codes_KOD is None else result.codes_KOD[k],
+                None if result.bias_KO is None else result.bias_KO[k],
+                layout=layout,
+                dtype=shell.dtype,
+            )
+            where = f"{shell.block_prefix(layer)}{name}.experts.{first + k}"
+            tensors |= {f"{where}.{part}": value for part, value in packed.items()}
+    return tensors
 
 
 @stage(name="refine", is_final=True, replaces="experts", loads_block=True)
