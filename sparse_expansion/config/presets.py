@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "expert_sparsity": MEASURED,
-        "calibration_inputs": "cumulative",
+        "calibration_inputs": "sequential",
         "group_size": AUTO,
         "permute_channels": True,
     },
