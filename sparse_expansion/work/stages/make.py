@@ -99,8 +99,7 @@ def experts(
     file = experts_file(layer, group, experts, is_draft=context.config.refines)
     # Read again by who runs the compressed block, or trains it.
     is_read = context.config.calibration.follows_compression or context.config.refines
-    read_in = layer if is_read else None
-    return Done(stats=stats, files=context.write(file, tensors, read_in=read_in))
+    return Done(stats, files=context.write(file, tensors, read_in=layer if is_read else None))
 
 
 def _corrected(
