@@ -131,7 +131,7 @@ def compress_linears(
     Raises:
         CompressionError: a Hessian is not finite or cannot be factored.
     """
-    if config.sparsity.fraction == 0 and all(grid is None for grid in grids.values()):
+    if not config.changes_weights:
         check_hessians(H_KDD)
         has_biases = means is not None
         return {name: _unchanged(W, H_KDD, has_biases=has_biases) for name, W in weights.items()}

@@ -64,6 +64,11 @@ def _column_sums(X_TD: torch.Tensor) -> torch.Tensor:
     return X_TD.sum(dim=0).double()
 
 
+def energy_of(A: torch.Tensor) -> float:
+    """Sum of squares, added up in float64."""
+    return float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
+
+
 def gram_into(X_TD: torch.Tensor, out_DD: torch.Tensor) -> None:
     """Write ``X^T X``, by halves of the columns: the lower left block is the upper right's mirror.
 

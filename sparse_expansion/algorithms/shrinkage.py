@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from sparse_expansion.algorithms.centring import about_mean
+from sparse_expansion.algorithms.hessian import energy_of
 from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum
 
@@ -54,8 +55,8 @@ class ShrinkTarget:
             return 1.0
         white_DD = self._whitened(mean_DD)
         trace = float(white_DD.diagonal().sum(dtype=torch.float64))
-        noise = (_energy(white_DD) + trace**2) / count
-        distance = _energy(white_DD.sub_(self._whitened_DD))
+        noise = (energy_of(white_DD) + trace**2) / count
+        distance = energy_of(white_DD.sub_(self._whitened_DD))
         return min(1.0, noise / distance) if distance > 0 else 1.0
 
 
@@ -106,7 +107,7 @@ def _residual_weight(part: HessianSum) -> float:
     """
     assert part.cross_OD is not None
     count = part.num_tokens
-    energy = _energy(part.cross_OD) / max(count, 1) ** 2
+    energy = energy_of(part.cross_OD) / max(count, 1) ** 2
     if count <= 1 or energy <= 0:
         return 1.0
     trace = float(part.sum_DD.diagonal().sum(dtype=torch.float64)) / count
@@ -181,8 +182,3 @@ class Regulariser:
             cross_OD=cross_OD,
             residual_O=None if part.residual_O is None else part.residual_O * ratio,
         )
-
-
-def _energy(A_DD: torch.Tensor) -> float:
-    """Sum of squares, added up in float64."""
-    return float(torch.linalg.vector_norm(A_DD, dtype=torch.float64)) ** 2

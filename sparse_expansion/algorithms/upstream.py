@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_expansion.algorithms.hessian import upper_cholesky_factor
+from sparse_expansion.algorithms.hessian import energy_of, upper_cholesky_factor
 from sparse_expansion.types import HessianSum
 
 
@@ -38,6 +38,11 @@ class UpstreamCorrection:
     def tensors(self) -> list[torch.Tensor]:
         """What experts are made with."""
         return [self.weight_OD, self.mean_KO]
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What there is to say of it."""
+        return {"explained": self.explained, "shrinkage": self.shrinkage}
 
 
 def upstream_correction(
@@ -66,8 +71,8 @@ def upstream_correction(
     inverse_DD = torch.linalg.solve_triangular(
         factor_DD, torch.eye(len(factor_DD), device=factor_DD.device), upper=True
     )
-    free = len(factor_DD) - float(factor.damping_K[0]) * _energy(inverse_DD)
-    signal = _energy(half_DO)
+    free = len(factor_DD) - float(factor.damping_K[0]) * energy_of(inverse_DD)
+    signal = energy_of(half_DO)
     chance = energy * free / max(gram.num_tokens, 1)
     shrinkage = min(1.0, max(0.0, chance) / signal) if signal > 0 else 1.0
     found_DO = torch.linalg.solve_triangular(factor_DD.mT, half_DO, upper=False)
@@ -77,8 +82,3 @@ def upstream_correction(
         explained=signal / energy if energy > 0 else 0.0,
         shrinkage=shrinkage,
     )
-
-
-def _energy(A: torch.Tensor) -> float:
-    """Sum of squares, added up in float64."""
-    return float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2

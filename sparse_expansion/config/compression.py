@@ -297,6 +297,11 @@ class CompressionConfig:
         return self.weigh_outputs and compares and self._is_free and level == 0 and not is_routed
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether any weight is removed or rounded."""
+        return self.sparsity.fraction > 0 or self.bits is not None
+
+    @property
     def permutes(self) -> bool:
         """Whether inputs are taken in an order of their own: where it makes a difference."""
         is_n_m = self.sparsity.group is not None

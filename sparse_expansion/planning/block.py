@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sparse_expansion.config import CalibrationConfig, RunConfig
-from sparse_expansion.planning.costs import FLOAT32_BYTES, makes_up_for_all, shard_tokens
+from sparse_expansion.planning.costs import FLOAT32_BYTES, is_corrected, shard_tokens
 from sparse_expansion.planning.partition import expert_ranges
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
 from sparse_expansion.run_files import ExpertRange, recapture_key
@@ -97,5 +97,4 @@ class BlockPlan:
 
     def is_corrected(self, group: GroupShape) -> bool:
         """Whether a group's linears make up for the blocks before."""
-        is_last = self.calibration.is_paired(group.level)
-        return self.layer > 0 and is_last and makes_up_for_all(self.config, self.shape)
+        return self.layer > 0 and is_corrected(self.config, self.shape, group)

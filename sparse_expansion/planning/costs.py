@@ -38,6 +38,11 @@ def makes_up_for_all(config: RunConfig, shape: ModelShape) -> bool:
     return config.makes_up_for_all and shape.output_scale is not None
 
 
+def is_corrected(config: RunConfig, shape: ModelShape, group: GroupShape) -> bool:
+    """Whether a group's linears make up for the blocks before, where there are any."""
+    return config.calibration.is_paired(group.level) and makes_up_for_all(config, shape)
+
+
 def captured_width(config: RunConfig, shape: ModelShape) -> int:
     """Activations that a block's capture keeps of one token.
 

@@ -16,7 +16,7 @@ from sparse_expansion.planning.costs import (
     REDUCE_FAN_IN,
     captured_width,
     gathered_inputs,
-    makes_up_for_all,
+    is_corrected,
     packed_bytes,
 )
 from sparse_expansion.planning.shapes import GroupShape, ModelShape
@@ -171,12 +171,11 @@ def _held_bytes(
     if num_workers == 1:
         # Samples for the routers, then one group's gathered inputs: in the worker's own memory.
         samples = sum(fit_tokens(config, group) * group.width for group in shape.groups) * item
-        if makes_up_for_all(config, shape):
-            samples += FLOAT32_BYTES * sum(
-                fit_tokens(config, group) * group.rows
-                for group in shape.groups
-                if calibration.is_paired(group.level)
-            )
+        samples += FLOAT32_BYTES * sum(
+            fit_tokens(config, group) * group.rows
+            for group in shape.groups
+            if is_corrected(config, shape, group)
+        )
         gathered = max(_all_gathered_bytes(config, group, item) for group in shape.groups)
         held["values"] = max(samples, gathered)
     return held

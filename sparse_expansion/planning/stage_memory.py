@@ -17,6 +17,7 @@ from sparse_expansion.planning.costs import (
     FLOAT64_BYTES,
     block_packed_bytes,
     gathered_inputs,
+    is_corrected,
     makes_up_for_all,
     packed_bytes,
     shard_tokens,
@@ -63,8 +64,7 @@ class StageMemory:
         self.num_workers = num_workers
         self.item = shape.item_bytes
         tokens = math.ceil(shard_tokens(config.calibration))
-        self.makes_up = makes_up_for_all(config, shape)
-        states = 4 if self.makes_up else 2
+        states = 4 if makes_up_for_all(config, shape) else 2
         self.hidden_bytes = states * tokens * shape.hidden_size * self.item
         """Bytes of one shard's hidden states before a block and behind it; maybe the dense ones."""
         self.experts_per_unit = min(config.experts_per_unit, config.routing.num_clusters)
@@ -141,7 +141,7 @@ class StageMemory:
         found += 4 * fit_tokens(self.config, group) * features * FLOAT32_BYTES
         if self.config.compression.permutes:
             found = max(found, permutation_bytes(group.rows, width, self.item))
-        if self.config.calibration.is_paired(group.level) and self.makes_up:
+        if is_corrected(self.config, self.shape, group):
             # A factor, its inverse and what they are made from; sums of two kinds of rows.
             correction = FLOAT32_BYTES * (5 * width**2 + 3 * width * group.rows)
             found = max(found, correction)

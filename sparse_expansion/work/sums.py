@@ -19,13 +19,14 @@ from sparse_expansion.algorithms.clustering import (
     route,
 )
 from sparse_expansion.algorithms.hessian import (
+    energy_of,
     hessian_sum,
     map_tensors,
     merge_hessians,
 )
 from sparse_expansion.algorithms.kmeans import fit_kmeans
 from sparse_expansion.algorithms.upstream import UpstreamCorrection, upstream_correction
-from sparse_expansion.config import CompressionConfig, RoutingConfig
+from sparse_expansion.config import RoutingConfig
 from sparse_expansion.data.transfers import is_on_device, to_device
 from sparse_expansion.types import HessianSum, Router
 
@@ -143,7 +144,9 @@ def fit_correction(
     upstream: Sequence[torch.Tensor],
     router: Router,
     gram: HessianSum,
-    compression: CompressionConfig,
+    clusters: ClusterMoments | None,
+    *,
+    damping: float,
     device: str,
 ) -> UpstreamCorrection:
     """How a linear makes up for what the blocks before have changed, see ``algorithms.upstream``.
@@ -152,35 +155,28 @@ def fit_correction(
         samples: inputs ``[S, D]``.
         upstream: what the outputs lack for them ``[S, O]``.
         router: of the inputs.
-        gram: their Hessian sum; about clusters' means where experts have biases.
-        compression: of the block.
+        gram: their Hessian sum; about clusters' means where these are given.
+        clusters: what is known of them; None where means stay in.
+        damping: share of the Hessian's mean diagonal that pulls towards nothing.
         device: to compute on.
     """
-    clusters, rows = router.num_clusters, upstream[0].shape[1]
-    sums_KD = torch.zeros(clusters, len(router.mean_D), dtype=torch.float64, device=device)
-    lacks_KO = torch.zeros(clusters, rows, dtype=torch.float64, device=device)
-    counts_K = torch.zeros(clusters, dtype=torch.float64, device=device)
+    rows = upstream[0].shape[1]
+    lacks_KO = torch.zeros(router.num_clusters, rows, dtype=torch.float64, device=device)
     cross_OD = torch.zeros(rows, len(router.mean_D), device=device)
     energy = 0.0
     for X_SD, E_SO in zip(samples, upstream, strict=True):
         chunks = zip(X_SD.split(CHUNK_TOKENS), E_SO.split(CHUNK_TOKENS), strict=True)
         for X, E in ([to_device(part, device) for part in chunk] for chunk in chunks):
-            labels = route(X, router)
-            X, E = X.float(), E.float()
-            cross_OD += E.T @ X
-            energy += float(E.square().sum(dtype=torch.float64))
-            sums_KD += cluster_sums(X.double(), labels, clusters)
-            lacks_KO += cluster_sums(E.double(), labels, clusters)
-            counts_K += torch.bincount(labels, minlength=clusters)
-    mean_KO = lacks_KO / counts_K.clamp(min=1)[:, None]
-    if compression.expert_biases:
-        cross_OD -= (mean_KO.T @ sums_KD).to(cross_OD)
+            cross_OD += E.T @ X.float()
+            energy += energy_of(E)
+            if clusters is not None:
+                lacks_KO += cluster_sums(E.double(), route(X, router), router.num_clusters)
+    mean_KO = lacks_KO
+    if clusters is not None:
+        mean_KO = lacks_KO / clusters.counts_K.clamp(min=1)[:, None]
+        cross_OD -= (mean_KO.T @ clusters.sums_KD).to(cross_OD)
         energy = max(0.0, energy - float((mean_KO * lacks_KO).sum()))
-    else:
-        mean_KO.zero_()
-    return upstream_correction(
-        gram, cross_OD, mean_KO.float(), energy, compression.damping_fraction
-    )
+    return upstream_correction(gram, cross_OD, mean_KO.float(), energy, damping)
 
 
 def _fitted(

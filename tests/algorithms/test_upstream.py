@@ -6,9 +6,8 @@ import torch
 from sparse_expansion.algorithms.centring import InputMeans, about_cluster_means
 from sparse_expansion.algorithms.hessian import hessian_sum
 from sparse_expansion.algorithms.upstream import upstream_correction
-from sparse_expansion.config import CompressionConfig
 from sparse_expansion.types import CompressionError, HessianSum, Router
-from sparse_expansion.work.sums import fit_correction
+from sparse_expansion.work.sums import cluster_moments, fit_correction
 
 
 def test_by_hand():
@@ -88,9 +87,15 @@ def test_of_several_clusters_and_shards(biases):
         counts = torch.tensor([450, 450, 0])
         sums = torch.cat([450 * means, torch.zeros(1, 6).double()])
         gram = about_cluster_means(gram, sums, counts)
-    settings = CompressionConfig(expert_biases=biases, damping_fraction=0.01)
+    samples = [X[part] for part in shards]
     found = fit_correction(
-        [X[part] for part in shards], [e[part] for part in shards], router, gram, settings, "cpu"
+        samples,
+        [e[part] for part in shards],
+        router,
+        gram,
+        cluster_moments(samples, router, "cpu") if biases else None,
+        damping=0.01,
+        device="cpu",
     )
     Xc, ec = X.double(), e.double()
     if biases:

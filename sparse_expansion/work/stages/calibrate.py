@@ -141,12 +141,17 @@ def router(
             tensors |= grid_tensors(grid, prefix + linear)
     outputs: dict[str, Any] = {"gram": map_tensors(gram, context.buffers.hold)}
     if upstream:
-        correction = fit_correction(samples, upstream, found, gram, compression, context.device)
+        correction = fit_correction(
+            samples,
+            upstream,
+            found,
+            gram,
+            clusters if compression.expert_biases else None,
+            damping=compression.damping_fraction,
+            device=context.device,
+        )
         outputs["correction"] = [held(context, tensor) for tensor in correction.tensors]
-        stats["upstream"] = {
-            "explained": correction.explained,
-            "shrinkage": correction.shrinkage,
-        }
+        stats["upstream"] = correction.facts
     if shares_out:
         outputs["clusters"] = [
             held(context, clusters.variance_KD),

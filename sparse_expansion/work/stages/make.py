@@ -50,7 +50,7 @@ def experts(
     outputs of all clusters' experts, linear by linear, see ``weigh``. Where it is ``corrected``,
     how the linear makes up for the blocks before stands in front of them.
     """
-    correction, shards = shards[: int(corrected)], shards[int(corrected) :]
+    correction, shards = shards[:corrected], shards[corrected:]
     squares = added_up(cast("tuple[list[torch.Tensor], ...]", shards[:weighed]), context.device)
     shards = shards[weighed:]
     compression = context.compression(layer)
@@ -64,8 +64,8 @@ def experts(
         for name in context.group(layer, group).linears
     }
     # A linear that loses nothing is the dense one.
-    changes = compression.sparsity.fraction > 0 or compression.bits is not None
-    for parts in cast("tuple[list[torch.Tensor], ...]", correction if changes else ()):
+    if corrected and compression.changes_weights:
+        parts = cast("list[torch.Tensor]", correction[0])
         added_OD, lacking_KO = (to_device(part, context.device) for part in parts)
         weights, means = _corrected(
             weights, means, in_columns(added_OD, columns_D), lacking_KO[here]
