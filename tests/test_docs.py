@@ -16,6 +16,7 @@ from sparse_expansion.cli.parser import COMMANDS, parse_arguments
 from sparse_expansion.cli.settings import execution_options, experiment_config, run_config
 from sparse_expansion.config import SparsityPattern
 from sparse_expansion.config.values import known_settings
+from tests.published import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -258,6 +259,26 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_readme_says_a_large_model_costs(tmp_path, capsys):
+    model, _ = MODELS["llama-2-13b"]
+    model.save_pretrained(tmp_path)
+    flags = f"plan --model {tmp_path} --num_clusters 16 --gpu h100 --price 3 --json"
+    plans = []
+    for more in ("--sparsity 0.5", "--sparsity 2:4 --quantize --bits 4"):
+        assert main([*flags.split(), *more.split()]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    half, pattern = plans
+    told = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"Llama 2 13B ({half['dense_checkpoint_bytes'] / 1e9:.0f} GB) becomes "
+        f"{half['checkpoint_bytes'] / 1e9:.0f} GB with 16 experts at 50 %, and "
+        f"{pattern['checkpoint_bytes'] / 1e9:.0f} GB at 2:4 with 4 bits. "
+        f"`sparse-expansion plan` estimates {half['hours'] * 60:.0f} minutes for the one and "
+        f"{pattern['hours'] * 60:.0f} for the other on one H100, {half['cost']:.2f} and "
+        f"{pattern['cost']:.2f} at a price of 3 an hour."
+    ) in told
 
 
 def test_the_format_pages_test_vectors():
