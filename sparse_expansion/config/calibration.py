@@ -11,7 +11,8 @@ from sparse_expansion.config.checks import require
 from sparse_expansion.config.fields import setting
 from sparse_expansion.config.kinds import check_kinds
 
-CALIBRATION_INPUTS = ("compressed", "sequential", "cumulative", "dense")
+AUTO_INPUTS, SEQUENTIAL, CUMULATIVE = "auto", "sequential", "cumulative"
+CALIBRATION_INPUTS = (AUTO_INPUTS, "compressed", SEQUENTIAL, CUMULATIVE, "dense")
 ALL_WINDOWS = "all"
 """Number of windows that stands for the whole text."""
 LEAST_SHARDS = 4
@@ -77,8 +78,8 @@ class CalibrationConfig:
         "What a block is calibrated on: compressed is the output of the compressed blocks before "
         "it (the paper's way), sequential is this and, inside a block, the output of compressed "
         "linears before, whose errors later ones make up for, cumulative is this with the last "
-        "linear of a block making up for all blocks before too, and dense is the activations of "
-        "the dense model.",
+        "linear of a block making up for all blocks before too, dense is the activations of the "
+        "dense model, and auto is cumulative where sparsity is N:M and sequential elsewhere.",
         choices=CALIBRATION_INPUTS,
         group="calibration",
     )
@@ -120,12 +121,12 @@ class CalibrationConfig:
     @property
     def is_sequential(self) -> bool:
         """Whether a block's later groups wait for the compressed groups before them."""
-        return self.calibration_inputs in ("sequential", "cumulative")
+        return self.calibration_inputs in (SEQUENTIAL, CUMULATIVE)
 
     @property
     def is_cumulative(self) -> bool:
         """Whether a block's last group makes up for what the blocks before it have changed."""
-        return self.calibration_inputs == "cumulative"
+        return self.calibration_inputs == CUMULATIVE
 
     def is_paired(self, level: int) -> bool:
         """Whether groups of this level have what their dense outputs lack beside their inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_expansion.config.calibration import AUTO_INPUTS
 from sparse_expansion.config.compression import AUTO, MEASURED
 from sparse_expansion.config.pruners import PRUNERS
 
@@ -19,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weigh_outputs": True,
         "layer_sparsity": MEASURED,
         "expert_sparsity": MEASURED,
-        "calibration_inputs": "sequential",
+        "calibration_inputs": AUTO_INPUTS,
         "group_size": AUTO,
         "permute_channels": True,
     },

@@ -9,7 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_expansion.config.calibration import CalibrationConfig
+from sparse_expansion.config.calibration import (
+    AUTO_INPUTS,
+    CUMULATIVE,
+    SEQUENTIAL,
+    CalibrationConfig,
+)
 from sparse_expansion.config.checks import require
 from sparse_expansion.config.compression import CompressionConfig
 from sparse_expansion.config.fields import setting
@@ -107,6 +112,12 @@ class RunConfig:
             self.experts_per_unit >= 1,
             f"experts_per_unit {self.experts_per_unit} must be at least 1, e.g. 4",
         )
+        if self.calibration.calibration_inputs == AUTO_INPUTS:
+            # Records and reports say what was done, and not that it was left open.
+            is_pattern = self.compression.sparsity.group is not None
+            inputs = CUMULATIVE if is_pattern else SEQUENTIAL
+            calibration = dataclasses.replace(self.calibration, calibration_inputs=inputs)
+            object.__setattr__(self, "calibration", calibration)
 
     def check_layers(self, num_layers: int) -> None:
         """Answer lists by block that are another model's.

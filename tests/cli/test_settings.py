@@ -141,6 +141,12 @@ def test_a_preset_gives_flags_that_others_override():
     assert paper.calibration.calibration_inputs == "compressed"
     best = settings("expand --model m --output o --preset best")
     assert best.compression.pruner == "admm"
+    assert best.calibration.calibration_inputs == "sequential"
+    pattern = settings("expand --model m --output o --sparsity 2:4 --dataset-size all")
+    assert pattern.calibration.calibration_inputs == "cumulative"
+    assert pattern.calibration.whole_text
+    one_way = settings("run --model m --sparsity 2:4 --calibration-inputs sequential")
+    assert one_way.calibration.calibration_inputs == "sequential"
     assert best.tf32 is False and settings("run --model m --tf32").tf32 is True
     mixed = settings("plan --model m --preset best --num_clusters 4 --damping-fraction 0.2")
     assert mixed.compression.pruner == "admm"
