@@ -284,5 +284,7 @@ def test_a_dense_models_grid_is_a_row_of_the_ledger(
         assert bits[name] == pytest.approx(code + (grids + routers) / weights)
     grids = sum(2 * 32 * rows * -(-columns // 128) for rows, columns in shapes)
     assert bits[dense[2]] == pytest.approx(4 + (grids + routers) / weights)
-    assert rows[0]["gap"] < rows[1]["gap"] and rows[0]["cost"] == 1
+    # Rounding moves a small model's loss either way: more bits move it less.
+    eight, *four = (abs(row["gap"]) for row in rows)
+    assert eight < min(four) and rows[0]["cost"] == 1
     assert "dense, 4 bits, groups of 128" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "triton", "transformers", "ray")
+_PACKAGES = ("triton", "transformers", "ray")
 
 
 @cache
@@ -30,7 +30,8 @@ def device_peak_memory_bytes(device: str) -> int:
 
 def versions() -> dict[str, str]:
     """Versions by package, of those that are installed, with Python's and CUDA's."""
-    found = {"python": platform.python_version()}
+    # An installed torch's metadata do not say which build it is (+cpu, +cu130), torch itself does.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
