@@ -210,14 +210,17 @@ class SparseExpansionQuantizer(HfQuantizer):
                 module._is_hf_initialized = True
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """How names in the files become names in the model: experts of mixtures stay separate."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """How names in the files become names in the model: experts of mixtures stay separate.
+
+        Transformers gives the model too from 5.21 on.
+        """
         if self._has_mixture:
             # All that is left of these is guards.
             weight_conversions = [
                 one for one in weight_conversions if not isinstance(one, WeightConverter)
             ]
-        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        found: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return found
 
     def get_state_dict_and_metadata(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
+
 from sparse_expansion.config import RunConfig
 from sparse_expansion.planning.costs import (
     FLOAT32_BYTES,
@@ -30,7 +32,9 @@ from sparse_expansion.work.spec import (
 )
 
 LIBRARY_BYTES = 640 << 20
-"""Bytes of a worker that has loaded the libraries and nothing else."""
+"""Bytes of a worker that has loaded the libraries and nothing else, with a CPU's PyTorch."""
+CUDA_LIBRARY_BYTES = 300 << 20
+"""What a CUDA build of PyTorch takes beside this where it finds no GPU: its larger libraries."""
 CUDA_CONTEXT_BYTES = 750 << 20
 """Bytes of a process's memory that CUDA takes, measured on an H100."""
 
@@ -70,10 +74,11 @@ def worker_memory(
 ) -> dict[str, int]:
     """Bytes of one worker by stage, what it holds throughout, and the peak.
 
-    ``held`` are the libraries, CUDA's context, the embedding and head, captured activations, files
-    that are being written and (with one worker) the values between units; a stage's bytes come on
-    top. With a GPU these are the host's, less what stays on the card (``gpu_resident``);
-    ``gpu_peak`` is that, the embedding and head, and the largest stage's arrays on the card.
+    ``held`` are the libraries, those of CUDA or its context, the embedding and head, captured
+    activations, files that are being written and (with one worker) the values between units; a
+    stage's bytes come on top. With a GPU these are the host's, less what stays on the card
+    (``gpu_resident``); ``gpu_peak`` is that, the embedding and head, and the largest stage's arrays
+    on the card.
 
     Args:
         config: of the run; the block with the most experts decides.
@@ -90,6 +95,8 @@ def worker_memory(
         _held_bytes(config, kind, parameters, num_workers, room) for kind in shape.kinds
     )
     on_gpu: dict[str, int] = {}
+    if room.gpu_bytes is None and torch.version.cuda is not None:
+        held["cuda_libraries"] = CUDA_LIBRARY_BYTES
     if room.gpu_bytes is not None:
         held["cuda_context"] = CUDA_CONTEXT_BYTES
         read_again = max(stages.read_again_bytes() for stages in kinds)
@@ -105,7 +112,8 @@ def worker_memory(
     used = max(of_stage.values()) + held.get("values", 0) + kept
     held["freed"] = min(FREED_BYTES_KEPT, used)
     # Blocks are measured before anything is captured, and before there is much to have been freed.
-    before = held["libraries"] + held["embedding_and_head"] + held.get("cuda_context", 0)
+    before = held["libraries"] + held["embedding_and_head"]
+    before += held.get("cuda_context", 0) + held.get("cuda_libraries", 0)
     peak = max(
         before + of_stage.get("block_gaps", 0),
         sum(held.values()) + max(size for name, size in of_stage.items() if name != "block_gaps"),

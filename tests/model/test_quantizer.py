@@ -9,12 +9,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import HfQuantizer
 
 import sparse_expansion
 from sparse_expansion.cli import main
-from sparse_expansion.model.quantizer import SparseExpansionConfig
+from sparse_expansion.model.quantizer import SparseExpansionConfig, SparseExpansionQuantizer
 from sparse_expansion.model.streaming import ModelShell
 from tests.model.running import expand, logits, stream
+
+
+@pytest.mark.parametrize("rest", [(), ("model",)], ids=["before 5.21", "from 5.21 on"])
+def test_conversions_are_asked_for_as_every_transformers_does(rest, monkeypatch):
+    """Its 5.21 hands the model on too; Python 3.10 has no version after 5.20."""
+
+    def of_that_version(self, conversions, *given):
+        assert given == rest
+        return [*conversions, "its own"]
+
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", of_that_version, raising=False)
+    quantizer = SparseExpansionQuantizer(SparseExpansionConfig())
+    assert quantizer.update_weight_conversions(["one"], *rest) == ["one", "its own"]
 
 
 def test_loaded_logits_equal_those_before_saving(expanded, tmp_path):

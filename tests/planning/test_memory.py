@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from sparse_expansion.cli import main
@@ -51,12 +52,17 @@ def planned(gpu_bytes, **given):
     return forecast(config, model, cluster, **given)["memory_bytes"]
 
 
-def test_cudas_context_is_in_the_process():
+def test_cudas_context_is_in_the_process(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
     cpu, gpu = planned(None), planned(80 * 10**9, device_bytes=0)
     assert gpu["gpu_resident"] == 0 and gpu["held: cuda_context"] == 750 << 20
     # Nothing stays on the card: the host holds all that it holds without one, and pinned files.
     files = gpu["held: writing"] - cpu["held: writing"]
     assert gpu["peak"] - cpu["peak"] == (750 << 20) + files
+    # A build for GPUs has the larger libraries without one too.
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert planned(None)["peak"] - cpu["peak"] == planned(None)["held: cuda_libraries"] == 300 << 20
+    assert planned(80 * 10**9, device_bytes=0) == gpu
 
 
 def test_what_stays_on_the_card_is_not_the_hosts():
