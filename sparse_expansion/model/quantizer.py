@@ -177,6 +177,7 @@ class SparseExpansionQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SparseExpansionConfig
     _has_mixture = False
+    _built_dtypes: dict[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.config.dtype or torch.float32
@@ -208,6 +209,19 @@ class SparseExpansionQuantizer(HfQuantizer):
                 # All of it is in the files. Transformers would draw weights of GPT-2's MLP anew,
                 # by names that are no longer there.
                 module._is_hf_initialized = True
+        self._built_dtypes = {name: each.dtype for name, each in model.named_parameters()}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Give tensors that transformers has renamed the model's dtype.
+
+        Before 5.21 it leaves them as they are in the files where a model is quantized, such as the
+        head of a GPT-NeoX.
+        """
+        keep = {*(model._keep_in_fp32_modules or ()), *model._keep_in_fp32_modules_strict}
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in keep):
+                parameter.data = parameter.data.to(self._built_dtypes.get(name, parameter.dtype))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
