@@ -1,7 +1,8 @@
-"""Tiny models and texts, made here: no network, no files from outside."""
+"""Tiny models, made here: no network, no files from outside."""
 
 from __future__ import annotations
 
+import lzma
 import os
 import secrets
 import shutil
@@ -131,15 +132,18 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 @pytest.fixture(scope="session")
 def long_text_folder(made_once: MadeOnce) -> Path:
-    """train.txt and test.txt from the offline corpus, long enough to compare perplexities on."""
+    """train.txt and test.txt, long enough to compare perplexities on.
+
+    They are kept with the tests: every Python's reference is another, and so is what a model that
+    is trained on it takes for likely.
+    """
 
     def make(folder: Path) -> None:
-        from sparse_expansion.data.corpora import load_corpus
-
-        corpus = load_corpus("pydoc")
         folder.mkdir()
-        (folder / "train.txt").write_text(corpus.calibration[:300_000])
-        (folder / "test.txt").write_text(corpus.evaluation[:60_000])
+        for name in ("train.txt", "test.txt"):
+            (folder / name).write_bytes(
+                lzma.decompress((HERE / "text" / f"{name}.xz").read_bytes())
+            )
 
     return made_once("long-text", make)
 

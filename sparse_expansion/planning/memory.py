@@ -95,8 +95,6 @@ def worker_memory(
         _held_bytes(config, kind, parameters, num_workers, room) for kind in shape.kinds
     )
     on_gpu: dict[str, int] = {}
-    if room.gpu_bytes is None and torch.version.cuda is not None:
-        held["cuda_libraries"] = CUDA_LIBRARY_BYTES
     if room.gpu_bytes is not None:
         held["cuda_context"] = CUDA_CONTEXT_BYTES
         read_again = max(stages.read_again_bytes() for stages in kinds)
@@ -107,6 +105,8 @@ def worker_memory(
             if name in held:
                 held[name] = min(held[name], over)
         held["captured"] = min(held["captured"], captured_bytes(room.activation_bytes))
+    elif torch.version.cuda is not None:
+        held["cuda_libraries"] = CUDA_LIBRARY_BYTES
     # Whatever is freed is kept for what comes next, which needs it in other sizes.
     kept = min(held["captured"], room.activation_bytes)
     used = max(of_stage.values()) + held.get("values", 0) + kept

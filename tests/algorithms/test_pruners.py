@@ -229,10 +229,8 @@ def test_pruners_that_make_up_for_what_they_remove_lose_least(neox_folder, text_
     for pruner in ("admm", "sparsegpt", "wanda", "magnitude"):
         assert main(["run", *where, *flags, "--pruner", pruner, "--json"]) == 0
         found[pruner] = json.loads(capsys.readouterr().out)
-    perplexity = {name: metrics["perplexity_expanded"] for name, metrics in found.items()}
-    # Which of the two that make up for it is ahead depends on the text, and of the others too.
-    making_up = max(perplexity["admm"], perplexity["sparsegpt"])
-    assert making_up < min(perplexity["wanda"], perplexity["magnitude"])
+    perplexity = [found[name]["perplexity_expanded"] for name in found]
+    assert perplexity == sorted(perplexity)
     assert found["wanda"]["config"]["compression"]["pruner"] == "wanda"
     assert found["wanda"]["raised_damping"] == 0
     # Equal work per token: the same number of weights is kept.
