@@ -135,8 +135,10 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-# When this is imported, and so before any test: autograd counts devices once in a process.
-backend_registration._setup_privateuseone_for_python_backend("card", _Module())
+# When this is imported, and so before any test: autograd counts devices once in a process. It knows
+# one accelerator there, too: beside a pretended one no gradient could be taken on a real one.
+if not torch.cuda.is_available():
+    backend_registration._setup_privateuseone_for_python_backend("card", _Module())
 
 
 @contextmanager

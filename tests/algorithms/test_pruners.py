@@ -98,7 +98,8 @@ from sparse_expansion.algorithms.pruners.scores import pruner_by_score
 
 
 def score(W_OD, H_DD):
-    return torch.rand(W_OD.shape, generator=torch.Generator().manual_seed(0))
+    found_OD = torch.rand(W_OD.shape, generator=torch.Generator().manual_seed(0))
+    return found_OD.to(W_OD.device)
 
 
 PRUNER = pruner_by_score(score, by_row=False)
@@ -112,6 +113,7 @@ from sparse_expansion.algorithms.pruners.base import Pruner, Solution
 def solve(problem):
     assert problem.factor is not None
     worth_KDO = torch.rand(problem.target_KDO.shape, generator=torch.Generator().manual_seed(0))
+    worth_KDO = worth_KDO.to(problem.target_KDO.device)
     kept_KDO = ~unstructured_mask(worth_KDO, problem.num_pruned)
     return Solution(weight_KDO=problem.target_KDO * kept_KDO, kept_KDO=kept_KDO)
 

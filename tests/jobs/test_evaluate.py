@@ -15,7 +15,12 @@ from sparse_expansion.work.spec import WorkerSpec
 def test_shards_on_a_cpu(neox_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "TOKENS_PER_FORWARD", 64)
     executor = LocalExecutor(
-        WorkerSpec(store=str(tmp_path), source=resolve_name(str(neox_folder)), threads=1)
+        WorkerSpec(
+            store=str(tmp_path),
+            source=resolve_name(str(neox_folder)),
+            device="cpu",
+            threads=1,
+        )
     )
     shell = streaming.ModelShell(neox_folder)
     windows = torch.randint(1, 400, (9, 32))
