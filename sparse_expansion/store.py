@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sparse_expansion.messages import first_line
 from sparse_expansion.model.manifest import tensor_record
 from sparse_expansion.plain_files import check_no_links, check_plain, read_plain, sealed
 from sparse_expansion.run_files import UNITS
+from sparse_expansion.tensor_files import file_pieces
 
 _FILE_FORM = {"bytes": int, "sha256": str, "tensors": {...: dict}}
 _MARKER_FORM = {"files": {...: _FILE_FORM}, "stats": dict}
@@ -106,9 +108,12 @@ class Store:
         Raises:
             ValueError: a folder on the way is a link, which might lead anywhere.
         """
+        self._write(name, [memoryview(data)])
+
+    def _write(self, name: str, pieces: Sequence[memoryview]) -> None:
         path = self.path(name)
         if not self.is_local:
-            self.fs.pipe_file(path, data)
+            self.fs.pipe_file(path, b"".join(pieces))
             return
         check_no_links(self.base, name)
         folder = os.path.dirname(path)
@@ -118,7 +123,8 @@ class Store:
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, path)
@@ -160,19 +166,26 @@ class Store:
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write a safetensors file; returns its record for the unit's marker."""
         tensors = HostCopies(tensors).wait()
-        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        pieces = file_pieces(tensors)
 
-        def digests() -> dict[str, Any]:
-            return {
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "tensors": {key: tensor_record(tensor) for key, tensor in tensors.items()},
-            }
+        def digest() -> str:
+            found = hashlib.sha256()
+            for piece in pieces:
+                found.update(piece)
+            return found.hexdigest()
 
         # Writing waits for the disk, and hashing does not hold the interpreter's lock.
-        with ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(digests)
-            self.write_bytes(name, data)
-            return {"bytes": len(data), **hashing.result()}
+        with ThreadPoolExecutor(2) as pool:
+            of_file = pool.submit(digest)
+            of_tensors = pool.submit(
+                lambda: {key: tensor_record(tensor) for key, tensor in tensors.items()}
+            )
+            self._write(name, pieces)
+            return {
+                "bytes": sum(piece.nbytes for piece in pieces),
+                "sha256": of_file.result(),
+                "tensors": of_tensors.result(),
+            }
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a file (mapped, not copied, when local).

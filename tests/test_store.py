@@ -6,12 +6,14 @@ import re
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from sparse_expansion.cli import main
 from sparse_expansion.report.parquet import write_table
 from sparse_expansion.run_folder import open_run, read_timeline, read_windows, write_windows
 from sparse_expansion.store import Store
+from sparse_expansion.tensor_files import _CODES, file_pieces
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -40,6 +42,17 @@ def test_tensors_come_back(store):
     assert store.is_intact(store.record("layer-000/a"))
     assert list(store.records()) == ["layer-000/a"]
     assert store.list("") == ["a.safetensors", "run/units/layer-000/a.json"]
+
+
+def test_a_file_is_what_safetensors_makes_of_the_tensors():
+    kinds = [*_CODES]
+    tensors = {f"{9 - place}.x": torch.ones(3, 5).to(kind) for place, kind in enumerate(kinds)}
+    tensors |= {f"{place}.empty": torch.zeros(0, 4, dtype=kind) for place, kind in enumerate(kinds)}
+    tensors |= {'a "quoted" é': torch.arange(3), "one": torch.tensor(2.0), "tail": torch.ones(1)}
+    wanted = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    assert b"".join(file_pieces(tensors)) == wanted
+    with pytest.raises(ValueError, match=r"z is torch.complex64, which is not one of"):
+        file_pieces({"z": torch.ones(2, dtype=torch.complex64)})
 
 
 def test_windows_come_back_by_shard(store):

@@ -14,6 +14,7 @@ import torch
 
 from sparse_expansion.config.checks import parse_json
 from sparse_expansion.plain_files import read_plain
+from sparse_expansion.tensor_files import tensor_bytes
 
 MANIFEST_NAME = "manifest.json"
 _TENSOR_FORM = {"file": str, "dtype": str, "shape": [int], "bytes": int, "sha256": str}
@@ -26,8 +27,7 @@ def tensor_record(tensor: torch.Tensor) -> dict[str, Any]:
 
     Values are stored little-endian, in the order of a contiguous tensor.
     """
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    data = tensor_bytes(tensor.detach().cpu().contiguous())
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),

@@ -22,7 +22,7 @@ from sparse_expansion.store import Store
 from sparse_expansion.types import CompressionError
 from sparse_expansion.work.captures import Captures
 from sparse_expansion.work.residents import Residents
-from sparse_expansion.work.spec import WorkerSpec, resident_bytes, waiting_bytes
+from sparse_expansion.work.spec import WorkerSpec, resident_bytes, waiting_bytes, writing_threads
 from sparse_expansion.work.writing import WriteBehind
 
 DENSE, EXPANDED = "dense", "expanded"
@@ -52,7 +52,9 @@ class WorkContext:
         )
         self.captures = Captures(self.buffers, spec.captured_bytes + self.buffers.device_bytes)
         self.residents = Residents(self.buffers)
-        self.files = WriteBehind(self.store, waiting_bytes(self.device))
+        self.files = WriteBehind(
+            self.store, waiting_bytes(self.device), writing_threads(self.device)
+        )
         self.kept_block: tuple[tuple[int, int | None], nn.Module] | None = None
         """The last expanded block, with its number and the level before which it ends."""
         self.place: tuple[int | None, float] = (None, 0.0)

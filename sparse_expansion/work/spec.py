@@ -19,6 +19,8 @@ WAITING_BYTES = 256 << 20
 """Bytes of files that wait to be written while a CPU goes on."""
 WAITING_BYTES_OF_DEVICE = 2 << 30
 """The same where a device goes on, which makes the files of a unit in a fraction of the time."""
+FILES_OF_DEVICE = 4
+"""Files that are written at a time where a device goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,14 @@ def bound_device_memory(spec: WorkerSpec, device: str) -> None:
 def waiting_bytes(device: str) -> int:
     """Bytes of files that wait to be written while a worker on this device goes on."""
     return WAITING_BYTES if device == "cpu" else WAITING_BYTES_OF_DEVICE
+
+
+def writing_threads(device: str) -> int:
+    """Files that are hashed and written at a time while a worker on this device goes on.
+
+    A GPU makes more bytes than one thread hashes; a CPU does not, and its cores have work.
+    """
+    return 1 if device == "cpu" else min(FILES_OF_DEVICE, torch.get_num_threads())
 
 
 def captured_bytes(activation_bytes: int) -> int:

@@ -14,24 +14,25 @@ from sparse_expansion.store import Store
 
 
 class WriteBehind:
-    """Writes files and then their unit's marker, one after another, in a thread of its own.
+    """Writes files and then their unit's marker, in threads of its own.
 
     What is written is whole or not there, as ever; a marker comes after the last of its files.
     """
 
-    def __init__(self, store: Store, max_bytes: int) -> None:
+    def __init__(self, store: Store, max_bytes: int, threads: int = 1) -> None:
         """Nothing waits yet.
 
         Args:
             store: that files and markers are written to.
             max_bytes: bytes that wait at most; who brings more waits too.
+            threads: files that are hashed and written at a time.
         """
         self.store = store
         self.max_bytes = max_bytes
         self.waiting_bytes = 0
         """Bytes of tensors that are not written yet."""
         self._room = threading.Condition()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparse-expansion-files")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="sparse-expansion-files")
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Future[dict[str, Any]]:
         """Have a file written; its record comes when it is whole, or the error if it cannot be.
@@ -45,7 +46,7 @@ class WriteBehind:
                 lambda: not self.waiting_bytes or self.waiting_bytes + size <= self.max_bytes
             )
             self.waiting_bytes += size
-        record = self._thread.submit(self._write, name, copies)
+        record = self._threads.submit(self._write, name, copies)
         if size > self.max_bytes:
             # More than may wait: nothing is held beside the next unit's arrays.
             wait([record])
@@ -61,7 +62,7 @@ class WriteBehind:
             facts: what the marker says beside the files' records.
             files: the unit's files, from ``write``.
         """
-        return self._thread.submit(self._commit, key, facts, files)
+        return self._threads.submit(self._commit, key, facts, files)
 
     def _write(self, name: str, copies: HostCopies) -> dict[str, Any]:
         try:
@@ -74,6 +75,6 @@ class WriteBehind:
     def _commit(
         self, key: str, facts: dict[str, Any], files: Mapping[str, Future[dict[str, Any]]]
     ) -> None:
-        # Files are written in the order of the calls: all of these have ended.
+        # Files are begun in the order of the calls: all of these have been, and wait for nothing.
         records = {name: record.result() for name, record in files.items()}
         self.store.commit(key, {"files": records, **facts})

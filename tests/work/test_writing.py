@@ -1,7 +1,7 @@
 """Write-behind: units go on while files are written, and none counts before its marker is there."""
 
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +64,21 @@ def test_a_bounded_number_of_bytes_waits(tmp_path):
     maker.join()
     assert files.waiting_bytes <= 100
     store.allowed.release(2)
+
+
+def test_several_files_are_written_at_a_time_and_the_marker_waits_for_all(tmp_path):
+    store = SlowStore(tmp_path)
+    files = WriteBehind(store, 1000, threads=2)
+    records = {name: files.write(name, {"x": torch.ones(3)}) for name in ("a", "b")}
+    written = files.commit("unit", {"stats": {}}, records)
+    store.begun.acquire()
+    store.begun.acquire()
+    store.allowed.release()
+    wait(records.values(), return_when="FIRST_COMPLETED")
+    assert sum(record.done() for record in records.values()) == 1 and not written.done()
+    store.allowed.release()
+    written.result()
+    assert store.is_intact(store.record("unit"))
 
 
 def test_a_file_that_is_larger_than_may_wait_is_waited_for(tmp_path):
