@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -345,19 +346,21 @@ def _relative_errors(
     """
     gram_DD = W_OD.new_empty(W_OD.shape[1], W_OD.shape[1])
     gram_into(_sketch(W_OD), gram_DD)
+    products_K = torch.stack([_inner_product(gram_DD, H_DD) for H_DD in H_KDD]).tolist()
     errors = []
-    for H_DD, lost, rest in zip(H_KDD, lost_K.tolist(), common, strict=True):
-        energy = rest + sum(
-            _inner_product(gram, H)
-            for gram, H in zip(gram_DD.split(ROWS_PER_SUM), H_DD.split(ROWS_PER_SUM), strict=True)
-        )
+    for inner, lost, rest in zip(products_K, lost_K.tolist(), common, strict=True):
+        energy = rest + inner
         errors.append(max(0.0, lost) / energy if energy > 0 else 0.0)
     return tuple(errors)
 
 
-def _inner_product(A: torch.Tensor, B: torch.Tensor) -> float:
-    """``sum A B`` over a few rows, in float32."""
-    return float(torch.dot(A.reshape(-1), B.reshape(-1)))
+def _inner_product(A_DD: torch.Tensor, B_DD: torch.Tensor) -> torch.Tensor:
+    """``sum A B``, float64: of a few rows in float32 on a CPU, of single products on a GPU."""
+    if A_DD.is_cuda:
+        return (A_DD * B_DD).sum(dtype=torch.float64)
+    pairs = zip(A_DD.split(ROWS_PER_SUM), B_DD.split(ROWS_PER_SUM), strict=True)
+    sums = [float(torch.dot(A.reshape(-1), B.reshape(-1))) for A, B in pairs]
+    return torch.tensor(sum(sums), dtype=torch.float64)
 
 
 def _sketch(W_OD: torch.Tensor) -> torch.Tensor:
@@ -370,6 +373,11 @@ def _sketch(W_OD: torch.Tensor) -> torch.Tensor:
     rows = W_OD.shape[0]
     if rows <= SKETCH_ROWS:
         return W_OD
+    return (_signs(rows).to(W_OD.device, W_OD.dtype) / SKETCH_ROWS**0.5) @ W_OD
+
+
+@lru_cache(maxsize=4)
+def _signs(rows: int) -> torch.Tensor:
+    """The random signs of every sum, always the same (int8): a model has few numbers of rows."""
     generator = torch.Generator().manual_seed(0)
-    signs = 2 * torch.randint(0, 2, (SKETCH_ROWS, rows), generator=generator) - 1
-    return (signs.to(W_OD) / SKETCH_ROWS**0.5) @ W_OD
+    return (2 * torch.randint(0, 2, (SKETCH_ROWS, rows), generator=generator) - 1).to(torch.int8)

@@ -24,6 +24,7 @@ from sparse_expansion.model.routing import (
     Routing,
     frozen,
     tensor_state,
+    without_autocast,
 )
 from sparse_expansion.types import MODEL_DTYPES
 
@@ -138,7 +139,10 @@ class ExpandedLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device that holds the experts."""
-        return next(self.experts[0].parameters()).device
+        # Not by ``parameters()``: this is asked for before every product.
+        some = next(iter(self.experts[0]._parameters.values()))
+        assert some is not None
+        return some.device
 
     def state(self, expert: int) -> tuple[Any, ...]:
         """What changes when an expert's tensors are moved, loaded again, or written to."""
@@ -215,12 +219,14 @@ class ExpandedLinear(nn.Module):
             return own_KO if self.bias is None else own_KO + self.bias.detach()
         return None if self.bias is None else self.bias.detach().expand(len(self.experts), -1)
 
+    def holders(self) -> list[nn.Module]:
+        """The modules whose parameters ``streams`` are made of."""
+        return [*self.experts, self] if self.grid is None else [*self.experts, self.grid, self]
+
     def streams_state(self) -> tuple[Any, ...]:
         """What changes when any expert's tensors are moved, loaded again, or written to."""
-        modules = [*self.experts, self] if self.grid is None else [*self.experts, self.grid, self]
-        return tensor_state(
-            part for module in modules for part in module._parameters.values() if part is not None
-        )
+        parts = (part for module in self.holders() for part in module._parameters.values())
+        return tensor_state(part for part in parts if part is not None)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """Map ``X [..., D]`` to ``[..., O]``: every token's product with its own expert."""
@@ -241,7 +247,7 @@ class ExpandedLinear(nn.Module):
     def multiply(self, X_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
         """Output ``[T, O]`` of tokens whose experts are known, in the tokens' dtype."""
         routing = self.group_router.routing_of(experts_T)
-        with torch.no_grad(), torch.autocast(X_TD.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(X_TD.device.type):
             if self.group.has_kernels(self, X_TD):
                 return self.group.multiply(self, X_TD, routing, X_TD.dtype)
             return self._multiply_by_expert(X_TD, routing)

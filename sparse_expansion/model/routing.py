@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -118,15 +120,15 @@ class GroupRouter(Float32Module):
         self.handle = handle_of(self)
         # The last input, its version, and its routing.
         self._last_routing: tuple[weakref.ref[torch.Tensor], int, Routing] | None = None
-        # The state that the plain tensors were made from, and these.
-        self._plain: tuple[tuple[Any, ...], Router] | None = None
+        # The plain tensors, and the parameters that they were made from.
+        self._plain: tuple[Seen, Router] | None = None
 
     def router(self) -> Router:
         """The router as plain tensors, made again when the model was moved or loaded again."""
-        state = tensor_state(part for part in self._parameters.values() if part is not None)
-        if self._plain is None or self._plain[0] != state:
+        if self._plain is None or not self._plain[0].is_as_it_was():
             components, columns = (self._parameters[name] for name in ("components", "columns"))
-            self._plain = state, Router(self.mean, components, self.centroids, columns)
+            router = Router(self.mean, components, self.centroids, columns)
+            self._plain = Seen([self]), router
         return self._plain[1]
 
     def forward(self, X: torch.Tensor) -> Routing:
@@ -148,7 +150,7 @@ class GroupRouter(Float32Module):
     def experts(self, X_TD: torch.Tensor) -> torch.Tensor:
         """Index of every token's expert (int64)."""
         # A choice has no gradient, and in less than float32 it would be another one.
-        with torch.no_grad(), torch.autocast(X_TD.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(X_TD.device.type):
             return route(X_TD, self.router())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,6 +168,47 @@ def tensor_state(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
         (one.data_ptr(), one.device, None if one.is_inference() else one._version)
         for one in tensors
     )
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which that kind of device computes in the dtypes of the operands."""
+    # Entering PyTorch's takes as long as a small product.
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+class Seen:
+    """Parameters as they were seen: a quick look says whether all are as they were.
+
+    It is taken before every product, where ``tensor_state`` of all experts would take longer than
+    the product.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """Remember the modules' own parameters."""
+        self._places = [
+            (module._parameters, name)
+            for module in modules
+            for name, part in module._parameters.items()
+            if part is not None
+        ]
+        self._parts = self._found()
+        self._addresses = list(map(torch.Tensor.data_ptr, self._parts))
+        # Inference tensors have no version.
+        self._versioned = [part for part in self._parts if not part.is_inference()]
+        self._versions = [part._version for part in self._versioned]
+
+    def _found(self) -> list[Any]:
+        return [parameters.get(name) for parameters, name in self._places]
+
+    def is_as_it_was(self) -> bool:
+        """Whether none of them was moved, loaded again, or written to."""
+        return (
+            all(map(is_, self._found(), self._parts))
+            and [part._version for part in self._versioned] == self._versions
+            and list(map(torch.Tensor.data_ptr, self._parts)) == self._addresses
+        )
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
