@@ -108,6 +108,7 @@ class StoredExperts:
             [[0 if row_O is None else row_O.data_ptr() for row_O in row] for row in rows]
         )
         self._patterns = self._pattern_tables()
+        self._is_aligned = not bool((self.values % 4).any())
         self.starts = self._row_starts(linears)
         """Kept weights before every row of every bitmask, ``[linears, K, O]`` (int32)."""
 
@@ -189,6 +190,22 @@ class StoredExperts:
             "GRID_SIZE": self._grid_size,
         }
 
+    @cached_property
+    def form(self) -> int:
+        """How kernels read a row, see ``kernels.triton_matvec``."""
+        from sparse_expansion.algorithms.kernels import triton_matvec as kernel
+
+        layout, columns = self.layout, self.layout.columns
+        has_halves = layout.bits is None and self._value_dtype.itemsize == 2
+        if not self._is_aligned:
+            return kernel.UNITS
+        if (layout.group, layout.group_kept) == (4, 2) and columns % kernel.PAIR_COLUMNS == 0:
+            has_grid = layout.bits == 4 and self._grid_size % kernel.PAIR_COLUMNS == 0
+            if has_halves or has_grid:
+                return kernel.PAIRS
+        is_bitmask = self._kind == BITMASK and columns % kernel.WINDOW_COLUMNS == 0
+        return kernel.WINDOWS if is_bitmask and has_halves else kernel.UNITS
+
     def multiply(self, X_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
         """Every linear's ``W_k x`` with its bias, ``[linears, T, O]``: few tokens, float32 sums.
 
@@ -203,7 +220,8 @@ class StoredExperts:
         out = X_TD.new_empty(self.num_linears, tokens, rows)
         if not tokens:
             return out
-        kernel.multiply_stored[(tokens, -(-rows // kernel.ROWS), self.num_linears)](
+        tile = kernel.tile_of(self.form, tokens, self.layout.bits is not None)
+        kernel.multiply_stored[(tokens, -(-rows // tile["ROWS"]), self.num_linears)](
             X_TD.contiguous(),
             experts_T,
             out,
@@ -221,9 +239,10 @@ class StoredExperts:
             BIAS=None if self._bias_dtype is None else POINTEES[self._bias_dtype],
             PADDED=MAX_TOKENS,
             TOKENS=1 if tokens == 1 else kernel.TOKENS,
-            ROWS=kernel.ROWS,
+            FORM=self.form,
             LANES=kernel.LANES,
             GROUP_KEPT=self.layout.group_kept,
+            **tile,
             **self._mask_constants,
             **self._value_constants,
         )
@@ -264,8 +283,9 @@ class StoredExperts:
             self._mask_bytes,
             VALUE=POINTEES[self._value_dtype],
             SKIPS=sizes_K is not None,
+            PADDED_UNIT=1 << (self._mask_constants["UNIT"] - 1).bit_length(),
+            UNITS=kernel.UNITS,
             ROWS=kernel.ROWS,
-            COLUMNS=kernel.COLUMNS,
             **self._mask_constants,
             **self._value_constants,
         )
@@ -285,78 +305,6 @@ class StoredExperts:
             LANES=kernel.LANES,
             **self._mask_constants,
         )
-
-
-def multiply_dense(
-    X_TD: torch.Tensor,
-    W_EOD: torch.Tensor,
-    bias_KO: torch.Tensor | None,
-    order_T: torch.Tensor,
-    ends_K: torch.Tensor,
-    out_TO: torch.Tensor,
-    *,
-    first: int = 0,
-) -> None:
-    """Write ``W_k x`` with the bias for the tokens of some experts: one product over all of them.
-
-    Args:
-        X_TD: all tokens.
-        W_EOD: the weights of E experts, of the tokens' dtype.
-        bias_KO: of all experts; rows may be one and the same memory.
-        order_T: sorts tokens by expert (int64).
-        ends_K: where each expert's tokens end in that order (int64), of all experts.
-        out_TO: is written where the experts' tokens are.
-        first: the first of the experts.
-    """
-    from sparse_expansion.algorithms.kernels import triton_grouped as kernel
-
-    count, rows, columns = W_EOD.shape
-    if count == len(ends_K) and takes_grouped_product(W_EOD):
-        product_TO = torch.nn.functional.grouped_mm(
-            X_TD[order_T], W_EOD.transpose(1, 2), offs=ends_K.to(torch.int32)
-        )
-        if bias_KO is None:
-            out_TO[order_T] = product_TO
-        elif bias_KO.stride(0) == 0:
-            # One that all share need not be copied for every token.
-            out_TO[order_T] = product_TO + bias_KO[0]
-        else:
-            place_T = torch.arange(len(X_TD), device=X_TD.device)
-            expert_T = torch.bucketize(place_T, ends_K, right=True)
-            out_TO[order_T] = product_TO + bias_KO[expert_T]
-        return
-    tiles = -(-len(X_TD) // kernel.TILE_TOKENS) + count
-    kernel.multiply_grouped[(tiles, -(-rows // kernel.TILE_ROWS))](
-        X_TD.contiguous(),
-        W_EOD,
-        out_TO,
-        out_TO if bias_KO is None else bias_KO,
-        order_T,
-        ends_K,
-        first,
-        count,
-        O=rows,
-        D=columns,
-        BIAS_STRIDE=-1 if bias_KO is None else bias_KO.stride(0),
-        EXPERTS=1 << max(0, count - 1).bit_length(),
-        TILE_TOKENS=kernel.TILE_TOKENS,
-        TILE_ROWS=kernel.TILE_ROWS,
-        TILE_COLUMNS=kernel.TILE_COLUMNS,
-    )
-
-
-def takes_grouped_product(W_EOD: torch.Tensor) -> bool:
-    """Whether PyTorch multiplies by such weights in one product: on GPUs from Hopper on."""
-    _, rows, columns = W_EOD.shape
-    return (
-        W_EOD.is_cuda
-        and W_EOD.dtype == torch.bfloat16
-        and hasattr(torch.nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability(W_EOD.device) >= (9, 0)
-        # Rows of both begin at multiples of 16 bytes.
-        and rows % 8 == 0
-        and columns % 8 == 0
-    )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

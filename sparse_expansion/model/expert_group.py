@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
+from sparse_expansion.algorithms.grouped_product import multiply_dense
 from sparse_expansion.algorithms.packing.layout import PackedLayout
 from sparse_expansion.algorithms.stored_experts import (
     MAX_TOKENS,
     StoredExperts,
     StoredLinear,
     have_kernels,
-    multiply_dense,
 )
 from sparse_expansion.model.expert_cache import ExpertCache
-from sparse_expansion.model.routing import Routing
+from sparse_expansion.model.routing import Routing, Seen
 
 
 class Linear(Protocol):
@@ -40,6 +41,19 @@ class Linear(Protocol):
     def streams_state(self) -> tuple[Any, ...]:
         """What changes when any expert's tensors are moved, loaded again, or written to."""
 
+    def holders(self) -> list[nn.Module]:
+        """The modules whose parameters ``streams`` are made of."""
+
+
+class Table(NamedTuple):
+    """What kernels find the experts of linears by that are multiplied by in one launch."""
+
+    linears: list[int]
+    """Their identities: a table does not keep them alive."""
+    seen: Seen
+    """The parameters that it is of."""
+    stored: StoredExperts
+
 
 class ExpertGroup:
     """Linears of one group in their order, and the tables that kernels find their experts by.
@@ -53,7 +67,8 @@ class ExpertGroup:
         # Linears refer to their group: were they referred to from here too, a block's experts would
         # not be freed with the block, but when the garbage collector comes.
         self._linears: list[weakref.ref[Linear]] = []
-        self._tables: dict[tuple[int, ...], tuple[tuple[Any, ...], StoredExperts]] = {}
+        # By a linear's identity, and whether the table is of it alone.
+        self._tables: dict[tuple[int, bool], Table] = {}
         # An input, its version, and outputs of linears that were not yet asked for them.
         self._waiting: tuple[weakref.ref[torch.Tensor], int, dict[int, torch.Tensor]] | None = None
 
@@ -65,6 +80,8 @@ class ExpertGroup:
 
     def add(self, linear: Linear) -> None:
         """Make a linear the group's next one."""
+        # It may have the identity of one that is gone.
+        self.forget()
         self._linears.append(weakref.ref(linear))
 
     @property
@@ -80,7 +97,7 @@ class ExpertGroup:
     @property
     def num_tables(self) -> int:
         """Launches that tables are held for."""
-        return len(self._tables)
+        return len({id(table) for table in self._tables.values()})
 
     def has_kernels(self, linear: Linear, X: torch.Tensor) -> bool:
         """Whether kernels multiply such an input with the linear's experts where they are."""
@@ -106,9 +123,9 @@ class ExpertGroup:
                 found = outputs.pop(id(linear))
                 if found.dtype == X_TD.dtype:
                     return found
-        mates = [linear] if version is None else self._mates(linear)
-        out = self._stored(mates).multiply(X_TD, routing.experts_T)
-        others = {id(mate): part for mate, part in zip(mates, out, strict=True)}
+        mates, _, stored = self._table(linear, is_alone=version is None)
+        out = stored.multiply(X_TD, routing.experts_T)
+        others = dict(zip(mates, out, strict=True))
         found = others.pop(id(linear))
         self._waiting = None if version is None else (weakref.ref(X), version, others)
         return found
@@ -116,11 +133,11 @@ class ExpertGroup:
     def _multiply_unpacked(
         self, linear: Linear, X_TD: torch.Tensor, routing: Routing
     ) -> torch.Tensor:
-        mates = self._mates(linear)
-        stored, index = self._stored(mates), mates.index(linear)
+        mates, _, stored = self._table(linear)
+        index = mates.index(id(linear))
         rows, columns = linear.layout.shape
-        out_TO = X_TD.new_empty(len(X_TD), rows)
-        where = routing.order_T, routing.ends_K, out_TO
+        out_SO = X_TD.new_empty(len(X_TD) + 1, rows)
+        where = routing.order_T, routing.ends_K, out_SO
         if linear.cache.max_bytes is None:
             weights = linear.cache.all_dense(
                 linear,
@@ -128,14 +145,14 @@ class ExpertGroup:
                 lambda: stored.unpack(0, stored.num_experts, X_TD.dtype, linear=index),
             )
             multiply_dense(X_TD, weights, stored.biases[index], *where)
-            return out_TO
+            return out_SO[:-1]
         # Experts that have tokens, into memory that the next ones take over.
         step = max(1, linear.cache.max_bytes // (rows * columns * X_TD.element_size()))
         for first in range(0, stored.num_experts, step):
             count = min(step, stored.num_experts - first)
             weights = stored.unpack(first, count, X_TD.dtype, routing.sizes_K, linear=index)
             multiply_dense(X_TD, weights, stored.biases[index], *where, first=first)
-        return out_TO
+        return out_SO[:-1]
 
     def forget(self) -> None:
         """Drop tables and outputs: the linears' tensors are about to be moved."""
@@ -151,17 +168,23 @@ class ExpertGroup:
         wanted = form(linear)
         return [one for one in self.linears if form(one) == wanted]
 
-    def _stored(self, mates: Sequence[Linear]) -> StoredExperts:
-        """Tables of linears, made again when one was moved, loaded again or written to."""
-        key = tuple(map(id, mates))
-        state = tuple(one.streams_state() for one in mates)
-        found = self._tables.get(key)
-        if found is None or found[0] != state:
+    def _table(self, linear: Linear, *, is_alone: bool = False) -> Table:
+        """A linear's table, made again when one of its linears was moved, loaded or written to.
+
+        Args:
+            linear: that is multiplied by.
+            is_alone: whether by it alone, without those of its form.
+        """
+        found = self._tables.get((id(linear), is_alone))
+        if found is None or not found.seen.is_as_it_was():
+            mates = [linear] if is_alone else self._mates(linear)
+            seen = Seen(module for one in mates for module in one.holders())
             # What a compiled model or one in training is run with may be used in any mode later.
             with torch.inference_mode(False), torch.no_grad():
                 stored = StoredExperts([one.streams() for one in mates])
-            found = self._tables[key] = state, stored
-        return found[1]
+            found = Table([id(one) for one in mates], seen, stored)
+            self._tables |= {(one, is_alone): found for one in found.linears}
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables are of addresses in this process.

@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_expansion.algorithms import stored_experts
+from sparse_expansion.algorithms import grouped_product
+from sparse_expansion.algorithms.grouped_product import multiply_dense
 from sparse_expansion.algorithms.packing.experts import pack_expert, unpack_expert
 from sparse_expansion.algorithms.quantization import AffineGrid
 from sparse_expansion.algorithms.stored_experts import (
     StoredExperts,
     StoredLinear,
-    multiply_dense,
 )
 from tests.algorithms.test_packing import layout, random_mask
 from tests.tiny import KERNEL_DEVICE
 
 triton_unpack = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_unpack")
+triton_matvec = pytest.importorskip("sparse_expansion.algorithms.kernels.triton_matvec")
 
 EXPERTS = 3
 MODES = [
@@ -42,7 +43,18 @@ MODES = [
     ((4, 33), "0.5", 6, None, torch.float32),
     ((4, 33), "0", 7, 16, torch.float32),
     ((6, 24), "0", 4, None, torch.float32),
+    # By pairs and by windows; the last ones have more columns than a warp has at a time.
+    ((5, 48), "2:4", None, None, torch.bfloat16),
+    ((5, 48), "2:4", None, None, torch.float16),
+    ((5, 48), "2:4", 4, 16, torch.bfloat16),
+    ((5, 48), "2:4", 4, None, torch.float32),
+    ((5, 72), "0.5", None, None, torch.float16),
+    ((3, 528), "2:4", None, None, torch.bfloat16),
+    ((3, 528), "2:4", 4, 48, torch.float32),
+    ((3, 264), "0.6", None, None, torch.bfloat16),
 ]
+PAIRED, WINDOWED = (21, 22, 23, 24, 26, 27), (0, 25, 28)
+"""Places among them of those that are read by pairs, and by windows."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +139,30 @@ def test_every_mode_is_multiplied_and_unpacked(shape, sparsity, bits, group_size
         check_products(stored.multiply(X, experts)[0], one, X, experts)
 
 
+def test_every_mode_is_read_in_the_quickest_way_that_it_allows():
+    forms = []
+    for shape, sparsity, bits, group_size, dtype in MODES:
+        wanted = layout(shape, sparsity, bits, block_size=32 if sparsity == "16:32" else 16)
+        forms.append(StoredExperts([linear(wanted, group_size, dtype)]).form)
+    kernel = triton_matvec
+    found = {form: [place for place, one in enumerate(forms) if one == form] for form in forms}
+    assert found[kernel.PAIRS] == [*PAIRED] and found[kernel.WINDOWS] == [*WINDOWED]
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_values_that_begin_within_a_word_are_read_one_by_one(sparsity):
+    wanted = layout((5, 48), sparsity, None, block_size=16)
+    one = linear(wanted, None, torch.bfloat16)
+    for streams in one.experts:
+        moved = torch.cat([streams["values"][:1], streams["values"]])
+        streams["values"] = moved[1:]
+    stored = StoredExperts([one])
+    assert stored.form == triton_matvec.UNITS
+    X = torch.randn(2, 48, device=KERNEL_DEVICE).bfloat16()
+    experts = torch.tensor([1, 2], device=KERNEL_DEVICE)
+    check_products(stored.multiply(X, experts)[0], one, X, experts)
+
+
 @pytest.mark.parametrize(
     "experts", [[0], [2, 2], [1, 1, 1, 1], [1] * 9, [0, 2, 0, 2, 0, 2, 2], [2] * 7 + [0] * 9]
 )
@@ -167,7 +203,7 @@ def test_experts_without_a_token_are_not_unpacked():
         return empty(*shape, **settings).fill_(7.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored_experts.torch, "empty", marked)
+        patch.setattr(torch, "empty", marked)
         found = stored.unpack(0, EXPERTS, torch.float32, sizes)
     wanted_weights = unpacked(one, torch.float32)
     assert torch.equal(found[[0, 2]].cpu(), wanted_weights[[0, 2]])
@@ -184,13 +220,15 @@ def test_experts_without_a_token_are_not_unpacked():
         # By PyTorch's own product; the interpreter multiplies no bfloat16.
         (EXPERTS, torch.bfloat16, True, False),
         (EXPERTS, torch.bfloat16, True, True),
+        (2, torch.bfloat16, True, False),
+        (1, torch.bfloat16, True, True),
     ],
 )
 def test_unpacked_experts_are_multiplied_in_one_product(
     step, dtype, grouped, is_shared, monkeypatch
 ):
     """More tokens than a tile has, experts without any, and pieces that do not hold all experts."""
-    monkeypatch.setattr(stored_experts, "takes_grouped_product", lambda weights: grouped)
+    monkeypatch.setattr(grouped_product, "takes_grouped_product", lambda weights: grouped)
     wanted = layout((24, 72), "0.5")
     one = linear(wanted, None, dtype, is_shared=is_shared)
     stored = StoredExperts([one])
@@ -199,12 +237,12 @@ def test_unpacked_experts_are_multiplied_in_one_product(
         experts = experts[torch.randperm(len(experts))].to(KERNEL_DEVICE)
         X = torch.randn(len(experts), 72, device=KERNEL_DEVICE).to(dtype)
         ends = torch.tensor(sizes, device=KERNEL_DEVICE).cumsum(0)
-        out = torch.full((len(experts), 24), 7.0, device=KERNEL_DEVICE, dtype=dtype)
+        out = torch.full((len(experts) + 1, 24), 7.0, device=KERNEL_DEVICE, dtype=dtype)
         for first in range(0, EXPERTS, step):
             weights = stored.unpack(first, min(step, EXPERTS - first), dtype)
             order = torch.argsort(experts, stable=True)
             multiply_dense(X, weights, one.bias_KO, order, ends, out, first=first)
-        check_products(out, one, X, experts)
+        check_products(out[:-1], one, X, experts)
 
 
 def damage_bitmask(streams):

@@ -55,7 +55,8 @@ def on_kernels(monkeypatch):
 
     if KERNEL_DEVICE == "cpu":
         # The interpreter takes milliseconds for a program, however many rows it has.
-        monkeypatch.setattr(triton_matvec, "ROWS", 256)
+        tile = {"ROWS": 256, "num_warps": 1}
+        monkeypatch.setattr(triton_matvec, "tile_of", lambda form, tokens, has_codes: tile)
         monkeypatch.setattr(triton_unpack, "ROWS", 256)
         monkeypatch.setattr(triton_unpack, "COUNT_ROWS", 256)
     monkeypatch.setattr(expert_group, "have_kernels", lambda device: True)

@@ -102,3 +102,23 @@ def kept_values(values, place, keep, CODE_BITS: tl.constexpr):  # type: ignore[n
             code |= more << (8 - shift)
         found = (code & ((1 << CODE_BITS) - 1)).to(tl.float32)
     return found
+
+
+@triton.jit
+def first_half(word, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first of two 16-bit values in a word (int32), as float32."""
+    if VALUE == tl.bfloat16:
+        found = (word << 16).to(tl.float32, bitcast=True)
+    else:
+        found = (word & 0xFFFF).to(tl.int16).to(VALUE, bitcast=True).to(tl.float32)
+    return found
+
+
+@triton.jit
+def second_half(word, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The second of them."""
+    if VALUE == tl.bfloat16:
+        found = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        found = (word >> 16).to(tl.int16).to(VALUE, bitcast=True).to(tl.float32)
+    return found

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from sparse_expansion.algorithms.kernels.triton_streams import count_ones, kept_values, unit_mask
 
-ROWS, COLUMNS = 4, 256
-"""Rows of a program, one for each of its warps, and columns of them at a time."""
+ROWS, UNITS = 1, 128
+"""Rows of a program, and units of a row at a time, one for a thread: the more of a row is under way
+at once, the less often the next part has to wait for the number of weights before it."""
 COUNT_ROWS, LANES = 16, 32
 """Rows, and units of each, that a program counts at a time."""
 
@@ -78,14 +79,14 @@ def unpack_rows(  # type: ignore[no-untyped-def]
     CODE_BITS: tl.constexpr,
     GRID_SIZE: tl.constexpr,
     SKIPS: tl.constexpr,
+    PADDED_UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """A few rows of one expert a program: ``out [experts, O, D]``.
 
-    ``UNIT`` is not used: columns are single here. ``masks``, ``values`` (addresses) and
-    ``starts [experts, O]`` are those of the first expert of ``out`` and on. Experts without a token
-    by ``sizes [experts]`` are left out where ``SKIPS``.
+    ``masks``, ``values`` (addresses) and ``starts [experts, O]`` are those of the first expert of
+    ``out`` and on. Experts without a token by ``sizes [experts]`` are left out where ``SKIPS``.
     """
     expert = tl.program_id(1)
     if SKIPS:
@@ -99,35 +100,34 @@ def unpack_rows(  # type: ignore[no-untyped-def]
         begin = tl.load(starts + expert.to(tl.int64) * O + short_row, mask=short_row < O, other=0)
     else:
         begin = short_row * ROW_KEPT
-    out += expert.to(tl.int64) * O * D
+    out += expert.to(tl.int64) * O * D + row * D
     GRIDS: tl.constexpr = 1 if GRID_SIZE == 0 else (D + GRID_SIZE - 1) // GRID_SIZE
-    for first in range(0, D, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)[None, :]
-        inside = (row < O) & (column < D)
-        if KIND == 0:
-            keep = inside
-        elif KIND == 1:
-            bit = row * D + column
-            byte = tl.load(mask_stream + (bit >> 3), mask=inside, other=0).to(tl.int32)
-            keep = inside & (((byte >> (bit & 7).to(tl.int32)) & 1) != 0)
-        else:
-            # A group's columns read the same field: the caches have it after the first.
-            mask = unit_mask(
-                mask_stream,
-                table,
-                rest_table,
-                row,
-                column // GROUP,
-                mask_bytes,
-                O,
-                D,
-                KIND,
-                GROUP,
-                GROUP,
-                FIELD_BITS,
-            )
-            keep = inside & (((mask >> (column % GROUP)) & 1) != 0)
-        kept = keep.to(tl.int32)
+    # The columns of a unit, and of none where they are no power of two, are beside each other.
+    place_in_unit = tl.arange(0, PADDED_UNIT)
+    bits = place_in_unit[None, None, :]
+    lanes = tl.arange(0, UNITS)
+    for first in range(0, (D + UNIT - 1) // UNIT, UNITS):
+        unit = first + lanes
+        mask = unit_mask(
+            mask_stream,
+            table,
+            rest_table,
+            row,
+            unit[None, :],
+            mask_bytes,
+            O,
+            D,
+            KIND,
+            UNIT,
+            GROUP,
+            FIELD_BITS,
+        )
+        kept = tl.reshape((mask[:, :, None] >> bits) & 1, (ROWS, UNITS * PADDED_UNIT))
+        column = unit[:, None] * UNIT + place_in_unit[None, :]
+        is_column = (place_in_unit < UNIT)[None, :] & (column < D)
+        column = tl.reshape(column, (1, UNITS * PADDED_UNIT))
+        inside = (row < O) & tl.reshape(is_column, (1, UNITS * PADDED_UNIT))
+        keep = kept != 0
         place = begin[:, None] + tl.cumsum(kept, 1) - kept
         w = kept_values(stored, place, keep, CODE_BITS)
         begin += tl.sum(kept, 1)
@@ -136,4 +136,4 @@ def unpack_rows(  # type: ignore[no-untyped-def]
             scale = tl.load(scale_of + at, mask=inside, other=0.0)
             zero = tl.load(zero_of + at, mask=inside, other=0.0)
             w = tl.where(keep, scale * (w - zero), 0.0)
-        tl.store(out + row * D + column, w.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + column, w.to(out.dtype.element_ty), mask=inside)
