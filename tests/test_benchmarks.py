@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import baseline, full_size, published, serve, sweep
+from benchmarks import baseline, full_size, linear, published, serve, steps, sweep
 from benchmarks.models import named_folders
 from benchmarks.quality import __main__ as table
 from benchmarks.quality import neox
@@ -118,6 +118,21 @@ def test_serving_names_a_model_that_is_not_there(capsys):
         serve.main(["dense=/nowhere/model"])
     assert ended.value.code == 2
     assert "/nowhere/model" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("benchmark", [linear, steps])
+def test_what_measures_a_gpu_runs_there_and_says_so_elsewhere(benchmark, capsys):
+    small = "--rows 64 --columns 640 --experts 2 --repeat 1".split()
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as ended:
+            benchmark.main(small)
+        assert ended.value.code == 2 and "no CUDA device here" in capsys.readouterr().err
+        return
+    given = ["--tokens", "1", "20"] if benchmark is linear else ["--only", "half", "sweep", "pack"]
+    assert benchmark.main([*small, *given]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    times = [value for row in rows for name, value in row.items() if name.endswith("ms")]
+    assert times and min(times) > 0
 
 
 def test_benchmarks_take_models_wherever_they_come_from(tmp_path, llama_folder, monkeypatch):
