@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from benchmarks.packing import mask_of
+from benchmarks.serve import seconds
 from sparse_expansion.algorithms.clustering import fit_pca
 from sparse_expansion.algorithms.compress import compress_linears
 from sparse_expansion.algorithms.hessian import hessian_sum, merge_hessians, upper_cholesky_factor
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, default=5120)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.set_defaults(device="cuda")
     parser.add_argument("--only", nargs="+", default=[], help="steps whose name has one of these")
     parser.add_argument("--profile", nargs="+", default=[], help="steps whose kernels are printed")
     args = parser.parse_args(arguments)
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, way, work in steps(args):
         if args.only and not any(word in name for word in args.only):
             continue
-        taken = median_ms(work, args.repeat)
+        taken = 1e3 * seconds(work, args)
         print(f"| {name} | {way} | {taken:.3f} |", flush=True)
         rows.append({"step": name, "way": way, "ms": taken})
         if any(word in name for word in args.profile):
@@ -65,18 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         print(json.dumps(row | {"device": torch.cuda.get_device_name()}))
     return 0
-
-
-def median_ms(work: Callable[[], object], repeat: int) -> float:
-    """Milliseconds of a call until the device has nothing more to do."""
-    found = []
-    for _ in range(repeat + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found[1:])
 
 
 def print_kernels(work: Callable[[], object]) -> None:
@@ -130,19 +119,10 @@ def products(args: argparse.Namespace) -> Iterator[Step]:
     yield "product D x D x O", "float32", lambda: A @ B
     yield "product D x D x O", "by parts", lambda: parts.times(B)
     H = hessian_of(args)
-    yield (
-        "Cholesky",
-        "torch",
-        lambda: torch.linalg.cholesky(H[0] + torch.eye(len(H[0]), device="cuda")),
-    )
+    damped = H[0] + torch.eye(len(H[0]), device="cuda")
+    yield "Cholesky", "torch", lambda: torch.linalg.cholesky(damped)
     yield f"factors, {args.experts} experts", "damped", lambda: upper_cholesky_factor(H)
-    yield (
-        "inverse",
-        "torch",
-        lambda: torch.cholesky_inverse(
-            torch.linalg.cholesky(H[0] + torch.eye(len(H[0]), device="cuda"))
-        ),
-    )
+    yield "inverse", "torch", lambda: torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def hessian_of(args: argparse.Namespace) -> torch.Tensor:
@@ -165,7 +145,7 @@ def experts(args: argparse.Namespace) -> Iterator[Step]:
             grid = fit_grid(W, bits=bits, symmetric=False, group_size=None)
         target = W.T.contiguous().expand(args.experts, -1, -1)
         pattern = SparsityPattern.parse(sparsity)
-        words = f"{sparsity}" + (f", {bits} bits" if bits else "")
+        words = sparsity + (f", {bits} bits" if bits else "")
 
         def work(grid: Any = grid, target: Any = target, pattern: Any = pattern) -> object:
             return sweep(
@@ -189,8 +169,6 @@ def packings(args: argparse.Namespace) -> Iterator[Step]:
         config = CompressionConfig(sparsity=SparsityPattern.parse(sparsity), bits=bits)
         layout = PackedLayout.of(args.rows, args.columns, config)
         with torch.device("cuda"):
-            from benchmarks.packing import mask_of
-
             kept = mask_of(layout)
         weight = torch.randn(layout.shape, device="cuda") * kept
         codes = torch.randint(0, 2 ** (bits or 1), layout.shape, device="cuda").to(torch.uint8)
@@ -203,7 +181,7 @@ def packings(args: argparse.Namespace) -> Iterator[Step]:
         ) -> dict[str, torch.Tensor]:
             return pack_expert(weight, kept, codes, layout=layout, dtype=torch.bfloat16)
 
-        words = f"{sparsity}" + (f", {bits} bits" if bits else "")
+        words = sparsity + (f", {bits} bits" if bits else "")
         yield f"pack {words}", "on the device", pack
         packed = pack()
         yield (

@@ -88,6 +88,7 @@ def decide_strip(  # type: ignore[no-untyped-def]
         # without an instruction, since which of them are zero is known when this is compiled.
         w_j = tl.sum(tl.where(here, w.to(tl.int32, bitcast=True), 0), axis=0)
         w_j = w_j.to(tl.float32, bitcast=True)
+        # For every row: the interpreter takes no single truth value for a mask.
         has_weight = (row < rows) & (row * 0 + j < columns)
         keep_j = tl.sum(tl.where(here, keep.to(tl.int32), 0), axis=0) != 0
         q = w_j

@@ -334,14 +334,7 @@ def _by_pairs(  # type: ignore[no-untyped-def]
         taken1 = this0
         taken2 = this0
         taken3 = this0
-        in0 = tl.load(x0 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-        in1 = in0
-        in2 = in0
-        in3 = in0
-        if TOKENS == 4:
-            in1 = tl.load(x1 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-            in2 = tl.load(x2 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-            in3 = tl.load(x3 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
+        in0, in1, in2, in3 = _inputs(x0, x1, x2, x3, column, has_unit, TOKENS)
         for g in tl.static_range(4):
             # The six masks of four bits that have two, in the order of their numbers.
             mask = 0xCA9653 >> (((field >> (3 * g)) & 7) * 4)
@@ -378,6 +371,21 @@ def _by_pairs(  # type: ignore[no-untyped-def]
         sum2 += this2
         sum3 += this3
     return tl.sum(sum0, 1), tl.sum(sum1, 1), tl.sum(sum2, 1), tl.sum(sum3, 1)
+
+
+@triton.jit
+def _inputs(x0, x1, x2, x3, column, has_unit, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Every token's inputs of units ``[LANES, columns]``, float32; the first's for all if alone."""
+    inside = has_unit[:, None]
+    in0 = tl.load(x0 + column, mask=inside, other=0.0).to(tl.float32)
+    in1 = in0
+    in2 = in0
+    in3 = in0
+    if TOKENS == 4:
+        in1 = tl.load(x1 + column, mask=inside, other=0.0).to(tl.float32)
+        in2 = tl.load(x2 + column, mask=inside, other=0.0).to(tl.float32)
+        in3 = tl.load(x3 + column, mask=inside, other=0.0).to(tl.float32)
+    return in0, in1, in2, in3
 
 
 @triton.jit
@@ -452,14 +460,7 @@ def _by_windows(  # type: ignore[no-untyped-def]
         w1 = tl.where(is_odd, _moved_up(w1, w2), w1)
         w2 = tl.where(is_odd, _moved_up(w2, w3), w2)
         w3 = tl.where(is_odd, _moved_up(w3, w4), w3)
-        in0 = tl.load(x0 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-        in1 = in0
-        in2 = in0
-        in3 = in0
-        if TOKENS == 4:
-            in1 = tl.load(x1 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-            in2 = tl.load(x2 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
-            in3 = tl.load(x3 + column, mask=has_unit[:, None], other=0.0).to(tl.float32)
+        in0, in1, in2, in3 = _inputs(x0, x1, x2, x3, column, has_unit, TOKENS)
         for j in tl.static_range(8):
             keep = (mask & (1 << j)) != 0
             w = first_half(tl.where(keep, w0, 0), VALUE)
