@@ -22,6 +22,8 @@ class Gpu:
     memory_bytes: int
     float32_rate: float
     """Float32 operations per second, without sparse or reduced-precision products."""
+    half_rate: float
+    """Bfloat16 or float16 operations per second of tensor cores, without sparsity."""
 
     @property
     def product_rate(self) -> float:
@@ -32,10 +34,10 @@ class Gpu:
 PRODUCT_SHARE = 0.7
 """Share of the published rate that float32 matrix products reach: measured on an H100."""
 GPUS = {
-    "h100": Gpu(80 * _GIGA, 67 * _TERA),
-    "h200": Gpu(141 * _GIGA, 67 * _TERA),
-    "a100": Gpu(80 * _GIGA, 19.5 * _TERA),
-    "l40s": Gpu(48 * _GIGA, 91.6 * _TERA),
+    "h100": Gpu(80 * _GIGA, 67 * _TERA, 989 * _TERA),
+    "h200": Gpu(141 * _GIGA, 67 * _TERA, 989 * _TERA),
+    "a100": Gpu(80 * _GIGA, 19.5 * _TERA, 312 * _TERA),
+    "l40s": Gpu(48 * _GIGA, 91.6 * _TERA, 362 * _TERA),
 }
 """NVIDIA's data sheets: H100 SXM, H200 SXM, A100 80GB, L40S."""
 

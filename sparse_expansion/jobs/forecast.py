@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +24,12 @@ from sparse_expansion.model.families import family_of
 from sparse_expansion.model.fit import build_without_weights
 from sparse_expansion.model.plain_blocks import plain_blocks
 from sparse_expansion.planning.allocation import gap_units_of
+from sparse_expansion.planning.durations import durations
 from sparse_expansion.planning.expansion import expansion_units
 from sparse_expansion.planning.memory import WorkerRoom, worker_memory
 from sparse_expansion.planning.shapes import ModelShape, shape_of_blocks
 from sparse_expansion.planning.stage_memory import ParameterCounts
 from sparse_expansion.units import Unit
-from sparse_expansion.work.registry import stage_of
 from sparse_expansion.work.spec import captured_bytes
 
 OBJECT_STORE_SHARE = 0.3
@@ -250,29 +250,6 @@ def _object_store_bytes(cluster: Cluster) -> float | None:
     return OBJECT_STORE_SHARE * VALUE_SHARE * cluster.host_bytes
 
 
-def _durations(
-    units: Sequence[Unit], cluster: Cluster, block_bytes: int
-) -> Callable[[Unit], float]:
-    """Modelled seconds of every unit: a fixed cost, operations, and bytes that are moved."""
-    value_bytes = {unit.key: unit.output_bytes / max(1, len(unit.outputs)) for unit in units}
-    loads = Counter((unit.stage, unit.layer) for unit in units)
-
-    def seconds(unit: Unit) -> float:
-        moved = sum(value_bytes[key] for key, _ in unit.inputs) if cluster.num_workers > 1 else 0.0
-        if stage_of(unit.stage).loads_block:
-            # On a GPU a worker keeps a block for the other units of it.
-            is_kept = cluster.gpu_memory_bytes is not None
-            of_block = loads[unit.stage, unit.layer]
-            moved += block_bytes * (min(1.0, cluster.num_workers / of_block) if is_kept else 1)
-        return (
-            cluster.seconds_per_unit
-            + unit.cost / cluster.product_rate
-            + moved / cluster.bytes_per_second
-        )
-
-    return seconds
-
-
 def _time(
     config: RunConfig, graph: _Graph, cluster: Cluster, model: _Model, kept_bytes: int
 ) -> dict[str, Any]:
@@ -286,7 +263,7 @@ def _time(
         kept_bytes: captured activations that a worker keeps in memory and in scratch files.
     """
     block_bytes = model.parameters.block * model.shape.item_bytes
-    seconds = _durations(graph.expanding, cluster, block_bytes)
+    seconds = durations(graph.expanding, config, model.shape, cluster, block_bytes)
     store_bytes = _object_store_bytes(cluster)
     found = simulate(
         graph.expanding,

@@ -1,5 +1,7 @@
 """The plan: published sizes, arithmetic by hand, and the verdict."""
 
+import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -86,6 +88,60 @@ def test_a_gpu_is_planned_for():
     assert "its GPU has 48.0 GB" in small["verdict"]["text"]
     with pytest.raises(ValueError, match="gpu 'h1' is none of h100, h200, a100, l40s"):
         Cluster(gpu="h1")
+
+
+@pytest.mark.parametrize(("preset", "measured"), [("paper", 16.6), ("best", 37.4)])
+def test_what_was_measured_on_a_gpu(preset, measured, tmp_path, capsys):
+    """Two blocks of Llama 2 13B's shape, expanded on one H200; see docs/performance.md."""
+    model, _ = MODELS["llama-2-13b"]
+    blocks = copy.deepcopy(model)
+    blocks.num_hidden_layers = 2
+    blocks.save_pretrained(tmp_path)
+    flags = "--gpu h200 --num_clusters 16 --dataset-size 64 --seqlen 2048 --json"
+    assert main(["plan", "--model", str(tmp_path), "--preset", preset, *flags.split()]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 3600 * plan["hours"] == pytest.approx(measured, rel=0.25)
+
+
+def seconds(plan, stage, units=0):
+    """What a stage takes beside the fixed cost of its units."""
+    return plan["worker_seconds"][stage] - 0.05 * plan["units"][stage]
+
+
+def test_rates_of_a_gpus_stages_by_hand():
+    """Tensor cores take passes in half precision, and the solver's products by parts."""
+    model, _ = MODELS["llama-2-7b"]
+    plan = forecast(config(), model, Cluster(gpu="a100"))
+    swept = 32 * 16 * sum(d**3 / 3 + o * d * (d + 128) for d, o in ((4096, 22016), (11008, 4096)))
+    rest = plan["flops"]["experts"] - swept
+    by_hand = swept / (0.22 * 19.5e12) + rest / (0.086 * 312e12)
+    assert seconds(plan, "experts") == pytest.approx(by_hand, rel=1e-6)
+    assert seconds(plan, "embed") == pytest.approx(plan["flops"]["embed"] / (0.16 * 312e12))
+    assert seconds(plan, "router") == pytest.approx(plan["flops"]["router"] / (0.3 * 19.5e12))
+    half = forecast(config(), model, Cluster(gpu="a100", flops_per_second=0.35 * 19.5e12))
+    assert seconds(half, "router") == pytest.approx(2 * seconds(plan, "router"))
+    whole = forecast(replace(config(), dtype="float32"), model, Cluster(gpu="a100"))
+    assert seconds(whole, "embed") == pytest.approx(plan["flops"]["embed"] / (0.7 * 19.5e12))
+    unknown = forecast(config(), model, Cluster(gpu_bytes=80_000_000_000, flops_per_second=15e12))
+    for stage in ("embed", "router", "experts"):
+        assert seconds(unknown, stage) == pytest.approx(unknown["flops"][stage] / 15e12)
+
+
+def test_the_solver_has_the_rate_of_parts_and_what_rounds_that_of_sweeps():
+    model, _ = MODELS["llama-2-7b"]
+
+    def made(bits):
+        compression = CompressionConfig(pruner="admm", sparsity="2:4", bits=bits)
+        return forecast(replace(config(), compression=compression), model, Cluster(gpu="h100"))
+
+    solved, rounded = made(None), made(4)
+    assert seconds(solved, "experts") == pytest.approx(
+        solved["flops"]["experts"] / (0.086 * 989e12)
+    )
+    more = rounded["flops"]["experts"] - solved["flops"]["experts"]
+    assert seconds(rounded, "experts") - seconds(solved, "experts") == pytest.approx(
+        more / (0.22 * 67e12), rel=1e-3
+    )
 
 
 def test_verdicts():
