@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import typing
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -77,7 +78,9 @@ def _is_of_kind(kind: Any, value: Any) -> bool:
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(kind, type) and kind is not str and isinstance(value, kind)
+    # Python 3.10 calls a parameterized container such as tuple[int, ...] a type.
+    is_plain = isinstance(kind, type) and typing.get_origin(kind) is None
+    return is_plain and kind is not str and isinstance(value, kind)
 
 
 def of_kind(kind: type, name: str, value: Any) -> Any:
