@@ -28,8 +28,15 @@ from sparse_expansion.model.routing import (
 )
 from sparse_expansion.types import MODEL_DTYPES
 
-FLOAT32_MODULES = ("router", "grid")
-"""Submodules of an ``ExpandedLinear`` that stay float32 whatever the model's dtype."""
+FLOAT32_TENSORS = (
+    *("router.mean", "router.components", "router.centroids", "router.sparsity"),
+    *("grid.scale", "grid.zero_point"),
+)
+"""Tensors of an ``ExpandedLinear`` that stay float32 whatever the model's dtype.
+
+By name each, for a router holds integers too, and transformers 5.0 gives all that such a name is
+part of this dtype.
+"""
 GUARD_HINT = "Before loading, import sparse_expansion"
 """The name of a guard that no weight stands behind, see ``guard_tensors``."""
 STORED_TOKENS = 8

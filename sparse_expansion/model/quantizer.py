@@ -24,7 +24,7 @@ from sparse_expansion.config.nearest import did_you_mean
 from sparse_expansion.config.values import known_settings
 from sparse_expansion.model.block_linears import numbered_groups
 from sparse_expansion.model.expansion import (
-    FLOAT32_MODULES,
+    FLOAT32_TENSORS,
     GUARD_HINT,
     ExpandedLinear,
     check_dtype,
@@ -187,10 +187,10 @@ class SparseExpansionQuantizer(HfQuantizer):
         # Routers and grids stay float32: a rounded centroid would send tokens to other experts
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
-        model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_MODULES}
+        model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_TENSORS}
         if getattr(model, "dtype_plan", None) is not None:
             # The first versions of transformers 5 have made it out of those already.
-            model.dtype_plan.update(dict.fromkeys(FLOAT32_MODULES, torch.float32))
+            model.dtype_plan.update(dict.fromkeys(FLOAT32_TENSORS, torch.float32))
         linears = [name for group in self.quantization_config.groups for name in group]
         # A star is the number of an expert of a mixture.
         guards = [

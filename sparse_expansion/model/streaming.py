@@ -26,7 +26,7 @@ from sparse_expansion.model.checkpoint import (
     load_config,
     resolve_dtype,
 )
-from sparse_expansion.model.expansion import FLOAT32_MODULES
+from sparse_expansion.model.expansion import FLOAT32_TENSORS
 from sparse_expansion.model.expert_cache import ExpertCache
 from sparse_expansion.model.families import Family, LinearGroup, family_of
 from sparse_expansion.model.fit import build_without_weights, check_shapes, check_sizes
@@ -189,7 +189,7 @@ class ModelShell:
         tensor = self._stored.read(name)
         if not tensor.is_floating_point():
             return tensor
-        keep = self.expansion is not None and any(part in name for part in FLOAT32_MODULES)
+        keep = self.expansion is not None and any(part in name for part in FLOAT32_TENSORS)
         return tensor.float() if keep else tensor.to(self.dtype)
 
     def load_block(self, layer: int) -> nn.Module:

@@ -1,12 +1,15 @@
 """Columns in an order of their own: what is stored, and that every way to multiply knows it."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparse_expansion.model.expansion import FLOAT32_TENSORS
+from sparse_expansion.model.routing import GroupRouter
 from sparse_expansion.model.streaming import ModelShell
 from tests.model.running import expand, expanded_linears, logits, stream
 
@@ -53,6 +56,31 @@ def test_a_linear_multiplies_inputs_in_their_own_places(permuted):
                 torch.testing.assert_close(linear.multiply(X, experts), slow, rtol=1e-5, atol=1e-5)
             grown = X.clone().requires_grad_()
             torch.testing.assert_close(linear(grown), slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_order_stays_whole_numbers_in_every_dtype(permuted, dtype):
+    model = AutoModelForCausalLM.from_pretrained(permuted, dtype=dtype)
+    routers = [part for part in model.modules() if isinstance(part, GroupRouter)]
+    assert len(routers) > 1
+    for router in routers:
+        assert router.columns.dtype == torch.int32
+        assert router.columns.sort().values.tolist() == list(range(len(router.columns)))
+        assert {part.dtype for name, part in router.named_parameters() if name != "columns"} == {
+            torch.float32
+        }
+
+
+@pytest.mark.parametrize("flags", ["--sparsity 2:4 --quantize", "--sparsity 0.5"])
+def test_tensors_that_stay_in_float32_are_named_and_no_others(
+    flags, llama_folder, text_folder, tmp_path
+):
+    """Transformers 5.0 casts all whose name has such a part, integers too."""
+    folder = expand(llama_folder, text_folder, tmp_path / "out", *flags.split())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    named = re.compile("|".join(FLOAT32_TENSORS))
+    for name, parameter in model.named_parameters():
+        assert (parameter.dtype == torch.float32) == bool(named.search(name)), name
 
 
 def test_the_order_is_saved_again(permuted, tmp_path):
