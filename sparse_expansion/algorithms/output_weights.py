@@ -11,7 +11,7 @@ OUTPUT_FLOOR = 0.5
 """Weight of an output that nothing depends on in the calibration text, where the mean has 1 more.
 
 With a hundredth, other kinds of text lose far more than the calibration's gains, see
-docs/quality.md."""
+docs/choices.md."""
 
 
 def sensitivity_weights(squares_KO: torch.Tensor, of_group_O: torch.Tensor) -> torch.Tensor:
