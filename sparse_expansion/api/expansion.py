@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from sparse_expansion.config.values import field_values, plain_values, run_confi
 if TYPE_CHECKING:
     import torch
 
+    from sparse_expansion.config.run import RunConfig
     from sparse_expansion.execution.base import Executor
     from sparse_expansion.jobs.measurements import Measurements
     from sparse_expansion.jobs.prepare import Prepared
@@ -148,16 +150,40 @@ def _prepare(
     listener.doing("fetching the model")
     folder = origin.fetch()
     seqlen = window_length(job.values["seqlen"], load_config(folder))
+    config = run_config(job.values, seqlen)
     prepared, windows = prepare(
-        run_config(job.values, seqlen),
+        config,
         folder,
         text=text,
         model_name=origin.name,
         doing=listener.doing,
+        write_own=_writer(job, config, folder, listener),
     )
     if advice := slow_dtype(prepared.shell.dtype):
         listener.say(advice)
     return prepared, windows
+
+
+def _writer(
+    job: ExpansionJob, config: RunConfig, folder: Path, listener: Listener
+) -> Callable[[int, str], str] | None:
+    """Has the model write text on this machine; None where none is asked for."""
+    if not config.calibration.own_text:
+        return None
+    from sparse_expansion.jobs.calibration_text import Writer
+    from sparse_expansion.model.sources import default_cache_dir
+
+    options, cache_dir = job.options, job.model.cache_dir
+    writer = Writer(
+        folder=folder,
+        # What is named for the workers of a cluster need not be here.
+        device=options.device if options.executor == "local" else "auto",
+        dtype=config.dtype,
+        threads=options.threads,
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        doing=listener.doing,
+    )
+    return partial(writer.write, config.calibration)
 
 
 def _evaluation_tokens(job: ExpansionJob, prepared: Prepared) -> torch.Tensor:

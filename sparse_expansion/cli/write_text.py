@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> int:
         args.progress.doing(f"writing documents ({count} of {sampling.documents})")
 
     written(len(texts))
-    size = write_documents(model, tokenizer, sampling, file=file, texts=texts, written=written)
+    write_documents(model, tokenizer, sampling, file=file, texts=texts, written=written)
     result = {
         "model": source.name,
         "output": str(file),
         "documents": sampling.documents,
         "tokens": sampling.documents * sampling.seqlen,
-        "bytes": size,
+        "bytes": file.stat().st_size,
     }
     text = f"{sampling.documents} documents of {sampling.seqlen} tokens in {file}"
     print_result(args, result, text, sort_keys=True)

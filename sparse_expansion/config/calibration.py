@@ -60,6 +60,13 @@ class CalibrationConfig:
         "number once the text is read, and not at random places.",
         flag="",
     )
+    own_text: float = setting(
+        0.0,
+        "Share of the windows that come from text which the model writes itself before the run; "
+        "the whole model is loaded for it.",
+        metavar="SHARE",
+        group="calibration",
+    )
     seqlen: int = setting(
         2048,
         "Tokens in a window.",
@@ -105,6 +112,11 @@ class CalibrationConfig:
         require(
             self.dataset_size >= 1,
             f"dataset_size {self.dataset_size} must be at least 1 window, e.g. 128",
+        )
+        require(
+            0 <= self.own_text < 1,
+            f"own_text {self.own_text:g} is outside 0 to 1 (exclusive): a share of the windows, "
+            "e.g. 0.5",
         )
         require(self.seqlen >= 2, f"seqlen {self.seqlen} must be at least 2 tokens, e.g. 2048")
         require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to 2**32 - 1")

@@ -97,6 +97,28 @@ class Texts:
         random.Random(seed).shuffle(order)
         return windows[order]
 
+    def windows_beside(self, share: float, *, num_windows: int | None, seqlen: int) -> int:
+        """How many windows another text has, where it is to have a share of them all.
+
+        Args:
+            share: of the other text, less than 1.
+            num_windows: of all texts together; None for all windows of these texts, end to end,
+                to which the other's are added.
+            seqlen: tokens in a window.
+
+        Raises:
+            ValueError: a text is too short.
+        """
+        if num_windows is None:
+            own = len(self.calibration(num_windows=None, seqlen=seqlen, seed=0))
+            return math.ceil(own * share / (1 - share))
+        return math.ceil(num_windows * share)
+
+    def mixed_with(self, corpus: Corpus, share: float) -> Texts:
+        """These texts and another, which has a share of the windows of them all."""
+        shares = (*(other * (1 - share) for other in self.shares), share)
+        return Texts((*self.corpora, corpus), shares, self.encode)
+
     def evaluation(self, *, seqlen: int, max_windows: int | None) -> torch.Tensor:
         """The first ``max_windows`` windows ``[N, L]`` of the evaluation texts, or all.
 

@@ -143,7 +143,7 @@ def write_documents(
     file: Path,
     texts: list[str],
     written: Callable[[int], None],
-) -> int:
+) -> list[str]:
     """Write JSON lines of ``text``, and the settings; the file is whole after every batch.
 
     Args:
@@ -155,7 +155,7 @@ def write_documents(
         written: is told the number of documents there are after every batch.
 
     Returns:
-        The bytes of the file.
+        All documents.
     """
     texts = list(texts)
     store = Store(file.parent)
@@ -165,7 +165,7 @@ def write_documents(
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         store.write_bytes(file.name, lines.encode())
         written(len(texts))
-    return file.stat().st_size
+    return texts
 
 
 def _batches(done: int, sampling: Sampling) -> Iterator[tuple[int, int]]:

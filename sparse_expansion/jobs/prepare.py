@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparse_expansion.config import CalibrationConfig, RunConfig, digest
+from sparse_expansion.data.corpora import Corpus
 from sparse_expansion.data.texts import TextRequest, Texts
 from sparse_expansion.data.tokenization import load_tokenizer
 from sparse_expansion.model.families import check_seqlen
@@ -21,6 +22,12 @@ from sparse_expansion.planning.shapes import model_shape
 from sparse_expansion.run_folder import open_run, write_windows
 from sparse_expansion.store import Store
 from sparse_expansion.units import Unit
+
+OWN_TEXT = "text of the model's own"
+"""What errors call it."""
+WriteOwn = Callable[[int, str], str]
+"""Gives a number of documents that a model has written, as one text; its weights' digest names the
+model."""
 
 
 @dataclass
@@ -47,6 +54,7 @@ def prepare(
     text: TextRequest,
     model_name: str,
     doing: Callable[[str], None],
+    write_own: WriteOwn | None = None,
 ) -> tuple[Prepared, torch.Tensor]:
     """Read the model's structure, the tokenizer and the text, and plan the expansion.
 
@@ -56,6 +64,7 @@ def prepare(
         text: to be read.
         model_name: how the result names the dense model.
         doing: is told of the steps that may take long.
+        write_own: gives text that the model has written itself, where the settings ask for some.
 
     Returns:
         The prepared run (its config knows how many windows there are) and the windows ``[N, L]``.
@@ -73,23 +82,52 @@ def prepare(
     check_seqlen(config.calibration.seqlen, shell.config)
     doing("reading the text")
     texts = text.load(load_tokenizer(folder))
+    weights = None
+    calibrating = texts
+    if config.calibration.own_text:
+        assert write_own is not None
+        doing("hashing the model's files")
+        weights = shell.files.fingerprint()
+        calibrating = _with_own_text(config.calibration, texts, weights, write_own)
     doing("tokenizing the text")
-    windows = _draw_windows(config.calibration, texts)
+    windows = _draw_windows(config.calibration, calibrating)
     check_vocabulary(windows, int(shell.config.vocab_size))
     calibration = replace(config.calibration, dataset_size=len(windows))
     calibration = replace(calibration, data_shards=calibration.num_shards)
     config = replace(config, calibration=calibration)
-    doing("hashing the model's files")
-    identity = _identity(config, model_name, shell.files.fingerprint(), tokens_digest(windows))
+    if weights is None:
+        doing("hashing the model's files")
+        weights = shell.files.fingerprint()
+    identity = _identity(config, model_name, weights, tokens_digest(windows))
     doing("planning the units")
     units = expansion_units(config, shape)
     return Prepared(config, shell, units, identity, texts), windows
 
 
+def _with_own_text(
+    calibration: CalibrationConfig, texts: Texts, weights: str, write_own: WriteOwn
+) -> Texts:
+    """The texts, and beside them one that the model has written; it is not measured on."""
+    count = texts.windows_beside(
+        calibration.own_text, num_windows=_num_windows(calibration), seqlen=calibration.seqlen
+    )
+    # Tokens may be fewer once the text is tokenised again: a window at a random place is one of
+    # two documents at least, and windows end to end are cut from a few more.
+    more = 1 + count // 16 if calibration.whole_text else 0
+    text = write_own(max(2, count + more), weights)
+    own = Corpus(name=OWN_TEXT, calibration=text, evaluation="")
+    return texts.mixed_with(own, calibration.own_text)
+
+
+def _num_windows(calibration: CalibrationConfig) -> int | None:
+    """Calibration windows that are asked for; None for the whole text."""
+    return None if calibration.whole_text else calibration.dataset_size
+
+
 def _draw_windows(calibration: CalibrationConfig, texts: Texts) -> torch.Tensor:
     """The calibration windows ``[N, L]`` that the settings ask for."""
     return texts.calibration(
-        num_windows=None if calibration.whole_text else calibration.dataset_size,
+        num_windows=_num_windows(calibration),
         seqlen=calibration.seqlen,
         seed=calibration.seed,
     )
@@ -99,7 +137,8 @@ def _identity(config: RunConfig, model_name: str, weights: str, tokens: str) -> 
     """What an output folder is claimed for, with the digest by which a run is known again."""
     # The same run under other paths is the same run: weights and tokens are named by content.
     settings = config.to_dict()
-    del settings["calibration"]["dataset"]
+    for name in ("dataset", "own_text"):
+        del settings["calibration"][name]
     return {
         "config": config.to_dict(),
         "model": model_name,

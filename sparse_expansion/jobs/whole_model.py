@@ -12,6 +12,13 @@ import sparse_expansion.model.quantizer  # noqa: F401 - registers the checkpoint
 from sparse_expansion.model.checkpoint import load_config
 
 
+def chosen_device(device: str) -> str:
+    """A device's name, where ``auto`` is a GPU if there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
 def load_whole(folder: Path, *, device: str, dtype: str, verify: bool) -> tuple[Any, Any]:
     """The model and its tokenizer; no code from the folder is run.
 
@@ -21,8 +28,7 @@ def load_whole(folder: Path, *, device: str, dtype: str, verify: bool) -> tuple[
         dtype: dtype of weights and arithmetic, ``auto`` for the checkpoint's.
         verify: whether an expanded model's tensors are checked against their digests.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         config.quantization_config["verify"] = verify

@@ -34,8 +34,8 @@ FLOAT32_TENSORS = (
 )
 """Tensors of an ``ExpandedLinear`` that stay float32 whatever the model's dtype.
 
-By name each, for a router holds integers too, and transformers 5.0 gives all that such a name is
-part of this dtype.
+By name each, for a router holds integers too, and older versions of transformers give all that
+such a name is part of this dtype.
 """
 GUARD_HINT = "Before loading, import sparse_expansion"
 """The name of a guard that no weight stands behind, see ``guard_tensors``."""

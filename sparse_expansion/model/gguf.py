@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import shutil
 import struct
@@ -61,6 +62,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     """The dequantized model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _name_version()
     try:
         # The progress bars of transformers would overwrite ours; its errors are exceptions.
         with _by_itself(path) as folder, contextlib.redirect_stderr(io.StringIO()):
@@ -87,6 +89,17 @@ def _by_itself(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="sparse-expansion-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
+
+
+def _name_version() -> None:
+    """Have the module that reads GGUF files say its version.
+
+    Before Python 3.12 older versions of transformers find it nowhere else, and fail without.
+    """
+    import gguf
+
+    if not hasattr(gguf, "__version__"):
+        gguf.__version__ = importlib.metadata.version("gguf")
 
 
 def _forget_quantization(model: Any) -> None:

@@ -188,9 +188,6 @@ class SparseExpansionQuantizer(HfQuantizer):
         # than those that were made for them.
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
         model._keep_in_fp32_modules_strict = {*strict, *FLOAT32_TENSORS}
-        if getattr(model, "dtype_plan", None) is not None:
-            # The first versions of transformers 5 have made it out of those already.
-            model.dtype_plan.update(dict.fromkeys(FLOAT32_TENSORS, torch.float32))
         linears = [name for group in self.quantization_config.groups for name in group]
         # A star is the number of an expert of a mixture.
         guards = [

@@ -67,6 +67,10 @@ def describe_calibration(calibration: dict[str, Any], *, text: str | None = None
         text: what to call the text; None leaves it out.
     """
     of_text = "" if text is None else f" of {text}"
+    # Runs made before there was a choice have no such setting.
+    own = calibration.get("own_text", 0)
+    if own:
+        of_text += f" ({100 * own:g} % written by the model)"
     return (
         f"{calibration['dataset_size']} x {calibration['seqlen']} tokens{of_text}, "
         f"{calibration['calibration_inputs']} inputs"

@@ -1,14 +1,20 @@
 """Text that a model writes itself."""
 
 import json
+import random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparse_expansion import expand
 from sparse_expansion.cli import main
-from sparse_expansion.jobs import own_text
-from sparse_expansion.jobs.own_text import LIKELIEST_TOKENS, first_tokens, write_batch
+from sparse_expansion.data.tokenization import encoder
+from sparse_expansion.data.windows import calibration_windows
+from sparse_expansion.jobs import calibration_text, own_text
+from sparse_expansion.jobs.own_text import LIKELIEST_TOKENS, Sampling, first_tokens, write_batch
+from sparse_expansion.run_folder import read_windows
+from sparse_expansion.store import Store
 from tests import tiny
 
 WRITE = ["--seqlen", "24", "--documents", "5", "--batch-size", "2", "--threads", "1"]
@@ -123,3 +129,128 @@ def test_bad_input(flags, message, llama_folder, tmp_path, monkeypatch, capsys):
     assert write(llama_folder, "own.jsonl", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "own.jsonl").exists()
+
+
+SHAPE = ["--num_clusters", "2", "--seqlen", "16", "--threads", "1", "--layer-sparsity", "uniform"]
+
+
+def expand_with(llama_folder, text_folder, output, cache, *flags):
+    """`expand` of six windows at most, a worker's documents in a cache of its own."""
+    where = ["--model", str(llama_folder), "--dataset", str(text_folder), "--output", str(output)]
+    return main(["expand", *where, "--cache-dir", str(cache), *SHAPE, *flags])
+
+
+def windows_of(output, shards=4):
+    return torch.cat([read_windows(Store(output), shard) for shard in range(shards)])
+
+
+def test_a_share_of_the_windows_is_of_its_own_text(llama_folder, text_folder, tmp_path):
+    """By hand: two of eight windows are of the documents, which are there for the next run."""
+    flags = ["--dataset-size", "8", "--own-text", "0.25", "--seed", "3"]
+    assert expand_with(llama_folder, text_folder, tmp_path / "a", tmp_path / "c", *flags) == 0
+    model = AutoModelForCausalLM.from_pretrained(llama_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    sampling = Sampling(documents=16, seqlen=16, seed=3, temperature=1.0, batch_size=16)
+    own = " ".join(write_batch(model, tokenizer, sampling, first=0, count=16)[:2])
+    texts = (" ".join((text_folder / "train.txt").read_text().splitlines()), own)
+    parts = [
+        calibration_windows(text, encoder(tokenizer), num_windows=count, seqlen=16, seed=3)
+        for text, count in zip(texts, (6, 2), strict=True)
+    ]
+    order = list(range(8))
+    random.Random(3).shuffle(order)
+    written = windows_of(tmp_path / "a")
+    own_rows = [place for place, row in enumerate(order) if row >= 6]
+    assert torch.equal(written[own_rows], torch.cat(parts)[order][own_rows])
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert metrics["config"]["calibration"]["own_text"] == 0.25
+    assert "own_text: 0.25" in (tmp_path / "a/run.yaml").read_text()
+
+
+def test_own_text_is_written_once_and_goes_on_where_it_ended(
+    llama_folder, text_folder, tmp_path, monkeypatch
+):
+    flags, cache = ["--own-text", "0.5", "--dataset-size", "36"], tmp_path / "c"
+    begun = []
+
+    def counted(*args, first, count):
+        begun.append(first)
+        if first == 16 and len(begun) == 2:
+            raise KeyboardInterrupt
+        return write_batch(*args, first=first, count=count)
+
+    monkeypatch.setattr(own_text, "write_batch", counted)
+    assert expand_with(llama_folder, text_folder, tmp_path / "a", cache, *flags) > 2
+    assert not (tmp_path / "a/run").exists()
+    for output in ("a", "b"):
+        assert expand_with(llama_folder, text_folder, tmp_path / output, cache, *flags) == 0
+    assert begun == [0, 16, 16]
+    assert torch.equal(windows_of(tmp_path / "a"), windows_of(tmp_path / "b"))
+    # Less of it is the beginning of the same; another seed is another text.
+    shorter = ["--own-text", "0.5", "--dataset-size", "8"]
+    assert expand_with(llama_folder, text_folder, tmp_path / "d", cache, *shorter) == 0
+    assert len(begun) == 3
+    other = [*shorter, "--seed", "1"]
+    assert expand_with(llama_folder, text_folder, tmp_path / "e", cache, *other) == 0
+    assert begun[3:] == [0]
+
+
+def test_a_whole_text_has_windows_of_its_own_beside_it(llama_folder, tmp_path):
+    made = expand(
+        str(llama_folder),
+        ["one two three four five six seven eight nine ten " * 30],
+        dataset_size="all",
+        own_text=0.25,
+        seqlen=16,
+        num_clusters=2,
+        layer_sparsity="uniform",
+        cache_dir=str(tmp_path / "c"),
+        threads=1,
+    )
+    plain = expand(
+        str(llama_folder),
+        ["one two three four five six seven eight nine ten " * 30],
+        dataset_size="all",
+        seqlen=16,
+        num_clusters=2,
+        layer_sparsity="uniform",
+        threads=1,
+    )
+    counts = [one.metrics["config"]["calibration"]["dataset_size"] for one in (plain, made)]
+    assert counts[1] == pytest.approx(counts[0] / 0.75, abs=1) and counts[1] > counts[0] > 8
+
+
+def test_perplexity_is_of_the_text_alone(llama_folder, text_folder, tmp_path, capsys):
+    where = ["--model", str(llama_folder), "--dataset", str(text_folder)]
+    command = ["run", *where, *SHAPE, "--dataset-size", "4", "--eval-windows", "3"]
+    own = ["--own-text", "0.5", "--cache-dir", str(tmp_path)]
+    tokens = []
+    for more in ([], own):
+        assert main([*command, *more, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        tokens.append((found["num_eval_tokens"], found["perplexity_dense"]))
+    assert tokens[0] == tokens[1]
+    assert main([*command, *own]) == 0
+    assert "4 x 16 tokens (50 % written by the model)" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_to_write(
+    llama_folder, text_folder, tmp_path, monkeypatch, capsys
+):
+    def too_large(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibration_text, "load_whole", too_large)
+    flags = ["--own-text", "0.5", "--dataset-size", "4"]
+    assert expand_with(llama_folder, text_folder, tmp_path / "a", tmp_path / "c", *flags) == 2
+    told = capsys.readouterr().err
+    assert "--own-text: the whole model does not fit on cpu to write text" in told
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan", "half"])
+def test_a_share_that_is_none(share, llama_folder, text_folder, tmp_path, capsys):
+    flags = ["--own-text", share]
+    assert expand_with(llama_folder, text_folder, tmp_path / "a", tmp_path / "c", *flags) == 2
+    assert "own" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "c").exists()

@@ -75,7 +75,7 @@ def test_an_order_stays_whole_numbers_in_every_dtype(permuted, dtype):
 def test_tensors_that_stay_in_float32_are_named_and_no_others(
     flags, llama_folder, text_folder, tmp_path
 ):
-    """Transformers 5.0 casts all whose name has such a part, integers too."""
+    """Older versions of transformers cast all whose name has such a part, integers too."""
     folder = expand(llama_folder, text_folder, tmp_path / "out", *flags.split())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     named = re.compile("|".join(FLOAT32_TENSORS))

@@ -1,5 +1,7 @@
 """GGUF files become folders of safetensors, once."""
 
+import importlib.metadata
+
 import pytest
 
 from sparse_expansion.model.gguf import convert_gguf
@@ -15,6 +17,8 @@ def test_gguf_is_converted_once(tmp_path, llama_folder):
     file = tmp_path / "tiny.gguf"
     write_gguf(gguf, np, file, llama_folder)
     folder = fetch_model(resolve_name(str(file)), cache_dir=str(tmp_path / "cache"))
+    # Older versions of transformers ask the module alone.
+    assert gguf.__version__ == importlib.metadata.version("gguf")
     assert (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
     before = (folder / "config.json").stat().st_mtime_ns
     again = fetch_model(resolve_name(str(file)), cache_dir=str(tmp_path / "cache"))
