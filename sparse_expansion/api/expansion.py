@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparse_expansion.config.run import RunConfig
     from sparse_expansion.execution.base import Executor
     from sparse_expansion.jobs.measurements import Measurements
-    from sparse_expansion.jobs.prepare import Prepared
+    from sparse_expansion.jobs.prepare import Prepared, WriteOwn
     from sparse_expansion.store import Store
 
 
@@ -166,7 +166,7 @@ def _prepare(
 
 def _writer(
     job: ExpansionJob, config: RunConfig, folder: Path, listener: Listener
-) -> Callable[[int, str], str] | None:
+) -> WriteOwn | None:
     """Has the model write text on this machine; None where none is asked for."""
     if not config.calibration.own_text:
         return None

@@ -65,7 +65,7 @@ class Texts:
     def calibration(self, *, num_windows: int | None, seqlen: int, seed: int) -> torch.Tensor:
         """Windows ``[N, L]`` of the calibration texts.
 
-        Those of several texts are shuffled, so that each shard of them has some of every text.
+        Those of several texts are shuffled.
 
         Args:
             num_windows: at random places; None for all of the text's, end to end, and of several
@@ -90,34 +90,7 @@ class Texts:
                     texts, self._counts(num_windows, "--dataset-size"), strict=True
                 )
             ]
-        windows = torch.cat(parts)
-        if len(parts) == 1:
-            return windows
-        order = list(range(len(windows)))
-        random.Random(seed).shuffle(order)
-        return windows[order]
-
-    def windows_beside(self, share: float, *, num_windows: int | None, seqlen: int) -> int:
-        """How many windows another text has, where it is to have a share of them all.
-
-        Args:
-            share: of the other text, less than 1.
-            num_windows: of all texts together; None for all windows of these texts, end to end,
-                to which the other's are added.
-            seqlen: tokens in a window.
-
-        Raises:
-            ValueError: a text is too short.
-        """
-        if num_windows is None:
-            own = len(self.calibration(num_windows=None, seqlen=seqlen, seed=0))
-            return math.ceil(own * share / (1 - share))
-        return math.ceil(num_windows * share)
-
-    def mixed_with(self, corpus: Corpus, share: float) -> Texts:
-        """These texts and another, which has a share of the windows of them all."""
-        shares = (*(other * (1 - share) for other in self.shares), share)
-        return Texts((*self.corpora, corpus), shares, self.encode)
+        return parts[0] if len(parts) == 1 else shuffled(parts, seed)
 
     def evaluation(self, *, seqlen: int, max_windows: int | None) -> torch.Tensor:
         """The first ``max_windows`` windows ``[N, L]`` of the evaluation texts, or all.
@@ -163,3 +136,10 @@ class Texts:
         # A hair more, so that a share that was rounded down takes no window away.
         counts = [math.floor(total * share + 1e-9) for share in self.shares]
         return [part[: max(1, count)] for part, count in zip(parts, counts, strict=True)]
+
+
+def shuffled(parts: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
+    """Windows ``[N, L]`` of several texts, so that each shard of them has some of every text."""
+    order = list(range(sum(map(len, parts))))
+    random.Random(seed).shuffle(order)
+    return torch.cat(list(parts))[order]

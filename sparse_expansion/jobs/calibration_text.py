@@ -34,13 +34,13 @@ class Writer:
     doing: Callable[[str], None]
     """Is told how far it is."""
 
-    def write(self, calibration: CalibrationConfig, documents: int, weights: str) -> str:
+    def write(self, calibration: CalibrationConfig, weights: str, documents: int) -> str:
         """Documents, one behind the other as one text; those that are kept are not written again.
 
         Args:
             calibration: says how long they are, and their seed.
-            documents: how many.
             weights: digest of the model's files, by which what is kept is known again.
+            documents: how many.
 
         Raises:
             ValueError: the model does not fit into the device's memory.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_expansion.config import CalibrationConfig, RunConfig, digest
-from sparse_expansion.data.corpora import Corpus
-from sparse_expansion.data.texts import TextRequest, Texts
+from sparse_expansion.data.texts import TextRequest, Texts, shuffled
 from sparse_expansion.data.tokenization import load_tokenizer
+from sparse_expansion.data.windows import calibration_windows, whole_windows
 from sparse_expansion.model.families import check_seqlen
 from sparse_expansion.model.streaming import ModelShell
 from sparse_expansion.planning.expansion import expansion_units
@@ -23,11 +25,9 @@ from sparse_expansion.run_folder import open_run, write_windows
 from sparse_expansion.store import Store
 from sparse_expansion.units import Unit
 
-OWN_TEXT = "text of the model's own"
-"""What errors call it."""
-WriteOwn = Callable[[int, str], str]
-"""Gives a number of documents that a model has written, as one text; its weights' digest names the
-model."""
+WriteOwn = Callable[[str, int], str]
+"""Gives documents that a model has written, as one text: from the digest of its weights, by which
+it is known again, and their number."""
 
 
 @dataclass
@@ -82,55 +82,72 @@ def prepare(
     check_seqlen(config.calibration.seqlen, shell.config)
     doing("reading the text")
     texts = text.load(load_tokenizer(folder))
-    weights = None
-    calibrating = texts
+    doing("tokenizing the text")
+    windows = _draw_windows(config.calibration, texts)
+    vocabulary = int(shell.config.vocab_size)
+    check_vocabulary(windows, vocabulary)
+    doing("hashing the model's files")
+    weights = shell.files.fingerprint()
     if config.calibration.own_text:
         assert write_own is not None
-        doing("hashing the model's files")
-        weights = shell.files.fingerprint()
-        calibrating = _with_own_text(config.calibration, texts, weights, write_own)
-    doing("tokenizing the text")
-    windows = _draw_windows(config.calibration, calibrating)
-    check_vocabulary(windows, int(shell.config.vocab_size))
+        own = _own_windows(config.calibration, texts, len(windows), partial(write_own, weights))
+        check_vocabulary(own, vocabulary)
+        windows = shuffled([windows, own], config.calibration.seed)
     calibration = replace(config.calibration, dataset_size=len(windows))
     calibration = replace(calibration, data_shards=calibration.num_shards)
     config = replace(config, calibration=calibration)
-    if weights is None:
-        doing("hashing the model's files")
-        weights = shell.files.fingerprint()
     identity = _identity(config, model_name, weights, tokens_digest(windows))
     doing("planning the units")
     units = expansion_units(config, shape)
     return Prepared(config, shell, units, identity, texts), windows
 
 
-def _with_own_text(
-    calibration: CalibrationConfig, texts: Texts, weights: str, write_own: WriteOwn
-) -> Texts:
-    """The texts, and beside them one that the model has written; it is not measured on."""
-    count = texts.windows_beside(
-        calibration.own_text, num_windows=_num_windows(calibration), seqlen=calibration.seqlen
-    )
-    # Tokens may be fewer once the text is tokenised again: a window at a random place is one of
-    # two documents at least, and windows end to end are cut from a few more.
-    more = 1 + count // 16 if calibration.whole_text else 0
-    text = write_own(max(2, count + more), weights)
-    own = Corpus(name=OWN_TEXT, calibration=text, evaluation="")
-    return texts.mixed_with(own, calibration.own_text)
-
-
-def _num_windows(calibration: CalibrationConfig) -> int | None:
-    """Calibration windows that are asked for; None for the whole text."""
-    return None if calibration.whole_text else calibration.dataset_size
-
-
 def _draw_windows(calibration: CalibrationConfig, texts: Texts) -> torch.Tensor:
-    """The calibration windows ``[N, L]`` that the settings ask for."""
+    """The windows ``[N, L]`` of the texts that the settings ask for.
+
+    Raises:
+        ValueError: a text is too short, or none of the windows is left to the texts.
+    """
+    windows, share = calibration.dataset_size, calibration.own_text
+    if share and not calibration.whole_text:
+        windows -= max(1, math.ceil(windows * share - 0.5))
+        if not windows:
+            raise ValueError(
+                f"--dataset-size {calibration.dataset_size} leaves no window to the text beside "
+                f"--own-text {share:g}: give more windows, or a smaller share"
+            )
     return texts.calibration(
-        num_windows=_num_windows(calibration),
+        num_windows=None if calibration.whole_text else windows,
         seqlen=calibration.seqlen,
         seed=calibration.seed,
     )
+
+
+def _own_windows(
+    calibration: CalibrationConfig, texts: Texts, others: int, write: Callable[[int], str]
+) -> torch.Tensor:
+    """Windows ``[N, L]`` of text that the model writes itself.
+
+    Args:
+        calibration: says how large their share is.
+        texts: in the model's tokens.
+        others: windows that are there beside them.
+        write: gives a number of documents.
+    """
+    seqlen = calibration.seqlen
+    if not calibration.whole_text:
+        count = calibration.dataset_size - others
+        # One document may have fewer tokens than a window once its text is tokenised again.
+        return calibration_windows(
+            write(max(2, count)),
+            texts.encode,
+            num_windows=count,
+            seqlen=seqlen,
+            seed=calibration.seed,
+        )
+    count = max(1, int(others * calibration.own_text / (1 - calibration.own_text) + 1e-9))
+    text = write(count + 2 + count // 16)
+    return whole_windows(text, texts.encode, seqlen=seqlen, kind="calibration", most=count)[:count]
 
 
 def _identity(config: RunConfig, model_name: str, weights: str, tokens: str) -> dict[str, Any]:

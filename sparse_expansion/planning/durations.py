@@ -25,7 +25,8 @@ PASSES = {"embed", "capture", "recapture", "advance", "weigh", "gather", "block_
 PASS_SHARE = 0.16
 """Share of a GPU's published half-precision rate that passes in half precision reach."""
 PARTS_SHARE = 0.086
-"""Share of it that the solver reaches, whose float32 products are three of bfloat16 parts."""
+"""Share of it that the solver reaches, whose float32 products are three of bfloat16 parts; Hessian
+sums are taken to be as fast."""
 SWEEP_SHARE = 0.22
 """Share of the published float32 rate that factoring and sweeping over columns reach."""
 ROUTER_SHARE = 0.3

@@ -18,6 +18,8 @@ from sparse_expansion.config import (
 )
 from sparse_expansion.config.cluster import GPUS
 from sparse_expansion.jobs.forecast import forecast
+from sparse_expansion.planning.durations import PASSES
+from sparse_expansion.work.registry import stage_of
 from tests.published import MODELS
 
 GPU = Cluster(num_workers=16, gpu_bytes=48_000_000_000, host_bytes=128_000_000_000)
@@ -125,6 +127,13 @@ def test_rates_of_a_gpus_stages_by_hand():
     unknown = forecast(config(), model, Cluster(gpu_bytes=80_000_000_000, flops_per_second=15e12))
     for stage in ("embed", "router", "experts"):
         assert seconds(unknown, stage) == pytest.approx(unknown["flops"][stage] / 15e12)
+
+
+def test_rates_are_of_stages_that_there_are():
+    model, _ = MODELS["llama-2-7b"]
+    preset = forecast(config(), model, Cluster(gpu="h100"))
+    assert {*preset["units"]} & PASSES == {"embed", "capture", "gather"}
+    assert all(stage_of(name) for name in PASSES)
 
 
 def test_the_solver_has_the_rate_of_parts_and_what_rounds_that_of_sweeps():

@@ -135,7 +135,7 @@ SHAPE = ["--num_clusters", "2", "--seqlen", "16", "--threads", "1", "--layer-spa
 
 
 def expand_with(llama_folder, text_folder, output, cache, *flags):
-    """`expand` of six windows at most, a worker's documents in a cache of its own."""
+    """`expand` into a folder, with documents in a cache that the test knows."""
     where = ["--model", str(llama_folder), "--dataset", str(text_folder), "--output", str(output)]
     return main(["expand", *where, "--cache-dir", str(cache), *SHAPE, *flags])
 
@@ -196,28 +196,36 @@ def test_own_text_is_written_once_and_goes_on_where_it_ended(
 
 
 def test_a_whole_text_has_windows_of_its_own_beside_it(llama_folder, tmp_path):
-    made = expand(
-        str(llama_folder),
-        ["one two three four five six seven eight nine ten " * 30],
-        dataset_size="all",
-        own_text=0.25,
-        seqlen=16,
-        num_clusters=2,
-        layer_sparsity="uniform",
-        cache_dir=str(tmp_path / "c"),
-        threads=1,
-    )
-    plain = expand(
-        str(llama_folder),
-        ["one two three four five six seven eight nine ten " * 30],
-        dataset_size="all",
-        seqlen=16,
-        num_clusters=2,
-        layer_sparsity="uniform",
-        threads=1,
-    )
-    counts = [one.metrics["config"]["calibration"]["dataset_size"] for one in (plain, made)]
+    counts = []
+    for more in ({}, {"own_text": 0.25, "cache_dir": str(tmp_path)}):
+        made = expand(
+            str(llama_folder),
+            ["one two three four five six seven eight nine ten " * 30],
+            dataset_size="all",
+            seqlen=16,
+            num_clusters=2,
+            layer_sparsity="uniform",
+            threads=1,
+            **more,
+        )
+        counts.append(made.metrics["config"]["calibration"]["dataset_size"])
     assert counts[1] == pytest.approx(counts[0] / 0.75, abs=1) and counts[1] > counts[0] > 8
+
+
+def test_a_text_that_is_too_short_is_named_before_anything_is_written(
+    llama_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibration_text, "load_whole", None)
+    short = tmp_path / "short"
+    short.mkdir()
+    for name in ("train.txt", "test.txt"):
+        (short / name).write_text("for one")
+    own = ["--own-text", "0.5", "--dataset-size"]
+    assert expand_with(llama_folder, short, tmp_path / "a", tmp_path / "c", *own, "4") == 2
+    assert "the calibration text has" in capsys.readouterr().err
+    assert expand_with(llama_folder, short, tmp_path / "a", tmp_path / "c", *own, "1") == 2
+    assert "--dataset-size 1 leaves no window to the text" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_perplexity_is_of_the_text_alone(llama_folder, text_folder, tmp_path, capsys):
